@@ -1,0 +1,143 @@
+"""Checkpoints that survive a crash, under nerf-pytorch's keys so that either program opens both's.
+
+A file is written beside its final name, flushed to disk, read back, and only then renamed; old
+ones are removed last. Loading runs no code (``weights_only=True``) and checks every byte (zip
+CRC). ``global_step`` counts finished updates.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = re.compile(r"^(\d{6,})\.tar$")
+FORMAT = 1  # of the keys that are ours
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{step:06d}.tar"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first; other files are never mistaken for one."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.match(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to ``path`` so that at any moment either the old file or the new is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({**state, "format": FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        load_checkpoint(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in ``path``, on the CPU. CheckpointError names the file and what is wrong."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a broken file can fail anywhere inside zip, pickle or torch
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "Unsupported global" in str(error):
+            reason = "it holds more than tensors and plain values, and could run code; refused"
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict) or "network_fn_state_dict" not in state:
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (no network_fn_state_dict inside)")
+    for key in ("network_fn_state_dict", "network_fine_state_dict"):
+        for name, value in (state.get(key) or {}).items():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                raise CheckpointError(f"{path}: {key} {name} holds NaN or infinity")
+    return state
+
+
+def finished_updates(state: dict[str, Any]) -> int:
+    """How many updates made ``state``. nerf-pytorch writes one less than it made; Adam knows."""
+    step = int(state["global_step"])
+    if "format" in state:
+        return step
+    adam = state.get("optimizer_state_dict", {}).get("state", {})
+    return max([step] + [int(entry["step"]) for entry in adam.values() if "step" in entry])
+
+
+def newest_checkpoint(folder: Path, warn) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; bad ones are named through ``warn``.
+
+    None if there is none at all. CheckpointError if there are some and all are bad.
+    """
+    paths = list_checkpoints(folder)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"skipping a bad checkpoint: {error}")
+    if paths:
+        raise CheckpointError(
+            f"{folder}: none of its {len(paths)} checkpoints can be read; move them away to start "
+            "anew, or use --no_reload with another --expname"
+        )
+    return None
+
+
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all."""
+    if keep == 0:
+        return
+    best = None if best_step is None else checkpoint_path(folder, best_step)
+    for path in list_checkpoints(folder)[keep:]:
+        if path != best:
+            path.unlink(missing_ok=True)
+
+
+def load_strictly(module, state: dict, where: str) -> None:
+    """Load a state dict; CheckpointError names the first missing, extra or misshapen weight."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise CheckpointError(
+            f"{where} does not fit this network: {lines[0]} "
+            "(check netdepth, netwidth, multires, use_viewdirs, N_importance)"
+        ) from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) -> None:
+    """Adam's moments from ``state``; options such as fused stay as this run chose them."""
+    options = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: its optimiser state does not fit ({error})") from None
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)

@@ -1,0 +1,100 @@
+"""Loaders by ``--dataset_type``. To add a format: write its file, add a line to DATASETS, test it.
+
+Each entry takes the parsed flags and a function that warns, and returns a Scene on the CPU.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from nerf.datasets import blender, deepvoxels, linemod, llff
+from nerf.datasets.scene import Scene
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+
+
+def load_blender(args, warn) -> Scene:
+    return blender.load(
+        Path(args.datadir),
+        testskip=args.testskip,
+        downscale=args.downscale * (2 if args.half_res else 1),
+        background=float(args.white_bkgd),
+    )
+
+
+def load_demo(args, warn) -> Scene:
+    """The embedded scene in Blender's format, made on first use."""
+    folder = Path(args.datadir)
+    if not folder.exists():
+        script = REPOSITORY / "data" / "make_demo.py"
+        warn(f"making the demo scene in {folder}")
+        subprocess.run([sys.executable, str(script), "--out", str(folder)], check=True)
+    return load_blender(args, warn)
+
+
+def load_llff(args, warn) -> Scene:
+    return llff.load(
+        Path(args.datadir),
+        factor=args.factor,
+        llffhold=args.llffhold,
+        ndc=not args.no_ndc,
+        spherical=args.spherify,
+        background=float(args.white_bkgd),
+        warn=warn,
+    )
+
+
+def load_deepvoxels(args, warn) -> Scene:
+    return deepvoxels.load(
+        Path(args.datadir),
+        shape=args.shape,
+        testskip=args.testskip,
+        background=float(args.white_bkgd),
+    )
+
+
+def load_linemod(args, warn) -> Scene:
+    return linemod.load(
+        Path(args.datadir),
+        testskip=args.testskip,
+        downscale=args.downscale * (2 if args.half_res else 1),
+        background=float(args.white_bkgd),
+    )
+
+
+DATASETS = {
+    "blender": load_blender,
+    "demo": load_demo,
+    "llff": load_llff,
+    "deepvoxels": load_deepvoxels,
+    "LINEMOD": load_linemod,
+}
+
+
+def load_scene(args, warn=print) -> Scene:
+    """The scene that ``args`` names, validated, on the CPU. ValueError says what is wrong with it.
+
+    Two of nerf-pytorch's configs name the LLFF loader for Blender scenes; the folder decides.
+    """
+    folder, kind = Path(args.datadir), args.dataset_type
+    if kind == "llff" and not (folder / "poses_bounds.npy").exists():
+        guess = folder
+        if not folder.exists() and folder.name in BLENDER_SCENES:
+            guess = folder.parent.parent / "nerf_synthetic" / folder.name
+        if (guess / "transforms_train.json").exists() or (guess != folder and not guess.exists()):
+            warn(f"{folder} is a Blender scene: dataset_type: llff -> blender, datadir: {guess}")
+            args, folder, kind = _copy(args, datadir=str(guess)), guess, "blender"
+    if kind != "demo" and not folder.is_dir():
+        name = folder.name or "lego"
+        raise ValueError(
+            f"{folder}: no such data folder; set --datadir, or fetch it with: "
+            f"python data/download.py {name}"
+        )
+    scene = DATASETS[kind](args, warn)
+    scene.pixel_center = args.pixel_center
+    return scene
+
+
+def _copy(args, **changes):
+    return type(args)(**{**vars(args), **changes})

@@ -1,0 +1,116 @@
+"""Blender scenes (NeRF synthetic): transforms_{train,val,test}.json beside RGBA pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nerf.cameras import orbit_path
+from nerf.datasets.images import read_images, shrink
+from nerf.datasets.scene import SPLITS, Scene
+
+NEAR, FAR = 2.0, 6.0  # the synthetic cameras stand 4 units from objects about 1.5 units in radius
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); re-export it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def number(content: dict, key: str, where: str) -> float:
+    """content[key] as a finite float; ValueError names file, key and value."""
+    if key not in content:
+        raise ValueError(f'{where}: has no "{key}"; expected a number')
+    value = content[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise ValueError(f'{where}: "{key}" is {value!r}; expected a finite number')
+    return float(value)
+
+
+def read_frames(path: Path, skip: int) -> tuple[dict, list[dict], list[np.ndarray]]:
+    """A transforms file -> (its content, every ``skip``-th frame, their poses [3, 4])."""
+    content = read_json(path)
+    frames = content.get("frames")
+    if not isinstance(frames, list) or not frames:
+        raise ValueError(f'{path}: "frames" is missing or empty; expected a list of views')
+    frames, poses = frames[::skip], []
+    for index, frame in enumerate(frames):
+        where = f"{path}: frame {index * skip}"
+        if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
+            raise ValueError(f'{where} has no "file_path"; expected the picture\'s path')
+        try:
+            matrix = np.array(frame.get("transform_matrix"), dtype=np.float64)
+        except (TypeError, ValueError):
+            matrix = np.empty(0)
+        if matrix.shape not in ((3, 4), (4, 4)):
+            raise ValueError(
+                f'{where} ({frame["file_path"]}): "transform_matrix" is not a 4x4 table of numbers'
+            )
+        poses.append(matrix[:3])
+    return content, frames, poses
+
+
+def read_splits(datadir: Path, testskip: int) -> dict[str, tuple[dict, list[dict], list]]:
+    """Every transforms file there is -> split name -> (content, frames, poses).
+
+    ``testskip`` n keeps every n-th val and test view (0 or 1: all). Only train must exist.
+    """
+    found = {}
+    for split in SPLITS:
+        path = datadir / f"transforms_{split}.json"
+        if path.exists():
+            found[split] = read_frames(path, 1 if split == "train" else max(1, testskip))
+    if "train" not in found:
+        raise ValueError(f"{datadir}: has no transforms_train.json; is it a Blender-format scene?")
+    return found
+
+
+def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
+    """The scene at ``datadir``. testskip: keep every n-th val and test view (0 or 1: all).
+
+    downscale: reduce pictures by area averaging. A missing val or test split is fine.
+    """
+    splits = read_splits(datadir, testskip)
+    angle = number(splits["train"][0], "camera_angle_x", str(datadir / "transforms_train.json"))
+    if not 0 < angle < np.pi:
+        raise ValueError(f"{datadir}: camera_angle_x is {angle:g}; expected radians in (0, pi)")
+    files, poses, numbers = [], [], {}
+    for split, (_, frames, split_poses) in splits.items():
+        numbers[split] = list(range(len(files), len(files) + len(frames)))
+        files += [picture_path(datadir, frame["file_path"]) for frame in frames]
+        poses += split_poses
+    images = read_images(files)
+    images = np.stack([shrink(image, downscale, str(datadir)) for image in images])
+    focal = 0.5 * images.shape[2] / np.tan(0.5 * angle)
+    intrinsics = torch.tensor([focal, focal, 0.5 * images.shape[2], 0.5 * images.shape[1]])
+    return Scene(
+        images=torch.from_numpy(images),
+        c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
+        intrinsics=intrinsics.float().repeat(len(files), 1),
+        splits=numbers,
+        names=[str(file.relative_to(datadir).with_suffix("")) for file in files],
+        near=NEAR,
+        far=FAR,
+        render_poses=torch.tensor(orbit_path(), dtype=torch.float32),
+        background=background,
+    )
+
+
+def picture_path(datadir: Path, file_path: str) -> Path:
+    """Where a frame's picture lies: its extension may be missing, and stands for .png then."""
+    path = datadir / file_path.replace("\\", "/")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        path = path.with_name(path.name + ".png")
+    resolved = path.resolve()
+    if not resolved.is_relative_to(datadir.resolve()):
+        raise ValueError(f"{datadir}: file_path {file_path!r} leads out of the data folder")
+    return datadir / resolved.relative_to(datadir.resolve())

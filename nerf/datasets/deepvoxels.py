@@ -1,0 +1,82 @@
+"""DeepVoxels scenes: {train,validation,test}/<shape>/{intrinsics.txt, pose/*.txt, rgb/*.png}.
+
+Poses are camera-to-world in OpenCV axes (x right, y down, z forward). As in nerf-pytorch the
+principal point is taken to be the picture's centre.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nerf.datasets.images import list_images, read_images
+from nerf.datasets.scene import Scene
+
+FOLDERS = {"train": "train", "val": "validation", "test": "test"}
+OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+def load(datadir: Path, *, shape: str, testskip: int, background: float) -> Scene:
+    """The object ``shape`` under ``datadir``; every ``testskip``-th val and test view is kept."""
+    files, poses, numbers = [], [], {}
+    for split, folder in FOLDERS.items():
+        base = datadir / folder / shape
+        if split != "train" and not base.is_dir():
+            continue
+        skip = 1 if split == "train" else max(1, testskip)
+        pictures = list_images(base / "rgb")
+        pose_files = sorted((base / "pose").glob("*.txt"))
+        if len(pictures) != len(pose_files) or not pictures:
+            raise ValueError(f"{base}: {len(pictures)} pictures but {len(pose_files)} pose files")
+        numbers[split] = list(range(len(files), len(files) + len(pictures[::skip])))
+        files += pictures[::skip]
+        poses += [read_pose(path) for path in pose_files[::skip]]
+    images = read_images(files)
+    height, width = images.shape[1:3]
+    focal = read_focal(datadir / "train" / shape / "intrinsics.txt", height)
+    c2w = np.stack(poses)
+    radius = float(np.linalg.norm(c2w[:, :, 3], axis=-1).mean())
+    render = c2w[numbers["test"]] if "test" in numbers else c2w
+    return Scene(
+        images=torch.from_numpy(images),
+        c2w=torch.tensor(c2w, dtype=torch.float32),
+        intrinsics=torch.tensor([focal, focal, 0.5 * width, 0.5 * height]).repeat(len(files), 1),
+        splits=numbers,
+        names=[f"{file.parts[-4]}_{file.stem}" for file in files],
+        near=max(0.0, radius - 1.0),
+        far=radius + 1.0,
+        render_poses=torch.tensor(render, dtype=torch.float32),
+        background=background,
+    )
+
+
+def read_numbers(path: Path) -> list[list[float]]:
+    """The numbers of a text file, line by line."""
+    try:
+        return [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as numbers ({error})") from None
+
+
+def read_pose(path: Path) -> np.ndarray:
+    """One 4x4 pose file -> c2w [3, 4] in our axes."""
+    values = np.array([value for line in read_numbers(path) for value in line])
+    if values.size != 16:
+        raise ValueError(f"{path}: holds {values.size} numbers; expected a 4x4 matrix")
+    return (values.reshape(4, 4) @ OPENCV_TO_OPENGL)[:3]
+
+
+def read_focal(path: Path, height: int) -> float:
+    """Focal length for pictures of ``height`` pixels.
+
+    The file's lines: "f cx cy 0", grid centre, near plane, scale, "height width".
+    """
+    lines = read_numbers(path)
+    if (
+        len(lines) < 5
+        or len(lines[0]) < 3
+        or len(lines[4]) < 2
+        or min(lines[0][0], lines[4][0]) <= 0
+    ):
+        raise ValueError(f'{path}: expected five lines, "f cx cy 0" first and "height width" fifth')
+    return lines[0][0] * height / lines[4][0]

@@ -1,0 +1,57 @@
+"""LINEMOD scenes: Blender-style transforms files with an intrinsic matrix per frame and bounds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nerf.cameras import orbit_path
+from nerf.datasets.blender import number, read_splits
+from nerf.datasets.images import read_images, shrink
+from nerf.datasets.scene import Scene
+
+
+def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
+    """The scene at ``datadir``; its file paths may be absolute or relative to the folder.
+
+    One intrinsic matrix serves all views, as in nerf-pytorch (the last split's first); unlike
+    there it is scaled along when pictures are reduced.
+    """
+    splits = read_splits(datadir, testskip)
+    files, poses, numbers = [], [], {}
+    for split, (_, frames, split_poses) in splits.items():
+        numbers[split] = list(range(len(files), len(files) + len(frames)))
+        files += [_picture_path(datadir, frame["file_path"]) for frame in frames]
+        poses += split_poses
+    last_split = list(splits)[-1]
+    where = f"{datadir}/transforms_{last_split}.json"
+    matrix = np.array(splits[last_split][1][0].get("intrinsic_matrix", []), dtype=object)
+    try:
+        matrix = matrix.astype(np.float64)
+    except (TypeError, ValueError):
+        matrix = np.empty(0)
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+        raise ValueError(f'{where}: frame 0 needs "intrinsic_matrix", a 3x3 table of numbers')
+    bounded = [name for name in ("train", "test") if name in splits]
+    near, far = (
+        [number(splits[name][0], key, f"{datadir}/transforms_{name}.json") for name in bounded]
+        for key in ("near", "far")
+    )
+    images = np.stack([shrink(image, downscale, str(datadir)) for image in read_images(files)])
+    intrinsics = np.array([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]) / downscale
+    return Scene(
+        images=torch.from_numpy(images),
+        c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
+        intrinsics=torch.tensor(intrinsics, dtype=torch.float32).repeat(len(files), 1),
+        splits=numbers,
+        names=[f"{file.parent.name}/{file.stem}" for file in files],
+        near=float(np.floor(min(near))),
+        far=float(np.ceil(max(far))),
+        render_poses=torch.tensor(orbit_path(), dtype=torch.float32),
+        background=background,
+    )
+
+
+def _picture_path(datadir: Path, file_path: str) -> Path:
+    path = Path(file_path)
+    return path if path.is_absolute() or path.exists() else datadir / file_path

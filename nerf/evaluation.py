@@ -1,0 +1,163 @@
+"""Pictures of a trained renderer: test views with metrics, camera paths, validation strips.
+
+Views are split over the ranks and metrics gathered, so no rank waits at a barrier while another
+renders. Everything here runs under the weights that the caller has put in place.
+"""
+
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nerf.datasets.scene import Scene
+from nerf.media import colorize, nearness, write_png, write_video
+from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
+from nerf.rays import Rays
+from nerf.renderer import Rendered, render_view
+from nerf.runtime import World
+
+VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
+STRIP_SIDE = 200  # pixels of a validation strip's longer side, about
+
+
+class Painter:
+    """Renders cameras of one scene: what the functions below need to know, in one place."""
+
+    def __init__(self, render: Callable[[Rays], Rendered], scene: Scene, block: int, world: World):
+        self.render, self.scene, self.block, self.world = render, scene, block, world
+
+    def __call__(self, scene: Scene, c2w: Tensor, intrinsics: Tensor) -> Rendered:
+        """The picture that ``scene``'s size and the camera c2w [3, 4], intrinsics [4] give."""
+        size = (scene.height, scene.width)
+        rays_of = scene.view_rays(c2w, intrinsics)
+        return render_view(self.render, rays_of, size, self.block, self.world.device)
+
+    def depth_map(self, rendered: Rendered) -> np.ndarray:
+        """Depth in colour [H, W, 3]; near is bright, nothing is dark."""
+        scene = self.scene
+        near = nearness(rendered.depth.numpy(), scene.near, scene.far, scene.ndc)
+        return colorize(near * np.clip(rendered.opacity.numpy(), 0, 1))
+
+
+def target_at(scene: Scene, view: int, factor: int) -> np.ndarray:
+    """View ``view`` [H, W, 3] at 1 / factor of its size, by area averaging of whole blocks."""
+    picture = scene.picture(view).numpy()
+    if factor <= 1:
+        return picture
+    height, width = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture[: height * factor, : width * factor]
+    return blocks.reshape(height, factor, width, factor, 3).mean((1, 3))
+
+
+def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -> dict:
+    """Render and measure every view of ``split``; pictures and depth go to ``folder``.
+
+    Returns the metrics on every rank (see README for the schema). PSNR and SSIM are means over
+    views; ``psnr_8bit`` is measured on the pictures as saved.
+    """
+    scene = painter.scene.resized(factor)
+    world, views = painter.world, painter.scene.splits[split]
+    mine = []
+    for number in range(world.rank, len(views), world.size):
+        view, start = views[number], time.perf_counter()
+        rendered = painter(scene, scene.c2w[view], scene.intrinsics[view])
+        seconds = time.perf_counter() - start
+        picture = rendered.rgb.clamp(0, 1).numpy()
+        target = target_at(painter.scene, view, factor)[: scene.height, : scene.width]
+        write_png(folder / f"{number:03d}.png", picture)
+        write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+        saved = to_8bit(picture) / 255.0
+        mine.append(
+            {
+                "name": scene.names[view],
+                "psnr": psnr(picture, target),
+                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0),
+                "ssim": ssim(picture, target),
+                "seconds": seconds,
+                "number": number,
+            }
+        )
+    rows = sorted((row for part in world.gather(mine) for row in part), key=lambda r: r["number"])
+    seconds = [row.pop("seconds") for row in rows]
+    for row in rows:
+        row.pop("number")
+    return {
+        **{name: _mean([row[name] for row in rows]) for name in ("psnr", "psnr_8bit", "ssim")},
+        "split": split,
+        "num_views": len(rows),
+        "resolution": [scene.width, scene.height],
+        "background": scene.background,
+        "seconds_per_view": sum(seconds) / len(seconds),
+        "views": rows,
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def render_path(painter: Painter, folder: Path, factor: int = 0, warn=print) -> list[Path]:
+    """Render the scene's camera path: 000.png ..., depth/, rgb.mp4, depth.mp4 in ``folder``.
+
+    Returns the videos that were made.
+    """
+    scene, world = painter.scene.resized(factor), painter.world
+    poses = scene.render_poses
+    # One camera model serves the whole path: the first view's.
+    for number in range(world.rank, len(poses), world.size):
+        rendered = painter(scene, poses[number], scene.intrinsics[0])
+        write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
+        write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+    world.barrier()
+    return make_videos(folder, len(poses), warn) if world.is_main else []
+
+
+def make_videos(folder: Path, num_frames: int, warn=print) -> list[Path]:
+    """rgb.mp4 and depth.mp4 from the numbered pictures of ``folder``; the paths that were made."""
+    made = []
+    for name, source in (("rgb", folder), ("depth", folder / "depth")):
+        frames = (source / f"{number:03d}.png" for number in range(num_frames))
+        if write_video(folder / f"{name}.mp4", frames, warn=warn):
+            made.append(folder / f"{name}.mp4")
+    return made
+
+
+def validation_psnr(painter: Painter) -> float:
+    """PSNR of a fixed random set of pixels over all validation views (training ones if none)."""
+    scene, world = painter.scene, painter.world
+    views = scene.splits.get("val") or scene.splits["train"]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(
+        len(views) * scene.height * scene.width, (VAL_PIXELS,), generator=generator
+    )
+    pixels = pixels[world.rank :: world.size].to(world.device)
+    view = torch.tensor(views, device=world.device)[pixels // (scene.height * scene.width)]
+    x, y = pixels % scene.width, pixels // scene.width % scene.height
+    error = 0.0
+    for start in range(0, len(pixels), painter.block):
+        part = slice(start, start + painter.block)
+        rays, target = scene.pick(view[part], x[part], y[part])
+        error += ((painter.render(rays).rgb - target) ** 2).sum().item()
+    return psnr_from_mse(sum(world.gather(error)) / (VAL_PIXELS * 3))
+
+
+def validation_strip(painter: Painter, step: int) -> np.ndarray:
+    """rgb | target | error | depth | opacity of one validation view, small -> uint8 [H, 5 W, 3].
+
+    The view changes with ``step``. The error is the mean absolute one, times 4.
+    """
+    scene = painter.scene
+    views = scene.splits.get("val") or scene.splits["train"]
+    view = views[step * 7919 % len(views)]
+    factor = max(1, max(scene.height, scene.width) // STRIP_SIDE)
+    small = scene.resized(factor)
+    rendered = painter(small, small.c2w[view], small.intrinsics[view])
+    picture = rendered.rgb.clamp(0, 1).numpy()
+    target = target_at(scene, view, factor)[: small.height, : small.width]
+    error = colorize(np.abs(picture - target).mean(-1) * 4)
+    opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
+    panels = [picture, target, error, painter.depth_map(rendered), opacity]
+    return to_8bit(np.concatenate(panels, axis=1))

@@ -1,0 +1,104 @@
+"""The radiance field: position and direction -> density and colour, before their activations.
+
+Parameter names and shapes are nerf-pytorch's, so state dicts go both ways. The arithmetic is
+arranged differently, with the same result up to rounding:
+
+* the view layer's share of the direction is computed once per ray, not once per sample;
+* ``feature_linear`` has no activation behind it, so it is multiplied into the view layer's weight
+  (a [W/2, W] x [W, W] product per call) instead of being applied to every sample. At 8x256 that
+  saves 11 % of the multiplications, at 4x128 20 %;
+* activations are rectified in place.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nerf.encodings import FrequencyEncoding, IdentityEncoding
+
+SKIP_AFTER = 4  # the encoded position joins again behind this layer (NeRF, fig. 7)
+
+
+class NeRFField(nn.Module):
+    """The positional-encoding MLP of NeRF (section 3 and fig. 7).
+
+    depth, width: the stack of hidden layers. multires, multires_views: number of frequencies.
+    Networks of up to five layers have no skip connection: it would sit behind the last one.
+    """
+
+    def __init__(
+        self,
+        depth: int = 8,
+        width: int = 256,
+        *,
+        multires: int = 10,
+        multires_views: int = 4,
+        use_viewdirs: bool = True,
+        encode: bool = True,
+        out_channels: int = 4,
+    ):
+        super().__init__()
+        if depth == SKIP_AFTER + 1:
+            raise ValueError(
+                f"a network of depth {depth} would end at its skip connection; "
+                f"use a depth other than {depth}"
+            )
+        self.encoding = FrequencyEncoding(multires) if encode else IdentityEncoding()
+        view_encoding = FrequencyEncoding(multires_views) if encode else IdentityEncoding()
+        self.view_encoding = view_encoding if use_viewdirs else None
+        in_dim, view_dim = self.encoding.out_dim, view_encoding.out_dim if use_viewdirs else 0
+        self.width, self.use_viewdirs = width, use_viewdirs
+        self.pts_linears = nn.ModuleList(
+            nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
+            for i in range(depth)
+        )
+        # Registered in nerf-pytorch's order, also when unused: its optimiser state goes by position.
+        self.views_linears = nn.ModuleList([nn.Linear(view_dim + width, width // 2)])
+        if use_viewdirs:
+            self.feature_linear = nn.Linear(width, width)
+            self.alpha_linear = nn.Linear(width, 1)
+            self.rgb_linear = nn.Linear(width // 2, 3)
+        else:
+            self.output_linear = nn.Linear(width, out_channels)
+            # Nothing reads the view layer then; without this DDP would wait for its gradient.
+            self.views_linears.requires_grad_(False)
+
+    def hidden(self, points: Tensor) -> Tensor:
+        """The last hidden layer at points [N, 3] -> [N, W]."""
+        encoded = self.encoding(points)
+        h = encoded
+        for i, layer in enumerate(self.pts_linears):
+            if i == SKIP_AFTER + 1:
+                h = torch.cat([encoded.to(h.dtype), h], dim=-1)
+            h = F.relu(layer(h), inplace=True)
+        return h
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density before its activation at points [B, S, 3] -> [B, S], float32."""
+        h = self.hidden(points.flatten(0, 1))
+        raw = self.alpha_linear(h) if self.use_viewdirs else self.output_linear(h)[:, 3:4]
+        return raw.float().view(points.shape[:-1])
+
+    def forward(self, points: Tensor, viewdirs: Tensor) -> tuple[Tensor, Tensor]:
+        """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and colour [B, S, 3], float32.
+
+        Both before their activations (ReLU or softplus, and sigmoid).
+        """
+        num_rays, num_samples = points.shape[:2]
+        h = self.hidden(points.flatten(0, 1))
+        if not self.use_viewdirs:
+            raw = self.output_linear(h).float().view(num_rays, num_samples, -1)
+            return raw[..., 3], raw[..., :3]
+        view_layer = self.views_linears[0]
+        with torch.autocast(points.device.type, enabled=False):
+            on_feature, on_view = view_layer.weight.split(
+                [self.width, view_layer.in_features - self.width], dim=1
+            )
+            weight = on_feature @ self.feature_linear.weight  # [W/2, W]
+            bias = on_feature @ self.feature_linear.bias + view_layer.bias
+            per_ray = F.linear(self.view_encoding(viewdirs), on_view, bias)  # [B, W/2]
+        per_sample = F.linear(h, weight).view(num_rays, num_samples, -1)
+        v = F.relu(per_sample + per_ray[:, None].to(per_sample.dtype), inplace=True)
+        rgb = self.rgb_linear(v).float()
+        density = self.alpha_linear(h).float().view(num_rays, num_samples)
+        return density, rgb

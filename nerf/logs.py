@@ -1,0 +1,216 @@
+"""The run folder: what was run, what happened, and nothing that a second process could spoil."""
+
+import fcntl
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from nerf.media import write_png
+
+LIBRARIES = ("torch", "numpy", "ConfigArgParse", "imageio", "pillow", "scikit-image", "tensorboard")
+
+
+class RunFolder:
+    """``basedir/expname``: one writer at a time. On ranks other than 0 every method is a no-op.
+
+    ValueError if another process is training in the same folder.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool, lock: bool):
+        self.folder, self.is_main = folder, is_main
+        self._lock = self._writer = self._csv = self._val = None
+        if not is_main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be made ({error.strerror})") from None
+        if lock:
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.folder / ".lock", "a")
+        try:
+            # Held by the open file, not by its existence: a killed process never leaves it behind.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{self.folder}: another process is training here; wait for it, "
+                "or choose another --expname"
+            ) from None
+
+    def say(self, message: str) -> None:
+        """One line to the terminal and to log.txt."""
+        if not self.is_main:
+            return
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def record(self, args, as_config: str) -> None:
+        """args.json, args.txt, config.txt and cmd.txt of this start."""
+        if not self.is_main:
+            return
+        self.write_json("args.json", vars(args))
+        (self.folder / "args.txt").write_text(as_config, encoding="utf-8")
+        if args.config:
+            shutil.copyfile(args.config, self.folder / "config.txt")
+        with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
+            file.write(_provenance())
+
+    def write_json(self, name: str, content) -> None:
+        """``content`` to a JSON file, replaced as a whole."""
+        if not self.is_main:
+            return
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        temporary.replace(path)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One row of metrics.csv and its TensorBoard points. Keys must be the same every time."""
+        if not self.is_main:
+            return
+        if self._csv is None:
+            self._csv = _open_table(self.folder / "metrics.csv", step, ["step", *values])
+        row = [str(step)] + [f"{value:.7g}" for value in values.values()]
+        self._csv.write(",".join(row) + "\n")
+        self._csv.flush()
+        for name, value in values.items():
+            self.tensorboard(step).add_scalar(name, value, step)
+
+    def validation(self, step: int, score: float, strip: np.ndarray) -> None:
+        """Validation PSNR and picture: TensorBoard, and val_strip.png (the latest)."""
+        if not self.is_main:
+            return
+        write_png(self.folder / "val_strip.png", strip)
+        self.tensorboard(step).add_scalar("val_psnr", score, step)
+        self.tensorboard(step).add_image("validation", strip, step, dataformats="HWC")
+        path = self.folder / "val.csv"
+        if self._val is None:
+            self._val = _open_table(path, step, ["step", "val_psnr"])
+        self._val.write(f"{step},{score:.6g}\n")
+        self._val.flush()
+
+    def tensorboard(self, step: int):
+        """The TensorBoard writer; points that a crashed run left behind ``step`` are dropped."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step)
+        return self._writer
+
+    def close_tables(self) -> None:
+        """Close tables and TensorBoard; the next row reopens them and drops what it overtakes."""
+        for resource in (self._csv, self._val, self._writer):
+            if resource is not None:
+                resource.close()
+        self._csv = self._val = self._writer = None
+
+    def close(self) -> None:
+        """Flush and release everything; safe to call twice."""
+        self.close_tables()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _open_table(path: Path, step: int, header: list[str]):
+    """A CSV file to append to; rows from ``step`` on, left by a run that was cut off, are dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [",".join(header) + "\n"] + [
+        line
+        for line in lines[1:]
+        if line.endswith("\n") and line.split(",")[0].isdigit() and int(line.split(",")[0]) < step
+    ]
+    if kept != lines:
+        path.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def _provenance() -> str:
+    """Command, versions, commit and local changes of this start, for cmd.txt."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parent
+        try:
+            result = subprocess.run(
+                ["git", *words], cwd=root, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    def version(library: str) -> str:
+        try:
+            return f"{library} {metadata.version(library)}"
+        except metadata.PackageNotFoundError:
+            return f"{library} absent"
+
+    parts = [
+        f"# {datetime.now():%Y-%m-%d %H:%M:%S}",
+        shlex.join([Path(sys.executable).name, *sys.argv]),
+        f"# python {platform.python_version()}, " + ", ".join(version(name) for name in LIBRARIES),
+        f"# commit {git('rev-parse', 'HEAD') or 'unknown'}",
+    ]
+    difference = git("diff", "HEAD")
+    if difference:
+        parts.append("# local changes:\n" + difference)
+    return "\n".join(parts) + "\n\n"
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere nothing, the printed lines are enough."""
+
+    def __init__(self, total: int, start: int, *, show: bool):
+        from tqdm import tqdm
+
+        self.on_terminal = show and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            disable=not self.on_terminal,
+            dynamic_ncols=True,
+            unit="step",
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def describe(self, text: str) -> None:
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Clock:
+    """Seconds spent training: it runs on from ``seconds`` and stands still while paused."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._before, self._since = seconds, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._before + running
+
+    def __enter__(self) -> "Clock":
+        """Pause: what runs inside the with-block is not training."""
+        self._before, self._since = self.seconds, None
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._since = time.perf_counter()

@@ -1,0 +1,88 @@
+"""Pictures and videos on disk, and scalar maps in colour."""
+
+from pathlib import Path
+from typing import Iterable
+
+import imageio.v3 as iio
+import numpy as np
+
+from nerf.metrics import to_8bit
+
+# Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in grey.
+_RAMP = np.array(
+    [
+        [0.00, 0.00, 0.02],
+        [0.16, 0.06, 0.36],
+        [0.42, 0.10, 0.43],
+        [0.68, 0.17, 0.36],
+        [0.88, 0.33, 0.20],
+        [0.98, 0.58, 0.10],
+        [0.98, 0.96, 0.64],
+    ]
+)
+
+
+def colorize(values: np.ndarray) -> np.ndarray:
+    """[H, W] in [0, 1] -> [H, W, 3] in [0, 1], dark to bright."""
+    place = np.clip(values, 0.0, 1.0) * (len(_RAMP) - 1)
+    return np.stack(
+        [np.interp(place, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)], -1
+    )
+
+
+def nearness(depth: np.ndarray, near: float, far: float, ndc: bool) -> np.ndarray:
+    """Depth [H, W] in t -> 1 at ``near``, 0 at ``far`` and where nothing was hit.
+
+    Even in 1 / t where the bounds allow it. NDC's t is that already.
+    """
+    hit = depth > 0
+    t = np.clip(np.where(hit, depth, far), near, far)
+    if ndc or near <= 0:
+        return np.where(hit, (far - t) / (far - near), 0.0)
+    return np.where(hit, (1 / t - 1 / far) / (1 / near - 1 / far), 0.0)
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """[H, W, 3] in [0, 1], or uint8, to a PNG file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture if picture.dtype == np.uint8 else to_8bit(picture))
+
+
+def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -> bool:
+    """An H.264 video of picture files, read one at a time. False, with a warning, without ffmpeg.
+
+    Odd sizes lose their last row or column: the format stores colour at half resolution.
+    """
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        warn(f"{path.name} is not made, only its frames: pip install imageio-ffmpeg")
+        return False
+    writer = None
+    try:
+        for file in frames:
+            frame = iio.imread(file)
+            frame = np.ascontiguousarray(frame[: frame.shape[0] & ~1, : frame.shape[1] & ~1])
+            if not frame.size:
+                warn(f"{path.name} is not made: one-pixel pictures make no video")
+                return False
+            if writer is None:
+                writer = imageio_ffmpeg.write_frames(
+                    str(path),
+                    (frame.shape[1], frame.shape[0]),
+                    fps=fps,
+                    quality=8,
+                    macro_block_size=1,
+                    ffmpeg_log_level="error",
+                )
+                writer.send(None)
+            writer.send(frame)
+    except OSError as error:
+        warn(f"{path.name} is not made ({error}); its frames are there")
+        return False
+    finally:
+        if writer is not None:
+            writer.close()
+    return True

@@ -1,0 +1,303 @@
+"""Flags: nerf-pytorch's by name, type, default and meaning, and ours beside them.
+
+Sources, strongest first: command line, environment (``NERF_<FLAG>``), config file, default.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import configargparse
+
+from nerf.datasets import DATASETS
+from nerf.field import NeRFField
+from nerf.renderer import NeRFRenderer
+
+ENV_PREFIX = "NERF_"
+
+# A checkpoint fits a run only where these agree. The rest may change on resume, and is reported.
+STRUCTURAL = (
+    "netdepth netwidth netdepth_fine netwidth_fine multires multires_views i_embed use_viewdirs "
+    "N_importance dataset_type white_bkgd no_ndc spherify lindisp pixel_center"
+).split()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}; expected 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number in (0, 1]")
+    return value
+
+
+def amount(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more")
+    return value
+
+
+def decay(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1)")
+    return value
+
+
+def new_parser(description: str) -> configargparse.ArgumentParser:
+    """A parser that reads ``--config`` files and NERF_* variables and never guesses a name."""
+    return configargparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        config_file_parser_class=configargparse.DefaultConfigFileParser,
+        auto_env_var_prefix=ENV_PREFIX,
+        allow_abbrev=False,
+        add_env_var_help=False,
+    )
+
+
+def _switch(group, name: str, help: str) -> None:
+    """An on/off flag that a config file can set and the command line can unset (--no-NAME)."""
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
+
+
+def add_run_flags(parser) -> None:
+    """Flags of any training script: where it writes, on what it runs, when it stops and saves."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--config", is_config_file=True, help="flat text file of flag = value lines")
+    add("--expname", help="name of the run; default: the config's or the data folder's name")
+    add("--basedir", default="./logs/", help="folder that holds run folders")
+    add("--seed", type=not_negative, default=0, help="decides weights and every random draw")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--N_iters", type=positive, default=200000, help="train up to this many updates in all")
+    add("--max_minutes", type=amount, default=0.0, help="stop training after so long; 0: no limit")
+    _switch(group, "no_reload", "start anew, ignoring the checkpoints of the run folder")
+    add("--ft_path", help="checkpoint to start from, ours or nerf-pytorch's (.tar)")
+
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--lrate", type=float, default=5e-4, help="learning rate")
+    add("--lrate_decay", type=positive, default=250, help="thousand steps to a tenth of it")
+    add("--lrate_warmup", type=not_negative, default=0, help="steps to reach it linearly")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
+    add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
+    add("--grad_clip", type=amount, default=0.0, help="largest gradient norm; 0: no limit")
+    _switch(group, "compile", "compile the networks with torch.compile (slow start)")
+    add("--dead_restarts", type=not_negative, default=3, help="new seeds to try if stuck")
+
+    group = parser.add_argument_group("logging and saving")
+    add = group.add_argument
+    add("--i_print", type=positive, default=100, help="steps between lines of metrics")
+    add("--i_img", type=not_negative, default=500, help="steps between validations; 0: never")
+    add("--i_weights", type=not_negative, default=10000, help="steps between checkpoints; 0: none")
+    add("--i_testset", type=not_negative, default=50000, help="steps between test renders; 0: end")
+    add("--i_video", type=not_negative, default=50000, help="steps between videos; 0: never")
+    add("--ckpt_secs", type=amount, default=60.0, help="seconds between checkpoints; 0: by step")
+    add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
+
+
+def add_scene_flags(parser) -> None:
+    """Flags of the pictures."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--datadir", default="./data/llff/fern", help="folder of the scene")
+    add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format of the scene")
+    add("--testskip", type=not_negative, default=8, help="keep 1/N of val and test views")
+    add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
+    _switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
+    _switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
+    add("--downscale", type=positive, default=1, help="reduce Blender pictures by area averaging")
+    add("--factor", type=positive, default=8, help="llff: use pictures this many times smaller")
+    _switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
+    _switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
+    _switch(group, "spherify", "llff: 360-degree capture around an object")
+    add("--llffhold", type=not_negative, default=8, help="llff: every N-th view is for testing")
+    _switch(group, "pixel_center", "rays through pixel centres (nerf-pytorch: corners)")
+
+
+def add_field_flags(parser) -> None:
+    """Flags of the network and of sampling along rays."""
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--netdepth", type=positive, default=8, help="layers")
+    add("--netwidth", type=positive, default=256, help="channels per layer")
+    add("--netdepth_fine", type=positive, default=8, help="layers of the fine network")
+    add("--netwidth_fine", type=positive, default=256, help="channels per layer, fine network")
+    _switch(group, "use_viewdirs", "colour depends on the viewing direction (5D input)")
+    add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
+    add("--multires", type=positive, default=10, help="frequencies of the position")
+    add("--multires_views", type=positive, default=4, help="frequencies of the direction")
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--N_samples", type=positive, default=64, help="coarse samples per ray")
+    add("--N_importance", type=not_negative, default=0, help="further, fine samples per ray")
+    add("--perturb", type=float, default=1.0, help="1: jitter training samples, 0: do not")
+    add("--raw_noise_std", type=amount, default=0.0, help="noise on training densities")
+    add("--chunk", type=positive, default=1024 * 32, help="most rays processed together")
+    add("--netchunk", type=positive, default=1024 * 64, help="most points in one network call")
+
+
+def add_nerf_flags(parser) -> None:
+    """Flags of run_nerf.py alone."""
+    group = parser.add_argument_group("ray batches")
+    add = group.add_argument
+    add("--N_rand", type=positive, default=32 * 32 * 4, help="rays per step, over all processes")
+    _switch(group, "no_batching", "all rays of a step from one picture")
+    add("--precrop_iters", type=not_negative, default=0, help="first steps use central crops only")
+    add("--precrop_frac", type=fraction, default=0.5, help="part of the picture taken for them")
+    group = parser.add_argument_group("rendering")
+    add = group.add_argument
+    _switch(group, "render_only", "render from the newest checkpoint instead of training")
+    _switch(group, "render_test", "render the test views, with metrics, not the camera path")
+    add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
+
+
+def nerf_parser() -> configargparse.ArgumentParser:
+    """The flags of run_nerf.py."""
+    parser = new_parser("Train, render and measure a neural radiance field from posed pictures.")
+    add_run_flags(parser)
+    add_scene_flags(parser)
+    add_field_flags(parser)
+    add_nerf_flags(parser)
+    return parser
+
+
+def parse(parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this run. Unknown names end the program and name the nearest known one."""
+    argv = sys.argv[1:] if argv is None else argv
+    known = sorted(option[2:] for option in parser._option_string_actions if option[:2] == "--")
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name not in {
+            ENV_PREFIX + option.upper() for option in known
+        }:
+            parser.error(f"environment variable {name}: " + _nearest(name[5:].lower(), known))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0]
+        name = word.split("=")[0].lstrip("-")
+        typed = any(given.split("=")[0] == word.split("=")[0] for given in argv)
+        where = "" if typed or not args.config else f"{args.config}: "
+        if not word.startswith("-"):
+            parser.error(f"{where}{word!r} is not a flag; flags start with --")
+        parser.error(f"{where}unknown flag {name!r}: " + _nearest(name, known))
+    if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
+        args.ft_path = None
+    if not args.expname or args.expname == "None":
+        args.expname = Path(args.config).stem if args.config else Path(args.datadir).name
+    return args
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    lowered = {option.lower(): option for option in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
+    return f"did you mean {lowered[close[0]]!r}? (--help lists all flags)"
+
+
+def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
+    """Raise ValueError on flags that contradict one another or cannot work."""
+    if args.N_rand % num_ranks:
+        raise ValueError(
+            f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "
+            f"use a multiple of {num_ranks}"
+        )
+    if args.no_reload and (args.render_only or args.ft_path):
+        other = "--render_only" if args.render_only else "--ft_path"
+        raise ValueError(f"--no_reload and {other} contradict each other; leave one out")
+    if args.half_res and args.downscale > 1:
+        raise ValueError("--half_res and --downscale both reduce the pictures; leave one out")
+    if args.dataset_type == "llff" and args.spherify and not args.no_ndc:
+        raise ValueError("--spherify needs --no_ndc: NDC is only for cameras that face forward")
+    if args.dataset_type == "llff" and args.lindisp and not args.no_ndc:
+        raise ValueError("--lindisp needs --no_ndc: NDC is even in 1 / depth already")
+    if args.N_importance and args.N_samples < 3:
+        raise ValueError(
+            f"--N_samples {args.N_samples} is too few for importance sampling; use 3 or more"
+        )
+    if args.keep_ckpts == 1 or args.keep_ckpts < 0:
+        raise ValueError(
+            f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
+        )
+    if not 0 < args.lrate < float("inf"):
+        raise ValueError(f"--lrate {args.lrate}; expected a positive number")
+
+
+def build_renderer(args: argparse.Namespace, background: float) -> NeRFRenderer:
+    """The networks and sampling that ``args`` asks for, with weights from torch's global seed."""
+
+    def field(depth: int, width: int) -> NeRFField:
+        return NeRFField(
+            depth,
+            width,
+            multires=args.multires,
+            multires_views=args.multires_views,
+            use_viewdirs=args.use_viewdirs,
+            encode=args.i_embed == 0,
+            out_channels=5 if args.N_importance > 0 else 4,  # the fifth is nerf-pytorch's, unused
+        )
+
+    return NeRFRenderer(
+        field(args.netdepth, args.netwidth),
+        field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
+        num_samples=args.N_samples,
+        num_importance=args.N_importance,
+        background=background,
+        perturb=args.perturb > 0,
+        raw_noise_std=args.raw_noise_std,
+        lindisp=args.lindisp,
+    )
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Learning rate of update ``step`` (0 is the first): exponential decay after linear warm-up."""
+    warmup = min(1.0, (step + 1) / args.lrate_warmup) if args.lrate_warmup else 1.0
+    return args.lrate * warmup * 0.1 ** (step / (args.lrate_decay * 1000))
+
+
+def structural_changes(saved: dict, args: argparse.Namespace) -> list[str]:
+    """The structural flags whose saved and present values differ, as "name: saved -> present"."""
+    return _changes(saved, args, STRUCTURAL)
+
+
+def other_changes(saved: dict, args: argparse.Namespace) -> list[str]:
+    """Every other flag that differs from the saved run's."""
+    return _changes(saved, args, [name for name in vars(args) if name not in STRUCTURAL])
+
+
+def _changes(saved: dict, args: argparse.Namespace, names) -> list[str]:
+    def present(name):
+        return bool(getattr(args, name)) if name == "N_importance" else getattr(args, name)
+
+    def before(name):
+        return bool(saved[name]) if name == "N_importance" else saved[name]
+
+    return [
+        f"{name}: {saved[name]} -> {getattr(args, name)}"
+        for name in names
+        if name in saved and before(name) != present(name)
+    ]
+
+
+def as_config(args: argparse.Namespace) -> str:
+    """``args`` as a config file that reads back to the same values; unset flags are comments."""
+    lines = []
+    for name, value in sorted(vars(args).items()):
+        if name == "config":
+            continue
+        lines.append(f"# {name} is not set" if value is None else f"{name} = {value}")
+    return "\n".join(lines) + "\n"

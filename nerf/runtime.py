@@ -1,0 +1,176 @@
+"""The process: ranks, device, seeds, precision, signals. Correct with no process group at all."""
+
+import os
+import random
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` of them; rank 0 writes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This rank's contiguous part of ``total`` items, which must divide evenly."""
+        part = total // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def gather(self, item) -> list:
+        """Every rank's ``item`` (anything picklable), in rank order, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def largest(self, *values: float) -> list[float]:
+        """The element-wise maximum of ``values`` over all ranks."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def setup(device: str) -> World:
+    """Join the process group that ``torchrun`` announces, if any, and choose the device.
+
+    device: auto, cpu, cuda, cuda:1 or mps. Under torchrun each process takes the GPU of its local
+    rank (nccl), or the CPU (gloo).
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if size > 1 else chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device {device}: GPU {chosen.index} of {torch.cuda.device_count()}; "
+                "start as many processes as there are GPUs"
+            )
+        torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    return World(rank, size, chosen)
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device that a ``--device`` value names; "auto" takes cuda, then mps, then cpu."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
+    missing = {
+        "cuda": not torch.cuda.is_available(),
+        "mps": not torch.backends.mps.is_available(),
+        "cpu": False,
+    }
+    if missing.get(chosen.type, True):
+        raise ValueError(f"--device {device}: not available here; use --device cpu or auto")
+    return chosen
+
+
+def cleanup() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch. The same on every rank: it decides the initial weights.
+
+    Draws of the training loop never come from these global states, see ``step_generator``.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def step_generator(seed: int, step: int, device) -> torch.Generator:
+    """The source of every random number of one step: a pure function of (seed, step).
+
+    Resuming needs no saved state. All ranks draw the same global batch and keep their share, so
+    the result does not depend on how many there are.
+    """
+    generator = torch.Generator(device=device)
+    # Consecutive seeds are unrelated in Philox (CUDA) but not in the CPU's Mersenne twister, whose
+    # seeding mixes 32 bits; spread (seed, step) over them (Knuth's multiplicative hash).
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**64
+    mixed ^= mixed >> 29
+    return generator.manual_seed(mixed % 2**63)
+
+
+def autocast(device: torch.device, amp: str):
+    """Half precision for matrix products; a no-op for ``amp`` = "off"."""
+    dtype = AMP_DTYPES[amp]
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
+    """Loss scaling, which float16's narrow range needs; a no-op for other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM instead of dying; the loop looks at ``number`` once a step.
+
+    A second signal meets the default handler and ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._restore()
+
+    def _note(self, number, frame) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,100 @@
+"""One-dimensional maths along a ray: where to sample, and how samples blend. All float32.
+
+Alphabet: t [..., S] sample distances; sigma [..., S] density >= 0; weights [..., S] with sum <= 1.
+Functions that draw take their uniform numbers as an argument; None means deterministic.
+"""
+
+import torch
+from torch import Tensor
+
+
+def stratified_t(
+    near: Tensor, far: Tensor, num_samples: int, *, u: Tensor | None = None, lindisp: bool = False
+) -> Tensor:
+    """One distance per bin between near and far [..., 1] (NeRF eq. 2) -> t [..., S], ascending.
+
+    u [..., S] in [0, 1) places each sample between the midpoints to its neighbours; None gives
+    the bin positions themselves. ``lindisp`` spaces them evenly in 1 / t; near must be positive.
+    """
+    fraction = torch.linspace(0.0, 1.0, num_samples, dtype=near.dtype, device=near.device)
+    if lindisp:
+        t = 1.0 / (1.0 / near * (1.0 - fraction) + 1.0 / far * fraction)
+    else:
+        t = near * (1.0 - fraction) + far * fraction
+    if u is None:
+        return t
+    middle = 0.5 * (t[..., 1:] + t[..., :-1])
+    upper = torch.cat([middle, t[..., -1:]], dim=-1)
+    lower = torch.cat([t[..., :1], middle], dim=-1)
+    return lower + (upper - lower) * u
+
+
+def sample_pdf(edges: Tensor, weights: Tensor, num_samples: int, u: Tensor | None = None) -> Tensor:
+    """Inverse-CDF samples of a piecewise constant density (NeRF section 5.2).
+
+    edges [..., S + 1] ascending; weights [..., S] >= 0, not normalised. u [..., num_samples] in
+    [0, 1], or None for evenly spaced ones. Returns [..., num_samples] within the edges. Where all
+    weights are zero the samples spread evenly over the bins.
+    """
+    weights = weights + 1e-5  # nerf-pytorch's floor: empty rays must not divide 0 by 0
+    pdf = weights / weights.sum(-1, keepdim=True)
+    cdf = torch.cumsum(pdf, dim=-1)
+    cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], dim=-1)  # [..., S + 1]
+    if u is None:
+        u = torch.linspace(0.0, 1.0, num_samples, dtype=cdf.dtype, device=cdf.device)
+        u = u.expand(*cdf.shape[:-1], num_samples).contiguous()
+    found = torch.searchsorted(cdf, u, right=True)
+    below, above = (found - 1).clamp(min=0), found.clamp(max=cdf.shape[-1] - 1)
+    cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
+    width = cdf_above - cdf_below
+    # Bins thinner than the floor itself carry no mass; 1 keeps the division finite.
+    fraction = (u - cdf_below) / torch.where(width < 1e-5, torch.ones_like(width), width)
+    start, end = edges.gather(-1, below), edges.gather(-1, above)
+    return start + fraction * (end - start)
+
+
+def interval_lengths(t: Tensor, directions: Tensor) -> Tensor:
+    """Lengths in scene units of the intervals behind each sample; the last one reaches infinity.
+
+    t [..., S]; directions [..., 3], whose length converts t to scene units. nerf-pytorch writes
+    1e10 for infinity and parity needs the same: any density in the last sample is a wall.
+    """
+    steps = t[..., 1:] - t[..., :-1]
+    steps = torch.cat([steps, torch.full_like(t[..., :1], 1e10)], dim=-1)
+    return steps * directions.norm(dim=-1, keepdim=True)
+
+
+def blend_weights(sigma: Tensor, lengths: Tensor) -> Tensor:
+    """w_i = T_i (1 - exp(-sigma_i d_i)), T_i = exp(-sum_{j<i} sigma_j d_j) (NeRF eq. 3).
+
+    sigma, lengths [..., S] -> [..., S]. Transmittance is kept as a sum of logarithms, so it needs
+    no epsilon and an opaque sample gives exact zeros behind it.
+    """
+    optical = sigma * lengths
+    # Exclusive sum: the last interval, possibly 1e10 long, must not enter it at all.
+    before = torch.cumsum(optical[..., :-1], dim=-1)
+    before = torch.cat([torch.zeros_like(optical[..., :1]), before], dim=-1)
+    return torch.exp(-before) * -torch.expm1(-optical)
+
+
+def composite(rgb: Tensor, weights: Tensor, t: Tensor, background: float):
+    """Blend samples along each ray (NeRF eq. 3).
+
+    rgb [..., S, 3] in [0, 1]; weights [..., S]; t [..., S]; background grey level in [0, 1].
+    Returns rgb [..., 3], opacity [...], and depth [...]: the mean t of what the ray hit, 0 where
+    it hit nothing.
+    """
+    opacity = weights.sum(-1)
+    blended = (weights[..., None] * rgb).sum(-2)
+    if background:
+        blended = blended + background * (1.0 - opacity[..., None])
+    hit = opacity > 0
+    mass = torch.where(hit, opacity, torch.ones_like(opacity))
+    depth = (weights * t).sum(-1) / mass
+    return blended, opacity, depth
+
+
+def disparity(depth: Tensor) -> Tensor:
+    """1 / depth, and 0 where depth is 0 (a ray that hit nothing sees infinitely far)."""
+    hit = depth > 0
+    return torch.where(hit, 1.0 / torch.where(hit, depth, torch.ones_like(depth)), 0.0)

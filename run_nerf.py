@@ -1,0 +1,346 @@
+"""Train, render and measure a neural radiance field: the loop, and nothing else.
+
+    python run_nerf.py --config configs/lego.txt
+    python run_nerf.py --config configs/lego.txt --render_only --render_test --render_factor 4
+    torchrun --nproc_per_node=2 run_nerf.py --config configs/lego.txt
+
+Exit codes: 0 done; 2 a mistake in flags or data; 130 / 143 stopped by SIGINT / SIGTERM, with the
+step saved: the same command goes on from there.
+"""
+
+import math
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from nerf import checkpoint, evaluation, options, runtime
+from nerf.datasets import load_scene
+from nerf.ema import EMA
+from nerf.health import DeadStart
+from nerf.logs import Clock, Progress, RunFolder
+from nerf.losses import squared_error
+from nerf.metrics import psnr_from_mse
+from nerf.renderer import block_size, compile_fields
+
+MAX_SKIPPED = 100  # updates in a row that may be skipped for NaN or infinity
+
+
+def every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = options.parse(options.nerf_parser(), argv)
+    run = None
+    try:
+        world = runtime.setup(args.device)
+        options.check_nerf_flags(args, world.size)
+        folder = Path(args.basedir) / args.expname
+        run = RunFolder(folder, is_main=world.is_main, lock=not args.render_only)
+        return render_only(args, world, run) if args.render_only else train(args, world, run)
+    except ValueError as error:
+        print(f"run_nerf.py: {error}", file=sys.stderr)
+        if run is not None and run.is_main:
+            with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+        return 2
+    finally:
+        if run is not None:
+            run.close()
+        runtime.cleanup()
+
+
+# ------------------------------------------------------------------------------------ set-up
+
+
+def prepare(args, world, run, attempt: int):
+    """Scene-independent parts of a run: renderer, optimiser, scaler, EMA, on the device."""
+    runtime.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
+    renderer = options.build_renderer(args, background=float(args.white_bkgd)).to(world.device)
+    fused = world.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(renderer.parameters(), lr=args.lrate, fused=fused)
+    scaler = runtime.grad_scaler(world.device, args.amp)
+    return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
+
+
+def find_checkpoint(args, world, run):
+    """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file."""
+    found = None
+    if not args.no_reload and world.is_main:
+        own = checkpoint.newest_checkpoint(run.folder, run.say)
+        given = Path(args.ft_path) if args.ft_path else None
+        if given and (args.render_only or own is None):
+            own = (given, checkpoint.load_checkpoint(given))
+        found = own
+    path = world.gather(found and found[0])[0]
+    if path is None:
+        return None
+    return path, found[1] if found else checkpoint.load_checkpoint(path)
+
+
+def restore(path, state, args, run, renderer, optimizer=None, scaler=None, ema=None) -> None:
+    """Put ``state`` into the given parts, strictly."""
+    saved = state.get("args", {})
+    refused = options.structural_changes(saved, args)
+    if refused:
+        raise ValueError(
+            f"{path} was made with other flags ({'; '.join(refused)}); "
+            "use those, or another --expname"
+        )
+    if optimizer is not None:
+        for change in options.other_changes(saved, args):
+            run.say(f"changed since the checkpoint: {change}")
+    checkpoint.load_strictly(renderer.coarse, state["network_fn_state_dict"], f"{path}: coarse")
+    if renderer.fine is not None:
+        fine = state.get("network_fine_state_dict")
+        if fine is None:
+            raise ValueError(f"{path}: has no fine network; train with --N_importance 0")
+        checkpoint.load_strictly(renderer.fine, fine, f"{path}: fine")
+    if optimizer is not None:
+        checkpoint.load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
+    if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
+        scaler.load_state_dict(state["scaler_state_dict"])
+    if ema is not None and ema.enabled:
+        if "ema_state_dict" in state:
+            ema.load_state_dict(state["ema_state_dict"])
+        else:
+            run.say(f"{path} has no averaged weights; averaging starts from its own")
+            ema.reset()
+
+
+def make_painter(args, world, renderer, scene) -> evaluation.Painter:
+    def render(rays):
+        with runtime.autocast(world.device, args.amp):
+            return renderer.render(rays)
+
+    return evaluation.Painter(render, scene, rays_per_block(args, renderer, world), world)
+
+
+def rays_per_block(args, renderer, world) -> int:
+    width = max(args.netwidth, args.netwidth_fine if renderer.fine is not None else 0)
+    return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
+
+
+def measure_test(args, run, painter, ema, step) -> None:
+    """Render and measure the test views; metrics.json in their folder and in the run's."""
+    if not painter.scene.splits.get("test"):
+        run.say("there are no test views: no metrics.json")
+        return
+    name = f"render_test_{step:06d}"
+    with ema.swap():
+        metrics = evaluation.measure_views(painter, "test", run.folder / name, args.render_factor)
+    metrics.update(step=step, weights=ema.kind, args=vars(args))
+    run.write_json(f"{name}/metrics.json", metrics)
+    run.write_json("metrics.json", metrics)
+    ssim = "" if metrics["ssim"] is None else f", SSIM {metrics['ssim']:.4f}"
+    run.say(
+        f"test: PSNR {metrics['psnr']:.2f} dB{ssim} over {metrics['num_views']} views, "
+        f"{metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
+    )
+
+
+def render_camera_path(args, run, painter, ema, step) -> None:
+    folder = run.folder / f"render_path_{step:06d}"
+    with ema.swap():
+        videos = evaluation.render_path(painter, folder, args.render_factor, run.say)
+    run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+
+
+def render_only(args, world, run) -> int:
+    """``--render_only``: the camera path, or the test views with metrics, from a checkpoint."""
+    found = find_checkpoint(args, world, run)
+    if found is None:
+        raise ValueError(
+            f"{run.folder}: no checkpoint to render; train first, or name one with --ft_path"
+        )
+    path, state = found
+    args.ema_decay = state.get("args", {}).get("ema_decay", 0.0)
+    scene = load_scene(args, run.say).to(world.device)
+    renderer, _, _, ema = prepare(args, world, run, attempt=0)
+    restore(path, state, args, run, renderer, ema=ema)
+    step = checkpoint.finished_updates(state)
+    run.say(f"rendering {path} (step {step}, {ema.kind} weights); {scene.describe()}")
+    painter = make_painter(args, world, renderer, scene)
+    (measure_test if args.render_test else render_camera_path)(args, run, painter, ema, step)
+    return 0
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def train(args, world, run) -> int:
+    """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
+    run.record(args, options.as_config(args))
+    scene = load_scene(args, run.say).to(world.device)
+    run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
+    found = find_checkpoint(args, world, run)
+    attempt = found[1].get("attempt", 0) if found else 0
+    with runtime.StopSignal() as stop:
+        while True:
+            code = train_attempt(args, world, run, scene, stop, found, attempt)
+            if code is not None:
+                return code
+            # Stuck: whatever this attempt saved is as dead as it is.
+            found, attempt = None, attempt + 1
+            if world.is_main:
+                for path in checkpoint.list_checkpoints(run.folder):
+                    path.unlink()
+            run.close_tables()
+            world.barrier()
+
+
+def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
+    """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
+    renderer, optimizer, scaler, ema = prepare(args, world, run, attempt)
+    step, best, clock = 0, {"step": None, "psnr": -math.inf}, Clock()
+    if found:
+        path, state = found
+        restore(path, state, args, run, renderer, optimizer, scaler, ema)
+        step = checkpoint.finished_updates(state)
+        best, clock = state.get("best", best), Clock(state.get("train_seconds", 0.0))
+        run.say(f"resumed from {path} at step {step}")
+    if args.compile:
+        compile_fields(renderer, scene.pick(*torch.zeros(3, 64).long())[0], run.say)
+    model = DistributedDataParallel(renderer) if world.size > 1 else renderer
+    painter = make_painter(args, world, renderer, scene)
+    share, block = world.share(args.N_rand), painter.block
+    parts = [slice(a, a + block) for a in range(0, share.stop - share.start, block)]
+    health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
+    skipped, skipped_in_row, saved_at, window = 0, 0, time.monotonic(), (step, clock.seconds)
+
+    def save() -> None:
+        if not world.is_main:
+            return
+        state = {
+            "global_step": step,
+            "network_fn_state_dict": renderer.coarse.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "scaler_state_dict": scaler.state_dict(),
+            "args": vars(args),
+            "attempt": attempt,
+            "best": best,
+            "train_seconds": clock.seconds,
+        }
+        if renderer.fine is not None:
+            state["network_fine_state_dict"] = renderer.fine.state_dict()
+        if ema.enabled:
+            state["ema_state_dict"] = ema.state_dict()
+        checkpoint.save_checkpoint(checkpoint.checkpoint_path(run.folder, step), state)
+        checkpoint.prune_checkpoints(run.folder, args.keep_ckpts, best["step"])
+
+    while step < args.N_iters:
+        # One update. Every random number comes from (seed, step), see runtime.step_generator.
+        rate = options.learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        generator = runtime.step_generator(args.seed + attempt, step, world.device)
+        crop = args.precrop_frac if step < args.precrop_iters else 1.0
+        rays, target = scene.sample_rays(
+            args.N_rand, generator, one_image=args.no_batching, crop=crop
+        )
+        noise = renderer.draw_noise(args.N_rand, generator)
+        rays, target, noise = rays.part(share), target[share], noise.part(share)
+        loss_sum = torch.zeros((), device=world.device)
+        error_sum = torch.zeros((), device=world.device)
+        for (
+            part
+        ) in parts:  # small enough for activations to stay in cache; the gradient is the same
+            waiting = world.size > 1 and part is not parts[-1]
+            with model.no_sync() if waiting else nullcontext():
+                with runtime.autocast(world.device, args.amp):
+                    levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
+                weight = len(target[part]) / len(target)
+                errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
+                loss = sum(errors)
+                scaler.scale(loss).backward()  # DDP averages the gradients here
+            loss_sum += loss.detach()
+            error_sum += errors[-1].detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            renderer.parameters(), args.grad_clip or math.inf
+        )
+        finite = math.isfinite(grad_norm)
+        if finite:
+            scaler.step(optimizer)
+            ema.update()
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1  # updates finished, also when one was skipped
+
+        # After the update: signals, health, and everything periodic.
+        skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
+        if skipped_in_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"{MAX_SKIPPED} updates in a row had NaN or infinite gradients, up to step {step}; "
+                "lower --lrate, set --grad_clip 1, or use --amp bf16 or off"
+            )
+        dead = health.looks_dead(levels, target[parts[-1]], step)
+        time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
+        number, time_up, alive = world.largest(stop.number, time_up, not dead)
+        if number:
+            save()
+            run.say(f"stopped by signal {int(number)}; step {step} is saved")
+            return 128 + int(number)
+        if not alive and attempt < args.dead_restarts:
+            run.say(
+                f"step {step}: stuck, every ray is {DeadStart.diagnosis(levels)}; starting again "
+                f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
+            )
+            progress.close()
+            return None
+        last = bool(time_up) or step == args.N_iters
+        if every(step, args.i_print) or last:
+            steps, seconds = step - window[0], max(clock.seconds - window[1], 1e-9)
+            window = (step, clock.seconds)
+            values = {
+                "loss": loss_sum.item(),
+                "psnr": psnr_from_mse(error_sum.item()),
+                "lr": rate,
+                "grad_norm": float(grad_norm),
+                "rays_per_second": steps * args.N_rand / seconds,
+                "memory_mb": runtime.peak_memory_mb(world.device),
+                "skipped": skipped,
+                "train_seconds": clock.seconds,
+            }
+            run.scalars(step, values)
+            eta = (args.N_iters - step) * seconds / steps
+            line = (
+                f"loss {values['loss']:.5f}  PSNR {values['psnr']:.2f}  "
+                f"{values['rays_per_second']:.0f} rays/s"
+            )
+            if not progress.on_terminal:
+                run.say(f"step {step}/{args.N_iters}  {line}  ETA {eta / 60:.1f} min")
+            progress.describe(line)
+        progress.advance()
+        if every(step, args.i_img):
+            with clock, ema.swap():
+                score = evaluation.validation_psnr(painter)
+                if world.is_main:
+                    strip = evaluation.validation_strip(painter, step)
+                    run.validation(step, score, strip)
+            run.say(f"step {step}: validation PSNR {score:.2f}")
+            if score > best["psnr"]:
+                best = {"step": step, "psnr": score}
+        due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs
+        if every(step, args.i_weights) or due or best["step"] == step or last:
+            with clock:
+                save()
+            saved_at = time.monotonic()
+        with clock:
+            if every(step, args.i_video) or (last and args.i_video):
+                render_camera_path(args, run, painter, ema, step)
+            if every(step, args.i_testset) or last:
+                measure_test(args, run, painter, ema, step)
+        if last:
+            break
+    progress.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
