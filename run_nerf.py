@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------ set-up
 
 
-def prepare(args, world, run, attempt: int):
-    """Scene-independent parts of a run: renderer, optimiser, scaler, EMA, on the device."""
+def prepare(args, world, attempt: int):
+    """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
     runtime.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
     renderer = options.build_renderer(args, background=float(args.white_bkgd)).to(world.device)
     fused = world.device.type in ("cpu", "cuda")
@@ -159,9 +159,10 @@ def render_only(args, world, run) -> int:
             f"{run.folder}: no checkpoint to render; train first, or name one with --ft_path"
         )
     path, state = found
-    args.ema_decay = state.get("args", {}).get("ema_decay", 0.0)
     scene = load_scene(args, run.say).to(world.device)
-    renderer, _, _, ema = prepare(args, world, run, attempt=0)
+    renderer, _, _, _ = prepare(args, world, attempt=0)
+    # What training averaged is what it measured, so that is what is rendered.
+    ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
     restore(path, state, args, run, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
     run.say(f"rendering {path} (step {step}, {ema.kind} weights); {scene.describe()}")
@@ -196,7 +197,7 @@ def train(args, world, run) -> int:
 
 def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
-    renderer, optimizer, scaler, ema = prepare(args, world, run, attempt)
+    renderer, optimizer, scaler, ema = prepare(args, world, attempt)
     step, best, clock = 0, {"step": None, "psnr": -math.inf}, Clock()
     if found:
         path, state = found
@@ -247,9 +248,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         rays, target, noise = rays.part(share), target[share], noise.part(share)
         loss_sum = torch.zeros((), device=world.device)
         error_sum = torch.zeros((), device=world.device)
-        for (
-            part
-        ) in parts:  # small enough for activations to stay in cache; the gradient is the same
+        for part in parts:  # so small that activations stay in cache; the gradient is the same
             waiting = world.size > 1 and part is not parts[-1]
             with model.no_sync() if waiting else nullcontext():
                 with runtime.autocast(world.device, args.amp):

@@ -251,9 +251,10 @@ def intrinsics_of(size: int) -> Tensor:
 
 
 def render_view(c2w: np.ndarray, size: int, solids=tuple(SOLIDS)) -> tuple[np.ndarray, np.ndarray]:
-    """The view from c2w [3, 4]: straight RGBA in [0, 1] [size, size, 4] and exact depth (inf: none).
+    """From c2w [3, 4]: straight RGBA in [0, 1] [size, size, 4], exact depth [size, size].
 
-    Depth is t: distance along the camera's axis, through the pixel's centre. Pixels that differ
+    Depth is t, the distance along the camera's axis, through the pixel's centre; infinite where
+    nothing is. Pixels that differ
     from a neighbour are averages over their area, the others are flat enough for one ray.
     """
     pose, intrinsics = torch.tensor(c2w, dtype=torch.float32), intrinsics_of(size)
@@ -279,7 +280,7 @@ def render_view(c2w: np.ndarray, size: int, solids=tuple(SOLIDS)) -> tuple[np.nd
 
 
 def hemisphere(count: int, seed: int) -> np.ndarray:
-    """Random cameras [count, 3, 4] on the upper hemisphere, evenly by area, looking at the origin."""
+    """Random cameras [count, 3, 4] on the upper hemisphere, even by area, facing the origin."""
     random = np.random.default_rng(seed)
     azimuth, height = random.uniform(-np.pi, np.pi, count), random.uniform(0.03, 0.97, count)
     flat = np.sqrt(1 - height**2)
@@ -288,7 +289,7 @@ def hemisphere(count: int, seed: int) -> np.ndarray:
 
 
 def facing(count: int, seed: int) -> np.ndarray:
-    """Forward-facing cameras [count, 3, 4]: a grid's worth of small offsets in front of the scene."""
+    """Forward-facing cameras [count, 3, 4]: small random offsets in front of the scene."""
     random = np.random.default_rng(seed)
     places = np.stack(
         [random.uniform(-0.7, 0.7, count), np.full(count, -4.2), random.uniform(0.1, 1.1, count)],

@@ -1,1 +1,1 @@
-"""Neural radiance fields in plain PyTorch: cameras, rays, fields, volume rendering, data and runs."""
+"""Neural radiance fields in plain PyTorch: rays, fields, volume rendering, data and runs."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class FrequencyEncoding(nn.Module):
-    """x, then sin and cos of 2^0 x ... 2^(L-1) x (NeRF eq. 4, without its factor pi, as in its code).
+    """x, then sin and cos of 2^0 x ... 2^(L-1) x (NeRF eq. 4; like its code, without the pi).
 
     [..., 3] -> [..., 3 + 6 L], always in float32: at 2^9 x bfloat16 has no fraction bits left.
     The order (x, sin 2^0, cos 2^0, sin 2^1, ...) is nerf-pytorch's, so its weights fit.

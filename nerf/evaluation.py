@@ -5,8 +5,8 @@ renders. Everything here runs under the weights that the caller has put in place
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch

@@ -52,7 +52,7 @@ class NeRFField(nn.Module):
             nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
             for i in range(depth)
         )
-        # Registered in nerf-pytorch's order, also when unused: its optimiser state goes by position.
+        # In nerf-pytorch's order, also when unused: its optimiser state goes by position.
         self.views_linears = nn.ModuleList([nn.Linear(view_dim + width, width // 2)])
         if use_viewdirs:
             self.feature_linear = nn.Linear(width, width)

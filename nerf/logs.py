@@ -128,7 +128,7 @@ class RunFolder:
 
 
 def _open_table(path: Path, step: int, header: list[str]):
-    """A CSV file to append to; rows from ``step`` on, left by a run that was cut off, are dropped."""
+    """A CSV file to append to, without the rows from ``step`` on that a broken-off run left."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [",".join(header) + "\n"] + [
         line

@@ -1,7 +1,7 @@
 """Pictures and videos on disk, and scalar maps in colour."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import imageio.v3 as iio
 import numpy as np

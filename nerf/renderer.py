@@ -1,6 +1,7 @@
 """Rays -> colours: NeRF's two levels of volume rendering, and whole pictures in flat memory."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -72,11 +72,9 @@ def read_focal(path: Path, height: int) -> float:
     The file's lines: "f cx cy 0", grid centre, near plane, scale, "height width".
     """
     lines = read_numbers(path)
-    if (
-        len(lines) < 5
-        or len(lines[0]) < 3
-        or len(lines[4]) < 2
-        or min(lines[0][0], lines[4][0]) <= 0
-    ):
-        raise ValueError(f'{path}: expected five lines, "f cx cy 0" first and "height width" fifth')
-    return lines[0][0] * height / lines[4][0]
+    if len(lines) < 5 or len(lines[0]) < 3 or len(lines[4]) < 2:
+        raise ValueError(f'{path}: expected five lines, "f cx cy" first and "height width" fifth')
+    focal, file_height = lines[0][0], lines[4][0]
+    if not (focal > 0 and file_height > 0):
+        raise ValueError(f"{path}: focal length {focal:g}, height {file_height:g}; expected > 0")
+    return focal * height / file_height

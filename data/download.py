@@ -1,0 +1,166 @@
+"""Fetch the public example scenes into data/, where the configs expect them.
+
+    python data/download.py lego            # data/nerf_synthetic/lego
+    python data/download.py fern            # data/nerf_llff_data/fern
+    python data/download.py --list
+
+A download that broke off goes on where it stopped. Every file of an archive is checked against the
+archive's checksums, and the archive against the server's SHA-256 where it states one, or against
+--sha256. A scene's folder appears whole or not at all.
+"""
+
+import argparse
+import hashlib
+import re
+import shutil
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+EXAMPLE = "http://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip"
+BLENDER = "https://huggingface.co/datasets/jkulhanek/nerfbaselines-data/resolve/main/blender/"
+BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "materials", "mic", "ship")
+LLFF_SCENES = ("flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+LLFF_BY_HAND = "https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1"
+
+# scene -> (archive, folder of the scene under data/)
+SCENES = {
+    "lego": (EXAMPLE, "nerf_synthetic/lego"),
+    "fern": (EXAMPLE, "nerf_llff_data/fern"),
+    **{name: (f"{BLENDER}{name}.zip", f"nerf_synthetic/{name}") for name in BLENDER_SCENES},
+}
+
+
+class DownloadError(Exception):
+    """What went wrong, in one line."""
+
+
+def fetch(url: str, target: Path) -> str | None:
+    """Download ``url`` to ``target``; returns the SHA-256 that the server states, if it does.
+
+    Bytes collect in ``target``.part, which a later call continues.
+    """
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            if have and response.status != 206:
+                have = 0  # the server does not resume: from the start
+            stated = response.headers.get("X-Linked-Etag") or response.headers.get("ETag") or ""
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            _copy(response, part, have, total, url)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to fetch
+            raise DownloadError(f"{url}: the server says {error.code} {error.reason}") from None
+        stated = ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise DownloadError(
+            f"{url}: not reachable ({reason}); run the same command again to go on"
+        ) from None
+    part.replace(target)
+    match = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', stated)
+    return match[1] if match else None
+
+
+def _copy(response, part: Path, have: int, total: int | None, url: str) -> None:
+    from tqdm import tqdm
+
+    with (
+        open(part, "ab" if have else "wb") as file,
+        tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while block := response.read(1 << 20):
+            file.write(block)
+            bar.update(len(block))
+    if total is not None and part.stat().st_size != total:
+        raise DownloadError(
+            f"{url}: broke off at {part.stat().st_size} of {total} bytes; run it again to go on"
+        )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive: Path, scene: str, target: Path) -> None:
+    """Put the scene's files from a zip archive at ``target``, checking every file's checksum."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
+            file.extractall(temporary, members)  # raises BadZipFile on a wrong CRC
+        found = [path.parent for path in temporary.rglob("transforms_train.json")]
+        found += [path.parent for path in temporary.rglob("poses_bounds.npy")]
+        named = [folder for folder in found if folder.name == scene] or found
+        if len(named) != 1:
+            raise DownloadError(f"{archive}: holds no scene called {scene}")
+        named[0].rename(target)
+    except (zipfile.BadZipFile, EOFError) as error:
+        archive.unlink()
+        raise DownloadError(f"{archive}: damaged and removed ({error}); try again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def download(scene: str, root: Path, url: str | None = None, sha256: str | None = None) -> Path:
+    """The folder of ``scene`` under ``root``, fetched unless it is there."""
+    source, folder = SCENES[scene]
+    url, target = url or source, root / folder
+    if target.exists():
+        print(f"{target}: already there")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    archive = root / (Path(url).name or f"{scene}.zip")
+    stated = None
+    if not archive.exists():
+        print(f"fetching {url}")
+        stated = fetch(url, archive)
+    expected, actual = sha256 or stated, digest(archive)
+    if expected and expected.lower() != actual:
+        archive.unlink()
+        raise DownloadError(f"{archive}: SHA-256 is {actual}, expected {expected}; removed")
+    print(f"{archive}: SHA-256 {actual}" + (" as expected" if expected else ""))
+    unpack(archive, scene, target)
+    print(f"{target}: ready; {archive} may be deleted")
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scene", nargs="?", help="name of a scene, see --list")
+    parser.add_argument("--list", action="store_true", help="name the scenes and their sources")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parent, help="data folder")
+    parser.add_argument("--url", help="take the archive from here (a mirror)")
+    parser.add_argument("--sha256", help="what the archive's checksum must be")
+    args = parser.parse_args()
+    if args.list:
+        for name, (url, folder) in SCENES.items():
+            print(f"{name:10} {folder:26} {url}")
+        return 0
+    try:
+        if args.scene in LLFF_SCENES and not args.url:
+            raise DownloadError(
+                f"{args.scene}: has no direct link; get nerf_llff_data.zip by hand from "
+                f"{LLFF_BY_HAND} and unpack it into {args.root}/nerf_llff_data"
+            )
+        if args.scene in LLFF_SCENES:
+            SCENES[args.scene] = (args.url, f"nerf_llff_data/{args.scene}")
+        if args.scene not in SCENES:
+            raise DownloadError(f"scene {args.scene!r}; expected one of {', '.join(SCENES)}")
+        download(args.scene, args.root, args.url, args.sha256)
+    except (DownloadError, OSError) as error:
+        print(f"download.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
