@@ -1,0 +1,73 @@
+"""What the tests share: import paths, small demo scenes in every format, the script runner."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"  # real data and nerf-pytorch's own numbers; optional
+for folder in (REPOSITORY / "data", REPOSITORY):
+    sys.path.insert(0, str(folder))
+
+import make_demo  # noqa: E402
+
+DEMO_SIZE = 32
+DEMO_COUNTS = {"train": 6, "val": 2, "test": 2}
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_nerf_variables(monkeypatch):
+    """The caller's own NERF_* variables must not decide what a test sees."""
+    for name in list(os.environ):
+        if name.startswith("NERF_"):
+            monkeypatch.delenv(name)
+
+
+def _demo(tmp_path_factory, kind: str) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / kind
+    make_demo.make(folder, kind, DEMO_SIZE, DEMO_COUNTS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_blender(tmp_path_factory) -> Path:
+    """The demo scene in Blender's format. As all demo folders: read it, change only a copy."""
+    return _demo(tmp_path_factory, "blender")
+
+
+@pytest.fixture(scope="session")
+def demo_llff(tmp_path_factory) -> Path:
+    return _demo(tmp_path_factory, "llff")
+
+
+@pytest.fixture(scope="session")
+def demo_deepvoxels(tmp_path_factory) -> Path:
+    return _demo(tmp_path_factory, "deepvoxels")
+
+
+@pytest.fixture(scope="session")
+def demo_linemod(tmp_path_factory) -> Path:
+    return _demo(tmp_path_factory, "linemod")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared; tests that want it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: no real data and no reference numbers to compare with")
+    return SHARED
+
+
+def run_script(args, **kw) -> subprocess.CompletedProcess:
+    """``python run_nerf.py *args`` in the repository's root, its text captured."""
+    environment = {key: text for key, text in os.environ.items() if not key.startswith("NERF_")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    settings = {"cwd": REPOSITORY, "env": environment, "timeout": 120}
+    command = [sys.executable, "run_nerf.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **{**settings, **kw})
