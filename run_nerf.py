@@ -58,12 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------ set-up
 
 
-def prepare(args, world, attempt: int):
+def prepare(args, world, scene, attempt: int, warn):
     """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
     runtime.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
-    renderer = options.build_renderer(args, background=float(args.white_bkgd)).to(world.device)
+    renderer = options.build_renderer(args, scene, warn).to(world.device)
     fused = world.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(renderer.parameters(), lr=args.lrate, fused=fused)
+    betas, eps = ((0.9, 0.99), 1e-15) if args.occ_grid else ((0.9, 0.999), 1e-8)
+    groups = options.parameter_groups(renderer, args)
+    optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=betas, eps=eps, fused=fused)
     scaler = runtime.grad_scaler(world.device, args.amp)
     return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
 
@@ -95,12 +97,7 @@ def restore(path, state, args, run, renderer, optimizer=None, scaler=None, ema=N
     if optimizer is not None:
         for change in options.other_changes(saved, args):
             run.say(f"changed since the checkpoint: {change}")
-    checkpoint.load_strictly(renderer.coarse, state["network_fn_state_dict"], f"{path}: coarse")
-    if renderer.fine is not None:
-        fine = state.get("network_fine_state_dict")
-        if fine is None:
-            raise ValueError(f"{path}: has no fine network; train with --N_importance 0")
-        checkpoint.load_strictly(renderer.fine, fine, f"{path}: fine")
+    renderer.load_checkpoint_state(state, checkpoint.load_strictly, str(path))
     if optimizer is not None:
         checkpoint.load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
     if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
@@ -122,6 +119,8 @@ def make_painter(args, world, renderer, scene) -> evaluation.Painter:
 
 
 def rays_per_block(args, renderer, world) -> int:
+    if args.occ_grid:  # few samples a ray: larger blocks, still in cache
+        return min(args.chunk, 4096 if world.device.type == "cpu" else 1 << 17)
     width = max(args.netwidth, args.netwidth_fine if renderer.fine is not None else 0)
     return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
 
@@ -160,7 +159,7 @@ def render_only(args, world, run) -> int:
         )
     path, state = found
     scene = load_scene(args, run.say).to(world.device)
-    renderer, _, _, _ = prepare(args, world, attempt=0)
+    renderer = prepare(args, world, scene, attempt=0, warn=run.say)[0]
     # What training averaged is what it measured, so that is what is rendered.
     ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
     restore(path, state, args, run, renderer, ema=ema)
@@ -176,7 +175,7 @@ def render_only(args, world, run) -> int:
 
 def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
-    run.record(args, options.as_config(args))
+    run.record(vars(args), options.as_config(args))
     scene = load_scene(args, run.say).to(world.device)
     run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
     found = find_checkpoint(args, world, run)
@@ -197,7 +196,7 @@ def train(args, world, run) -> int:
 
 def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
-    renderer, optimizer, scaler, ema = prepare(args, world, attempt)
+    renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
     step, best, clock = 0, {"step": None, "psnr": -math.inf}, Clock()
     if found:
         path, state = found
@@ -209,17 +208,17 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         compile_fields(renderer, scene.pick(*torch.zeros(3, 64).long())[0], run.say)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
     painter = make_painter(args, world, renderer, scene)
-    share, block = world.share(args.N_rand), painter.block
-    parts = [slice(a, a + block) for a in range(0, share.stop - share.start, block)]
+    complaints: set[str] = set()
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
-    skipped, skipped_in_row, saved_at, window = 0, 0, time.monotonic(), (step, clock.seconds)
+    skipped, skipped_in_row, saved_at = 0, 0, time.monotonic()
+    rays_done, window = 0, (step, 0, clock.seconds)
 
     def save() -> None:
         if not world.is_main:
             return
         state = {
             "global_step": step,
-            "network_fn_state_dict": renderer.coarse.state_dict(),
+            **renderer.checkpoint_state(),
             "optimizer_state_dict": optimizer.state_dict(),
             "scaler_state_dict": scaler.state_dict(),
             "args": vars(args),
@@ -227,8 +226,6 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             "best": best,
             "train_seconds": clock.seconds,
         }
-        if renderer.fine is not None:
-            state["network_fine_state_dict"] = renderer.fine.state_dict()
         if ema.enabled:
             state["ema_state_dict"] = ema.state_dict()
         checkpoint.save_checkpoint(checkpoint.checkpoint_path(run.folder, step), state)
@@ -238,14 +235,22 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
         rate = options.learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         generator = runtime.step_generator(args.seed + attempt, step, world.device)
-        crop = args.precrop_frac if step < args.precrop_iters else 1.0
+        renderer.prepare_step(step, generator)
+        num_rays = renderer.rays_per_step(args.N_rand, world.size)
+        share = world.share(num_rays)
+        noise = renderer.draw_noise(num_rays, generator)
         rays, target = scene.sample_rays(
-            args.N_rand, generator, one_image=args.no_batching, crop=crop
+            num_rays,
+            generator,
+            one_image=args.no_batching,
+            crop=args.precrop_frac if step < args.precrop_iters else 1.0,
+            background=noise.background,
         )
-        noise = renderer.draw_noise(args.N_rand, generator)
         rays, target, noise = rays.part(share), target[share], noise.part(share)
+        block = len(target) if args.occ_grid else painter.block
+        parts = [slice(start, start + block) for start in range(0, len(target), block)]
         loss_sum = torch.zeros((), device=world.device)
         error_sum = torch.zeros((), device=world.device)
         for part in parts:  # so small that activations stay in cache; the gradient is the same
@@ -269,6 +274,9 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             ema.update()
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if args.occ_grid:
+            renderer.finish_step(num_rays, world.total(renderer.num_samples))
+        rays_done += num_rays
         step += 1  # updates finished, also when one was skipped
 
         # After the update: signals, health, and everything periodic.
@@ -294,17 +302,19 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             return None
         last = bool(time_up) or step == args.N_iters
         if every(step, args.i_print) or last:
-            steps, seconds = step - window[0], max(clock.seconds - window[1], 1e-9)
-            window = (step, clock.seconds)
+            steps, seconds = step - window[0], max(clock.seconds - window[2], 1e-9)
+            rays_per_second = (rays_done - window[1]) / seconds
+            window = (step, rays_done, clock.seconds)
             values = {
                 "loss": loss_sum.item(),
                 "psnr": psnr_from_mse(error_sum.item()),
                 "lr": rate,
                 "grad_norm": float(grad_norm),
-                "rays_per_second": steps * args.N_rand / seconds,
+                "rays_per_second": rays_per_second,
                 "memory_mb": runtime.peak_memory_mb(world.device),
                 "skipped": skipped,
                 "train_seconds": clock.seconds,
+                **renderer.report(),
             }
             run.scalars(step, values)
             eta = (args.N_iters - step) * seconds / steps
@@ -315,6 +325,10 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             if not progress.on_terminal:
                 run.say(f"step {step}/{args.N_iters}  {line}  ETA {eta / 60:.1f} min")
             progress.describe(line)
+            complaint = renderer.warning(step)
+            if complaint and complaint not in complaints:
+                complaints.add(complaint)
+                run.say(f"step {step}: {complaint}")
         progress.advance()
         if every(step, args.i_img):
             with clock, ema.swap():

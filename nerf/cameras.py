@@ -29,11 +29,11 @@ def orbit_path(num_views: int = 40, elevation_deg: float = 30.0, radius: float =
     """
     azimuth = np.linspace(-np.pi, np.pi, num_views + 1)[:-1]
     elevation = np.radians(elevation_deg)
-    # Azimuth 0 lies on -y and turns towards +x, as the transform chain of the original does.
+    # Azimuth 0 lies on +y and turns towards +x, as the transform chain of the original does.
     positions = radius * np.stack(
         [
             np.cos(elevation) * np.sin(azimuth),
-            -np.cos(elevation) * np.cos(azimuth),
+            np.cos(elevation) * np.cos(azimuth),
             np.full_like(azimuth, np.sin(elevation)),
         ],
         axis=-1,

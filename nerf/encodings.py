@@ -1,6 +1,7 @@
 """Feature encodings of positions and directions. An encoding owns its output width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -33,3 +34,81 @@ class IdentityEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class TriPlane(nn.Module):
+    """Products of three axis-aligned feature planes, at several resolutions.
+
+    (Chan et al. 2022, EG3D, section 4; products as in Fridovich-Keil et al. 2023, K-Planes,
+    section 3.1.) Unit points [N, 3] in [-1, 1] -> [N, channels x resolutions], float32.
+    """
+
+    def __init__(self, channels: int = 16, resolutions: tuple[int, ...] = (64, 128)):
+        super().__init__()
+        self.planes = nn.ParameterList(
+            nn.Parameter(torch.empty(3, channels, size, size).uniform_(0.1, 0.5))
+            for size in resolutions
+        )
+        self.out_dim = channels * len(resolutions)
+
+    def forward(self, points: Tensor) -> Tensor:
+        x, y, z = points.unbind(-1)
+        places = torch.stack(
+            [torch.stack(pair, dim=-1) for pair in ((x, y), (x, z), (y, z))]
+        )  # [3, N, 2]
+        features = []
+        for plane in self.planes:
+            values = F.grid_sample(
+                plane, places[:, :, None], padding_mode="border", align_corners=True
+            )  # [3, C, N, 1]
+            features.append(values.prod(0)[..., 0])
+        return torch.cat(features).T  # [N, F]
+
+
+class HashGrid(nn.Module):
+    """Multi-resolution feature grids, coarse ones dense, fine ones hashed (Instant-NGP, section 3).
+
+    Unit points [N, 3] in [-1, 1] -> [N, levels x channels], float32. ``log2_size``: logarithm of
+    the most entries of one level. Resolutions grow geometrically from ``coarsest`` to ``finest``.
+    """
+
+    def __init__(
+        self,
+        levels: int = 8,
+        channels: int = 4,
+        log2_size: int = 17,
+        coarsest: int = 16,
+        finest: int = 256,
+    ):
+        super().__init__()
+        growth = (finest / coarsest) ** (1 / max(1, levels - 1))
+        self.sizes = [round(coarsest * growth**level) for level in range(levels)]
+        self.channels, self.capacity = channels, 2**log2_size
+        rows = [min((size + 1) ** 3, self.capacity) for size in self.sizes]
+        self.tables = nn.ParameterList(
+            nn.Parameter(torch.empty(count, channels).uniform_(-1e-4, 1e-4)) for count in rows
+        )
+        self.out_dim = levels * channels
+        corners = [[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)]
+        self.register_buffer("corners", torch.tensor(corners), persistent=False)
+
+    def forward(self, points: Tensor) -> Tensor:
+        features = []
+        for size, table in zip(self.sizes, self.tables, strict=True):
+            place = ((points + 1) / 2).clamp(0, 1) * size
+            base = place.floor().clamp(max=size - 1)
+            part = (place - base)[:, None]  # [N, 1, 3]
+            corner = base.long()[:, None] + self.corners  # [N, 8, 3]
+            weight = torch.where(self.corners.bool(), part, 1 - part).prod(-1)  # [N, 8]
+            rows = self._rows(corner, size, len(table))
+            features.append((F.embedding(rows, table) * weight[..., None]).sum(1))
+        return torch.cat(features, dim=-1)
+
+    def _rows(self, corner: Tensor, size: int, count: int) -> Tensor:
+        x, y, z = corner.unbind(-1)
+        if (size + 1) ** 3 <= count:
+            return (x * (size + 1) + y) * (size + 1) + z
+        return (x ^ (y * 2654435761) ^ (z * 805459861)) % count  # Instant-NGP eq. 4
+
+
+ENCODINGS = {"triplane": TriPlane, "hashgrid": HashGrid}

@@ -74,20 +74,26 @@ class NeRFField(nn.Module):
         return h
 
     def density(self, points: Tensor) -> Tensor:
-        """Density before its activation at points [B, S, 3] -> [B, S], float32."""
-        h = self.hidden(points.flatten(0, 1))
+        """Density before its activation at points [..., 3] -> [...], float32."""
+        h = self.hidden(points.reshape(-1, 3))
         raw = self.alpha_linear(h) if self.use_viewdirs else self.output_linear(h)[:, 3:4]
         return raw.float().view(points.shape[:-1])
 
-    def forward(self, points: Tensor, viewdirs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, points: Tensor, viewdirs: Tensor, ray: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and colour [B, S, 3], float32.
 
-        Both before their activations (ReLU or softplus, and sigmoid).
+        Both before their activations (ReLU or exp, and sigmoid). Packed samples: points [N, 3] and
+        ``ray`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
         """
-        num_rays, num_samples = points.shape[:2]
-        h = self.hidden(points.flatten(0, 1))
+        h = self.hidden(points.reshape(-1, 3))
         if not self.use_viewdirs:
-            raw = self.output_linear(h).float().view(num_rays, num_samples, -1)
+            raw = (
+                self.output_linear(h)
+                .float()
+                .view(*points.shape[:-1], self.output_linear.out_features)
+            )
             return raw[..., 3], raw[..., :3]
         view_layer = self.views_linears[0]
         with torch.autocast(points.device.type, enabled=False):
@@ -97,8 +103,46 @@ class NeRFField(nn.Module):
             weight = on_feature @ self.feature_linear.weight  # [W/2, W]
             bias = on_feature @ self.feature_linear.bias + view_layer.bias
             per_ray = F.linear(self.view_encoding(viewdirs), on_view, bias)  # [B, W/2]
-        per_sample = F.linear(h, weight).view(num_rays, num_samples, -1)
-        v = F.relu(per_sample + per_ray[:, None].to(per_sample.dtype), inplace=True)
+        per_sample = F.linear(h, weight).view(*points.shape[:-1], len(weight))
+        per_ray = per_ray.to(per_sample.dtype)
+        per_ray = per_ray[:, None] if ray is None else per_ray[ray]
+        v = F.relu(per_sample + per_ray, inplace=True)
         rgb = self.rgb_linear(v).float()
-        density = self.alpha_linear(h).float().view(num_rays, num_samples)
+        density = self.alpha_linear(h).float().view(points.shape[:-1])
         return density, rgb
+
+
+class FeatureField(nn.Module):
+    """Learned features at a place, and two small networks that read them.
+
+    ``encoding`` maps unit points [N, 3] to features [N, F]; the first network gives density and a
+    16-vector, the second colour from that vector and the direction (Instant-NGP, section 5.4).
+    """
+
+    def __init__(self, encoding: nn.Module, width: int = 64, *, multires_views: int = 4):
+        super().__init__()
+        self.encoding = encoding
+        self.view_encoding = FrequencyEncoding(multires_views)
+        self.width = width
+        self.density_net = nn.Sequential(
+            nn.Linear(encoding.out_dim, width), nn.ReLU(inplace=True), nn.Linear(width, 16)
+        )
+        self.on_view = nn.Linear(self.view_encoding.out_dim, width)
+        self.on_feature = nn.Linear(16, width, bias=False)
+        self.color_net = nn.Sequential(
+            nn.ReLU(inplace=True),
+            nn.Linear(width, width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, 3),
+        )
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density before its activation at unit points [N, 3] -> [N], float32."""
+        return self.density_net(self.encoding(points))[:, 0].float()
+
+    def forward(self, points: Tensor, viewdirs: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed unit points [N, 3], viewdirs [R, 3], ray [N] -> density [N], colour [N, 3]."""
+        h = self.density_net(self.encoding(points))
+        per_ray = self.on_view(self.view_encoding(viewdirs))
+        rgb = self.color_net(self.on_feature(h) + per_ray[ray])
+        return h[:, 0].float(), rgb.float()

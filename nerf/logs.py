@@ -58,14 +58,14 @@ class RunFolder:
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
-    def record(self, args, as_config: str) -> None:
+    def record(self, flags: dict, as_config: str) -> None:
         """args.json, args.txt, config.txt and cmd.txt of this start."""
         if not self.is_main:
             return
-        self.write_json("args.json", vars(args))
+        self.write_json("args.json", flags)
         (self.folder / "args.txt").write_text(as_config, encoding="utf-8")
-        if args.config:
-            shutil.copyfile(args.config, self.folder / "config.txt")
+        if flags.get("config"):
+            shutil.copyfile(flags["config"], self.folder / "config.txt")
         with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
             file.write(_provenance())
 

@@ -85,4 +85,6 @@ def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -
     finally:
         if writer is not None:
             writer.close()
-    return True
+    if writer is None:
+        warn(f"{path.name} is not made: there are no frames")
+    return writer is not None

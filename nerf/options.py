@@ -5,22 +5,37 @@ Sources, strongest first: command line, environment (``NERF_<FLAG>``), config fi
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from pathlib import Path
 
 import configargparse
 
+from nerf.bounds import carve, scene_space
 from nerf.datasets import DATASETS
-from nerf.field import NeRFField
+from nerf.datasets.scene import Scene
+from nerf.encodings import ENCODINGS
+from nerf.field import FeatureField, NeRFField
+from nerf.grid_renderer import GridRenderer
+from nerf.occupancy import OccupancyGrid
 from nerf.renderer import NeRFRenderer
+from nerf.volume import PACKED_WEIGHTS
 
 ENV_PREFIX = "NERF_"
 
 # A checkpoint fits a run only where these agree. The rest may change on resume, and is reported.
 STRUCTURAL = (
     "netdepth netwidth netdepth_fine netwidth_fine multires multires_views i_embed use_viewdirs "
-    "N_importance dataset_type white_bkgd no_ndc spherify lindisp pixel_center"
+    "N_importance dataset_type white_bkgd no_ndc spherify lindisp pixel_center "
+    "field occ_grid occ_res contract"
+).split()
+
+# What --fast stands for: as if these stood on the command line before your own flags.
+FAST = (
+    "--occ_grid --field triplane --pixel_center --random_bg --hull_init auto --no-no_batching "
+    "--precrop_iters 0 --raw_noise_std 0 --amp bf16 --lrate 5e-3 --lr_schedule cosine "
+    "--lrate_warmup 20 --N_iters 3000"
 ).split()
 
 
@@ -80,7 +95,12 @@ def add_run_flags(parser) -> None:
     """Flags of any training script: where it writes, on what it runs, when it stops and saves."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--config", is_config_file=True, help="flat text file of flag = value lines")
+    add(
+        "--config",
+        is_config_file=True,
+        env_var="NERF_CONFIG",
+        help="flat text file of flag = value lines",
+    )
     add("--expname", help="name of the run; default: the config's or the data folder's name")
     add("--basedir", default="./logs/", help="folder that holds run folders")
     add("--seed", type=not_negative, default=0, help="decides weights and every random draw")
@@ -94,6 +114,13 @@ def add_run_flags(parser) -> None:
     add = group.add_argument
     add("--lrate", type=float, default=5e-4, help="learning rate")
     add("--lrate_decay", type=positive, default=250, help="thousand steps to a tenth of it")
+    add(
+        "--lr_schedule",
+        choices=("exp", "cosine"),
+        default="exp",
+        help="exp: by --lrate_decay; cosine: to 2 %% at N_iters",
+    )
+    add("--lrate_grid", type=amount, default=4e-2, help="learning rate of features on grids")
     add("--lrate_warmup", type=not_negative, default=0, help="steps to reach it linearly")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
@@ -143,6 +170,31 @@ def add_field_flags(parser) -> None:
     add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
     add("--multires", type=positive, default=10, help="frequencies of the position")
     add("--multires_views", type=positive, default=4, help="frequencies of the direction")
+    add(
+        "--field",
+        choices=("mlp", *sorted(ENCODINGS)),
+        default="mlp",
+        help="positional-encoding MLP, or features on grids and two small MLPs",
+    )
+    group = parser.add_argument_group("fast path")
+    add = group.add_argument
+    _switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
+    _switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
+    add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
+    add("--march_steps", type=positive, default=192, help="samples across the whole scene box")
+    add("--target_samples", type=positive, default=12288, help="samples per step; rays follow")
+    add("--scene_bound", type=amount, default=0.0, help="half side of the scene's cube; 0: auto")
+    _switch(group, "contract", "unbounded scene: draw everything far away into a ball")
+    add("--cone_angle", type=amount, default=0.01, help="growth of steps with distance (contract)")
+    _switch(group, "random_bg", "train over random backgrounds, where pictures have alpha")
+    add(
+        "--hull_init",
+        choices=("off", "on", "auto"),
+        default="off",
+        help="start the grid as the visual hull of the alpha masks; auto: if there are any",
+    )
+    add("--composite", choices=sorted(PACKED_WEIGHTS), default="cumsum", help="packed blending")
+    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a rendered ray")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--N_samples", type=positive, default=64, help="coarse samples per ray")
@@ -184,9 +236,14 @@ def parse(parser, argv: list[str] | None = None) -> argparse.Namespace:
     known = sorted(option[2:] for option in parser._option_string_actions if option[:2] == "--")
     for name in os.environ:
         if name.startswith(ENV_PREFIX) and name not in {
-            ENV_PREFIX + option.upper() for option in known
+            ENV_PREFIX + option.upper()
+            for option in known
+            if option != "help" and not option.startswith("no-")
         }:
             parser.error(f"environment variable {name}: " + _nearest(name[5:].lower(), known))
+    if "--fast" in argv:
+        place = argv.index("--fast")
+        argv = [*FAST, *argv[:place], *argv[place:]]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0]
@@ -233,12 +290,20 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(
             f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
         )
+    if args.field != "mlp" and not args.occ_grid:
+        raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
+    if args.hull_init != "off" and args.contract:
+        raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
     if not 0 < args.lrate < float("inf"):
         raise ValueError(f"--lrate {args.lrate}; expected a positive number")
 
 
-def build_renderer(args: argparse.Namespace, background: float) -> NeRFRenderer:
-    """The networks and sampling that ``args`` asks for, with weights from torch's global seed."""
+def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=print):
+    """The networks and sampling that ``args`` asks for, with weights from torch's global seed.
+
+    scene: what an occupancy grid must cover; not needed without ``--occ_grid``.
+    """
+    background = float(args.white_bkgd)
 
     def field(depth: int, width: int) -> NeRFField:
         return NeRFField(
@@ -251,6 +316,8 @@ def build_renderer(args: argparse.Namespace, background: float) -> NeRFRenderer:
             out_channels=5 if args.N_importance > 0 else 4,  # the fifth is nerf-pytorch's, unused
         )
 
+    if args.occ_grid:
+        return _grid_renderer(args, scene, field, warn)
     return NeRFRenderer(
         field(args.netdepth, args.netwidth),
         field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
@@ -263,10 +330,63 @@ def build_renderer(args: argparse.Namespace, background: float) -> NeRFRenderer:
     )
 
 
+def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRenderer:
+    """One field with an occupancy grid in the space that the scene's cameras look into."""
+    space = scene_space(
+        scene,
+        args.march_steps,
+        bound=args.scene_bound,
+        contract=args.contract,
+        cone_angle=args.cone_angle,
+    )
+    grid = OccupancyGrid(args.occ_res).to(scene.images.device)
+    has_alpha = scene.images.shape[-1] == 4
+    if args.hull_init == "on" or (args.hull_init == "auto" and has_alpha and not args.contract):
+        space, warning = carve(scene, grid, space)
+        if warning:
+            warn(warning)
+    warn(f"scene space: {space}; {grid.fraction:.1%} of the grid to look at")
+    if args.field == "mlp":
+        field = mlp(args.netdepth, args.netwidth)
+    else:
+        field = FeatureField(ENCODINGS[args.field](), multires_views=args.multires_views)
+    return GridRenderer(
+        field,
+        grid,
+        space,
+        background=float(args.white_bkgd),
+        random_background=args.random_bg and has_alpha,
+        target_samples=args.target_samples,
+        composite=args.composite,
+        early_stop=args.early_stop,
+    )
+
+
+def parameter_groups(renderer, args: argparse.Namespace) -> list[dict]:
+    """Adam's groups: features on grids learn at their own rate ("scale" times the others')."""
+    tables = set()
+    if args.field != "mlp":
+        tables = set(renderer.field.encoding.parameters())
+    networks = [parameter for parameter in renderer.parameters() if parameter not in tables]
+    groups = [{"params": networks, "scale": 1.0}]
+    if tables:
+        groups.append(
+            {
+                "params": list(renderer.field.encoding.parameters()),
+                "scale": args.lrate_grid / args.lrate,
+            }
+        )
+    return groups
+
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Learning rate of update ``step`` (0 is the first): exponential decay after linear warm-up."""
+    """Learning rate of update ``step`` (0 is the first), after a linear warm-up."""
     warmup = min(1.0, (step + 1) / args.lrate_warmup) if args.lrate_warmup else 1.0
-    return args.lrate * warmup * 0.1 ** (step / (args.lrate_decay * 1000))
+    if args.lr_schedule == "cosine":
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.N_iters)))
+    else:
+        decay = 0.1 ** (step / (args.lrate_decay * 1000))
+    return args.lrate * warmup * decay
 
 
 def structural_changes(saved: dict, args: argparse.Namespace) -> list[str]:
@@ -299,5 +419,6 @@ def as_config(args: argparse.Namespace) -> str:
     for name, value in sorted(vars(args).items()):
         if name == "config":
             continue
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {value}")
+        text = f'"{value}"' if isinstance(value, str) else value  # quotes keep " #" in a value
+        lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
     return "\n".join(lines) + "\n"

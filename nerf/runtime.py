@@ -46,6 +46,10 @@ class World:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
+    def total(self, value: float) -> float:
+        """The sum of ``value`` over all ranks."""
+        return sum(self.gather(value))
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

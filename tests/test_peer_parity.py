@@ -30,7 +30,7 @@ class Run:
         self.path = folder / RUNS[name]
         self.state = checkpoint.load_checkpoint(self.path)
         self.reference = np.load(folder / "reference.npz")
-        self.renderer = options.build_renderer(self.args, float(self.args.white_bkgd))
+        self.renderer = options.build_renderer(self.args)
         checkpoint.load_strictly(
             self.renderer.coarse, self.state["network_fn_state_dict"], "coarse"
         )

@@ -200,7 +200,7 @@ def gradient_case():
     """A small renderer and one global batch, the same in every process."""
     args = options.parse(options.nerf_parser(), TINY)
     runtime.seed_everything(3)
-    renderer = options.build_renderer(args, 1.0)
+    renderer = options.build_renderer(args)
     generator = runtime.step_generator(3, 0, "cpu")
     from nerf.rays import Rays
 
@@ -242,8 +242,8 @@ def test_endless_nan_stops_with_a_diagnosis(tiny, tmp_path, capsys):
 def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_path, monkeypatch):
     build, built = options.build_renderer, []
 
-    def dead_at_first(args, background):
-        renderer = build(args, background)
+    def dead_at_first(*given):
+        renderer = build(*given)
         if not built:
             torch.nn.init.constant_(renderer.fine.alpha_linear.bias, -100.0)
         built.append(renderer)

@@ -29,7 +29,9 @@ def load_demo(args, warn) -> Scene:
     if not folder.exists():
         script = REPOSITORY / "data" / "make_demo.py"
         warn(f"making the demo scene in {folder}")
-        subprocess.run([sys.executable, str(script), "--out", str(folder)], check=True)
+        made = subprocess.run([sys.executable, str(script), "--out", str(folder)])
+        if made.returncode:
+            raise ValueError(f"{folder}: the demo scene could not be made; see the line above")
     return load_blender(args, warn)
 
 

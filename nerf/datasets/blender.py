@@ -31,9 +31,18 @@ def number(content: dict, key: str, where: str) -> float:
     if key not in content:
         raise ValueError(f'{where}: has no "{key}"; expected a number')
     value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
         raise ValueError(f'{where}: "{key}" is {value!r}; expected a finite number')
     return float(value)
+
+
+def table(rows) -> np.ndarray | None:
+    """A list of lists of numbers as float64; None if it is anything else."""
+    try:
+        values = np.array(rows)
+    except ValueError:  # rows of different lengths
+        return None
+    return values.astype(np.float64) if values.dtype.kind in "if" else None
 
 
 def read_frames(path: Path, skip: int) -> tuple[dict, list[dict], list[np.ndarray]]:
@@ -47,11 +56,8 @@ def read_frames(path: Path, skip: int) -> tuple[dict, list[dict], list[np.ndarra
         where = f"{path}: frame {index * skip}"
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise ValueError(f'{where} has no "file_path"; expected the picture\'s path')
-        try:
-            matrix = np.array(frame.get("transform_matrix"), dtype=np.float64)
-        except (TypeError, ValueError):
-            matrix = np.empty(0)
-        if matrix.shape not in ((3, 4), (4, 4)):
+        matrix = table(frame.get("transform_matrix"))
+        if matrix is None or matrix.shape not in ((3, 4), (4, 4)):
             raise ValueError(
                 f'{where} ({frame["file_path"]}): "transform_matrix" is not a 4x4 table of numbers'
             )

@@ -28,6 +28,12 @@ def load(datadir: Path, *, shape: str, testskip: int, background: float) -> Scen
         pose_files = sorted((base / "pose").glob("*.txt"))
         if len(pictures) != len(pose_files) or not pictures:
             raise ValueError(f"{base}: {len(pictures)} pictures but {len(pose_files)} pose files")
+        for picture, pose_file in zip(pictures, pose_files, strict=True):
+            if picture.stem != pose_file.stem:
+                raise ValueError(
+                    f"{base}: picture {picture.name} meets pose {pose_file.name}; "
+                    "their names must agree"
+                )
         numbers[split] = list(range(len(files), len(files) + len(pictures[::skip])))
         files += pictures[::skip]
         poses += [read_pose(path) for path in pose_files[::skip]]

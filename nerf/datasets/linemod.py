@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from nerf.cameras import orbit_path
-from nerf.datasets.blender import number, read_splits
+from nerf.datasets.blender import number, read_splits, table
 from nerf.datasets.images import read_images, shrink
 from nerf.datasets.scene import Scene
 
@@ -25,12 +25,8 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
         poses += split_poses
     last_split = list(splits)[-1]
     where = f"{datadir}/transforms_{last_split}.json"
-    matrix = np.array(splits[last_split][1][0].get("intrinsic_matrix", []), dtype=object)
-    try:
-        matrix = matrix.astype(np.float64)
-    except (TypeError, ValueError):
-        matrix = np.empty(0)
-    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+    matrix = table(splits[last_split][1][0].get("intrinsic_matrix"))
+    if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise ValueError(f'{where}: frame 0 needs "intrinsic_matrix", a 3x3 table of numbers')
     bounded = [name for name in ("train", "test") if name in splits]
     near, far = (

@@ -8,6 +8,7 @@ and farthest depth.
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,10 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; make it with LLFF's imgs2poses") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is not a plain numpy array ({error})") from None
+    if not isinstance(rows, np.ndarray):
+        raise ValueError(f"{path}: is an archive; expected one numpy array")
     if rows.ndim != 2 or rows.shape[1] != 17 or len(rows) == 0 or rows.dtype.kind != "f":
         raise ValueError(f"{path}: holds {rows.dtype}{list(rows.shape)}; expected floats [V, 17]")
     rows = rows.astype(np.float64)
@@ -165,6 +168,7 @@ def _write_cache(cache: Path, files, pictures, warn) -> None:
         os.chmod(temporary, 0o755)
         os.rename(temporary, cache)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not cache.is_dir():  # another process may have been quicker
             warn(f"{cache} is not cached ({error.strerror})")
+    finally:  # also when interrupted
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -82,16 +82,18 @@ class Scene:
     def resized(self, factor: int) -> "Scene":
         """Cameras for pictures ``factor`` times smaller; only for rendering, pictures are dropped.
 
-        Sizes are rounded down; focal lengths and principal points scale with the exact ratio, so
-        the field of view is kept (nerf-pytorch scales the focal length but renders with the old
-        matrix, which crops).
+        A small pixel stands for a block of ``factor`` x ``factor``, and its ray passes through the
+        middle of what those pixels' rays pass through; incomplete blocks at the right and bottom
+        are left out. (nerf-pytorch scales the focal length but renders with the old matrix.)
         """
         if factor <= 1:
             return self
         height, width = max(1, self.height // factor), max(1, self.width // factor)
-        ratio = torch.tensor([width / self.width, height / self.height]).repeat(2)
+        intrinsics = self.intrinsics / factor
+        if not self.pixel_center:
+            intrinsics[:, 2:] += 0.5 / factor - 0.5
         images = self.images.new_zeros(1, 1, 1, 3).expand(len(self.images), height, width, 3)
-        return replace(self, images=images, intrinsics=self.intrinsics * ratio.to(self.intrinsics))
+        return replace(self, images=images, intrinsics=intrinsics)
 
     def rays(self, x: Tensor, y: Tensor, c2w: Tensor, intrinsics: Tensor) -> Rays:
         """Rays through pixels x, y [B] of cameras c2w [B, 3, 4] or [3, 4]."""
@@ -111,21 +113,24 @@ class Scene:
 
         return rays_of
 
-    def over_background(self, pixels: Tensor) -> Tensor:
+    def over_background(self, pixels: Tensor, background: Tensor | None = None) -> Tensor:
         """uint8 pixels [..., 3|4] -> float32 [..., 3] in [0, 1], blended over the background."""
+        background = self.background if background is None else background
         pixels = pixels.float() / 255.0
         if pixels.shape[-1] == 3:
             return pixels
         rgb, alpha = pixels[..., :3], pixels[..., 3:]
-        return rgb * alpha + self.background * (1.0 - alpha)
+        return rgb * alpha + background * (1.0 - alpha)
 
     def picture(self, view: int) -> Tensor:
         """View ``view`` as float32 [H, W, 3] over the background, on the CPU."""
         return self.over_background(self.images[view].cpu())
 
-    def pick(self, views: Tensor, x: Tensor, y: Tensor) -> tuple[Rays, Tensor]:
+    def pick(
+        self, views: Tensor, x: Tensor, y: Tensor, background: Tensor | None = None
+    ) -> tuple[Rays, Tensor]:
         """Rays and colours [B, 3] of pixels x, y [B] (integers) in views [B]."""
-        target = self.over_background(self.images[views, y, x])
+        target = self.over_background(self.images[views, y, x], background)
         rays = self.rays(x.float(), y.float(), self.c2w[views], self.intrinsics[views])
         return rays, target
 
@@ -136,11 +141,13 @@ class Scene:
         *,
         one_image: bool = False,
         crop: float = 1.0,
+        background: Tensor | None = None,
     ) -> tuple[Rays, Tensor]:
         """Random training rays [B] and their colours [B, 3] in [0, 1].
 
         one_image: all from one random picture (``--no_batching``). crop: fraction of the height
-        and width around the centre to draw from (``--precrop_frac``).
+        and width around the centre to draw from (``--precrop_frac``). background [B, 3]: behind
+        transparent pixels, instead of the scene's.
         """
         device = self.images.device
 
@@ -152,7 +159,7 @@ class Scene:
         half_w, half_h = self.width / 2 * crop, self.height / 2 * crop
         x0, x1 = int(self.width / 2 - half_w), max(1, int(self.width / 2 + half_w))
         y0, y1 = int(self.height / 2 - half_h), max(1, int(self.height / 2 + half_h))
-        return self.pick(views, draw(x0, x1, num_rays), draw(y0, y1, num_rays))
+        return self.pick(views, draw(x0, x1, num_rays), draw(y0, y1, num_rays), background)
 
     def describe(self) -> str:
         """One line for the log."""

@@ -1,0 +1,97 @@
+"""How large the scene is, read off its cameras, and which part of it the alpha masks leave."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nerf.cameras import nearest_point_to_axes
+from nerf.datasets.scene import Scene
+from nerf.occupancy import Box, Contraction, OccupancyGrid
+
+
+def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, cone_angle: float):
+    """The space that the scene's cameras look into: a Box, or for ``contract`` a Contraction.
+
+    bound: half the side of a cube around the origin; 0: from the cameras. For cameras that look
+    inwards that is the ball around the point they look at which every picture shows whole; in NDC
+    what the outermost pixels see.
+    """
+    if contract:
+        return Contraction(scene.near, scene.far, num_steps, cone_angle).to(scene.c2w.device)
+    views = scene.splits["train"]
+    c2w, intrinsics = scene.c2w[views], scene.intrinsics[views]
+    if scene.ndc:
+        corners = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], device=c2w.device)
+        size = torch.tensor([scene.width, scene.height], device=c2w.device)
+        x, y = (corners * size).float().unbind(-1)
+        ends = []
+        for pose, camera in zip(c2w, intrinsics, strict=True):
+            rays = scene.rays(x, y, pose, camera)
+            ends += [rays.origins, rays.origins + rays.directions]
+        points = torch.cat(ends)
+        low, high = points.amin(0), points.amax(0)
+        low[2], high[2] = -1.0, 1.0
+        return Box(low, high, num_steps)
+    if bound:
+        edge = torch.full((3,), float(bound), device=c2w.device)
+        return Box(-edge, edge, num_steps)
+    center = torch.tensor(nearest_point_to_axes(c2w.double().cpu().numpy())).to(c2w)
+    distance = (c2w[:, :, 3] - center).norm(dim=-1)
+    half = 0.5 * max(scene.width, scene.height) / intrinsics[:, :2].min()
+    radius = (distance.max() * half).clamp(max=float(distance.max()))
+    return Box(center - radius, center + radius, num_steps)
+
+
+@torch.no_grad()
+def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
+    """Cells [R^3] that no training picture shows as transparent (VaxNeRF, Kondo et al. 2021).
+
+    Pictures are widened by a cell's half diagonal, so that a cell counts if any of it may be seen.
+    What a camera does not see it does not rule out.
+    """
+    device = scene.images.device
+    possible = torch.ones(grid.resolution**3, dtype=torch.bool, device=device)
+    cell = float(((box.high - box.low) / grid.resolution).norm()) / 2
+    shift = 0.0 if scene.pixel_center else 0.5
+    for view in scene.splits["train"]:
+        cells = possible.nonzero()[:, 0]
+        points = box.from_unit(grid.cell_points(cells))
+        local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
+        depth = -local[:, 2]
+        fx, fy, cx, cy = scene.intrinsics[view].tolist()
+        nearest = max(float(depth.min()), 1e-3)
+        reach = int(min(max(fx, fy) * cell / nearest, 64)) + 1
+        alpha = (scene.images[view, :, :, 3] > 0).float()[None, None]
+        seen = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
+        x = (fx * local[:, 0] / depth + cx + shift).floor().long()
+        y = (-fy * local[:, 1] / depth + cy + shift).floor().long()
+        inside = (x >= 0) & (x < scene.width) & (y >= 0) & (y < scene.height) & (depth > 0)
+        empty = inside & ~seen[y.clamp(0, scene.height - 1), x.clamp(0, scene.width - 1)]
+        possible[cells[empty]] = False
+    return possible
+
+
+def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]:
+    """Fit a box tightly around the visual hull and rule out what lies outside the hull.
+
+    Returns the new box, and a warning if the hull reaches the old box's sides: the box may cut the
+    scene. ValueError without alpha, or if nothing is left.
+    """
+    if scene.images.shape[-1] != 4:
+        raise ValueError("--hull_init needs pictures with transparency; leave it out")
+    cells = visual_hull(scene, grid, box).nonzero()[:, 0]
+    if not len(cells):
+        raise ValueError(
+            "--hull_init: the transparent parts of the pictures leave nothing; check the poses, "
+            "or leave it out"
+        )
+    centers, half = grid.cell_points(cells), 1.0 / grid.resolution
+    low, high = centers.amin(0) - half, centers.amax(0) + half
+    warning = None
+    if bool((low < -1 + half).any() or (high > 1 - half).any()):
+        warning = (
+            "the scene reaches the sides of its box and may be cut; give a larger --scene_bound"
+        )
+    tight = Box(box.from_unit(low), box.from_unit(high), box.num_steps)
+    grid.carve(visual_hull(scene, grid, tight))
+    return tight, warning

@@ -1,0 +1,181 @@
+"""Rays -> colours with one field and an occupancy grid: samples only where something is.
+
+The same interface as ``nerf.renderer.NeRFRenderer``. Samples are packed (see ``nerf.occupancy``),
+and every step takes as many rays as fill a fixed number of samples.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nerf.occupancy import Box, OccupancyGrid, Samples
+from nerf.rays import Rays
+from nerf.renderer import RayNoise, Rendered
+from nerf.volume import PACKED_WEIGHTS, sum_per_ray
+
+UPDATE_EVERY = 16  # steps between looks at the occupancy grid
+DENSITY_SHIFT = 3.0  # of exp: fields start as a thin fog that light gets through
+FEWEST_RAYS, MOST_RAYS = 256, 1 << 15
+SAMPLES_A_ROUND = 8  # per ray, between two looks at which rays are already opaque
+
+
+def density_of(raw: Tensor) -> Tensor:
+    """exp(raw - 3), at most e^12: positive everywhere, so its gradient never dies."""
+    return torch.exp((raw - DENSITY_SHIFT).clamp(max=12.0))
+
+
+class GridRenderer(nn.Module):
+    """One field, sampled where an occupancy grid says that something is.
+
+    space: Box or Contraction, scene -> unit coordinates. target_samples: per training step; the
+    number of rays follows. random_background: train over a colour of its own per ray, so that
+    nothing transparent can pass for the background. composite: a key of PACKED_WEIGHTS.
+    early_stop: in rendering, transmittance at which a ray ends (0: never).
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        grid: OccupancyGrid,
+        space,
+        *,
+        background: float,
+        random_background: bool = False,
+        target_samples: int = 12288,
+        first_rays: int = 1024,
+        composite: str = "cumsum",
+        early_stop: float = 1e-3,
+    ):
+        super().__init__()
+        self.field, self.grid, self.space = field, grid, space
+        self.background, self.random_background = background, random_background
+        self.target_samples, self.num_rays = target_samples, first_rays
+        self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
+        self.num_samples = 0  # of the latest batch
+
+    def draw_noise(self, num_rays: int, generator: torch.Generator) -> RayNoise:
+        """One shift per ray, and its background colour where that is random."""
+
+        def uniform(count: int) -> Tensor:
+            return torch.rand(num_rays, count, generator=generator, device=generator.device)
+
+        background = uniform(3) if self.random_background else None
+        return RayNoise(uniform(1), None, None, None, background)
+
+    def rays_per_step(self, wanted: int, num_ranks: int) -> int:
+        """Rays of the next step over all ranks; ``wanted`` is ignored, samples are what counts."""
+        return max(num_ranks, self.num_rays // num_ranks * num_ranks)
+
+    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+        """Keep the grid up to date. The same on every rank: same weights, same draws."""
+        if step % UPDATE_EVERY == 0:
+            self.grid.update(
+                lambda points: density_of(self.field.density(points)),
+                step,
+                self.space.step,
+                generator,
+            )
+
+    def finish_step(self, num_rays: int, num_samples: float) -> None:
+        """Choose the next step's rays from how many samples ``num_rays`` of them took."""
+        wanted = int(num_rays * self.target_samples / max(1.0, num_samples))
+        self.num_rays = min(MOST_RAYS, max(FEWEST_RAYS, wanted))
+
+    def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
+        """The one level there is, of rays [R]."""
+        jitter, background = (noise.jitter, noise.background) if noise else (None, None)
+        samples = self.grid.march(rays, self.space, jitter)
+        self.num_samples, num_rays = len(samples.ray), len(rays.origins)
+        if background is None:
+            background = rays.origins.new_full((num_rays, 3), self.background)
+        if not self.num_samples:  # nothing to see; every parameter still needs a gradient under DDP
+            nothing = 0.0 * sum(parameter.sum() for parameter in self.field.parameters())
+            zero = rays.origins.new_zeros(num_rays)
+            return (Rendered(background + nothing, zero, zero),)
+        raw_sigma, raw_rgb = self.field(samples.points, rays.viewdirs, samples.ray)
+        weights = self.packed_weights(density_of(raw_sigma), samples.length, samples.ray, num_rays)
+        values = torch.cat(
+            [torch.sigmoid(raw_rgb), torch.ones_like(samples.t[:, None]), samples.t[:, None]], -1
+        )
+        sums = sum_per_ray(weights[:, None] * values, samples.ray, num_rays)  # [R, 5]
+        return (_rendered(sums, background),)
+
+    @torch.no_grad()
+    def render(self, rays: Rays) -> Rendered:
+        """Rays [R] front to back, ``SAMPLES_A_ROUND`` samples at a time, until they are opaque."""
+        num_rays = len(rays.origins)
+        samples = self.grid.march(rays, self.space, None)
+        sums = rays.origins.new_zeros(num_rays, 5)
+        counts = torch.bincount(samples.ray, minlength=num_rays)
+        first = torch.cumsum(counts, dim=0) - counts
+        alive = counts.nonzero()[:, 0]
+        through = torch.ones_like(sums[:, 0])  # transmittance so far
+        done = 0
+        while len(alive):
+            left = (counts[alive] - done).clamp(max=SAMPLES_A_ROUND)
+            rows = torch.repeat_interleave(torch.arange(len(alive), device=left.device), left)
+            starts = torch.cumsum(left, dim=0) - left
+            within = torch.arange(len(rows), device=left.device) - starts[rows]
+            index = first[alive][rows] + done + within
+            part = Samples(*(member[index] for member in samples))
+            raw_sigma, raw_rgb = self.field(part.points, rays.viewdirs[alive], rows)
+            optical = density_of(raw_sigma) * part.length
+            weights = self.packed_weights(optical, torch.ones_like(optical), rows, len(alive))
+            weights = weights * through[alive][rows]
+            values = torch.cat(
+                [torch.sigmoid(raw_rgb), torch.ones_like(part.t[:, None]), part.t[:, None]], -1
+            )
+            sums.index_add_(0, part.ray, weights[:, None] * values)
+            through[alive] *= torch.exp(-sum_per_ray(optical, rows, len(alive)))
+            done += SAMPLES_A_ROUND
+            alive = alive[(counts[alive] > done) & (through[alive] > self.early_stop)]
+        return _rendered(sums, rays.origins.new_full((num_rays, 3), self.background))
+
+    def checkpoint_state(self) -> dict:
+        """What a checkpoint must hold of this renderer."""
+        state = {
+            "network_fn_state_dict": self.field.state_dict(),
+            "occupancy_state_dict": self.grid.state_dict(),
+            "num_rays": self.num_rays,
+        }
+        if isinstance(self.space, Box):
+            state["box"] = torch.stack([self.space.low, self.space.high])
+        return state
+
+    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
+        """Put ``checkpoint_state`` back. load(module, state, where) is strict."""
+        if "occupancy_state_dict" not in state:
+            raise ValueError(f"{where}: was made without --occ_grid; leave that flag out")
+        load(self.field, state["network_fn_state_dict"], f"{where}: field")
+        load(self.grid, state["occupancy_state_dict"], f"{where}: occupancy grid")
+        self.num_rays = state["num_rays"]
+        if isinstance(self.space, Box):
+            low, high = state["box"].to(self.space.low)
+            self.space = Box(low, high, self.space.num_steps)
+
+    def report(self) -> dict[str, float]:
+        """Figures for the log: rays and samples of the latest step, and how full the grid is."""
+        return {
+            "rays": self.num_rays,
+            "samples_per_ray": self.num_samples / self.num_rays,
+            "occupied": self.grid.fraction,
+        }
+
+    def warning(self, step: int) -> str | None:
+        """What is wrong with the grid, if something is."""
+        fraction = self.grid.fraction
+        if fraction == 0:
+            return "the occupancy grid is empty: the scene lies outside its box; see --scene_bound"
+        if step >= 2000 and fraction > 0.9:
+            return (
+                f"{fraction:.0%} of the occupancy grid is still full: no empty space was found; "
+                "check the poses, or leave --occ_grid out"
+            )
+        return None
+
+
+def _rendered(sums: Tensor, background: Tensor) -> Rendered:
+    """Sums over each ray of weight x (rgb, 1, t) [R, 5] and the background [R, 3]."""
+    opacity = sums[:, 3]
+    hit = opacity > 0
+    depth = sums[:, 4] / torch.where(hit, opacity, torch.ones_like(opacity))
+    return Rendered(sums[:, :3] + background * (1.0 - opacity[:, None]), opacity, depth)
