@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     args, flags = parser.parse_known_args()
-    flags = flags or ["--config", str(ROOT / "configs" / "demo.txt")]
+    flags = flags or ["--config", str(ROOT / "configs" / "demo_vanilla.txt")]
     runs: dict[tuple[int, int], list[dict]] = {side: [] for side in SIDES}
     for _ in range(args.rounds):
         for side in SIDES:

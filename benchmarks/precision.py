@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --seeds 3 --steps 1000
 
-Runs configs/demo.txt with each seed and precision and compares validation PSNR at the same steps.
+Runs configs/demo_vanilla.txt with each seed and precision and compares validation PSNR at the same steps.
 """
 
 import argparse
@@ -23,7 +23,12 @@ def curve(seed: int, amp: str, steps: int, every: int, extra: list[str]) -> dict
     try:
         subprocess.run(
             [
-                *(sys.executable, str(ROOT / "run_nerf.py"), "--config", "configs/demo.txt"),
+                *(
+                    sys.executable,
+                    str(ROOT / "run_nerf.py"),
+                    "--config",
+                    "configs/demo_vanilla.txt",
+                ),
                 *("--basedir", folder, "--expname", "run", "--seed", str(seed), "--amp", amp),
                 *("--N_iters", str(steps), "--i_img", str(every), "--i_video", "0"),
                 *("--testskip", "8", "--device", "cpu", *extra),

@@ -46,7 +46,7 @@ class TriPlane(nn.Module):
     def __init__(self, channels: int = 16, resolutions: tuple[int, ...] = (64, 128)):
         super().__init__()
         self.planes = nn.ParameterList(
-            nn.Parameter(torch.empty(3, channels, size, size).uniform_(0.1, 0.5))
+            nn.Parameter(torch.empty(3, channels, size, size).uniform_(0.5, 1.5))
             for size in resolutions
         )
         self.out_dim = channels * len(resolutions)
@@ -61,7 +61,7 @@ class TriPlane(nn.Module):
             values = F.grid_sample(
                 plane, places[:, :, None], padding_mode="border", align_corners=True
             )  # [3, C, N, 1]
-            features.append(values.prod(0)[..., 0])
+            features.append((values[0] * values[1] * values[2])[..., 0])
         return torch.cat(features).T  # [N, F]
 
 

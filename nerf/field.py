@@ -125,14 +125,16 @@ class FeatureField(nn.Module):
         self.view_encoding = FrequencyEncoding(multires_views)
         self.width = width
         self.density_net = nn.Sequential(
-            nn.Linear(encoding.out_dim, width), nn.ReLU(inplace=True), nn.Linear(width, 16)
+            nn.Linear(encoding.out_dim, width),
+            nn.LeakyReLU(0.01, inplace=True),
+            nn.Linear(width, 16),
         )
         self.on_view = nn.Linear(self.view_encoding.out_dim, width)
         self.on_feature = nn.Linear(16, width, bias=False)
         self.color_net = nn.Sequential(
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(0.01, inplace=True),
             nn.Linear(width, width),
-            nn.ReLU(inplace=True),
+            nn.LeakyReLU(0.01, inplace=True),
             nn.Linear(width, 3),
         )
 
@@ -146,3 +148,21 @@ class FeatureField(nn.Module):
         per_ray = self.on_view(self.view_encoding(viewdirs))
         rgb = self.color_net(self.on_feature(h) + per_ray[ray])
         return h[:, 0].float(), rgb.float()
+
+
+BUCKET = 1024  # rows that packed queries are rounded up to
+
+
+def query_packed(
+    field: nn.Module, points: Tensor, viewdirs: Tensor, ray: Tensor
+) -> tuple[Tensor, Tensor]:
+    """field(points [N, 3], viewdirs [R, 3], ray [N]) with N padded to a multiple of ``BUCKET``.
+
+    Libraries prepare a matrix product anew for every shape they have not met (for bfloat16 on a CPU
+    that took three quarters of its time); a few shapes that return are prepared once.
+    """
+    num_samples = len(ray)
+    padding = -num_samples % BUCKET
+    points, ray = F.pad(points, (0, 0, 0, padding)), F.pad(ray, (0, padding))
+    density, rgb = field(points, viewdirs, ray)
+    return density[:num_samples], rgb[:num_samples]

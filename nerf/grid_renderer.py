@@ -7,6 +7,7 @@ and every step takes as many rays as fill a fixed number of samples.
 import torch
 from torch import Tensor, nn
 
+from nerf.field import query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
 from nerf.renderer import RayNoise, Rendered
@@ -91,7 +92,7 @@ class GridRenderer(nn.Module):
             nothing = 0.0 * sum(parameter.sum() for parameter in self.field.parameters())
             zero = rays.origins.new_zeros(num_rays)
             return (Rendered(background + nothing, zero, zero),)
-        raw_sigma, raw_rgb = self.field(samples.points, rays.viewdirs, samples.ray)
+        raw_sigma, raw_rgb = query_packed(self.field, samples.points, rays.viewdirs, samples.ray)
         weights = self.packed_weights(density_of(raw_sigma), samples.length, samples.ray, num_rays)
         values = torch.cat(
             [torch.sigmoid(raw_rgb), torch.ones_like(samples.t[:, None]), samples.t[:, None]], -1
@@ -117,7 +118,7 @@ class GridRenderer(nn.Module):
             within = torch.arange(len(rows), device=left.device) - starts[rows]
             index = first[alive][rows] + done + within
             part = Samples(*(member[index] for member in samples))
-            raw_sigma, raw_rgb = self.field(part.points, rays.viewdirs[alive], rows)
+            raw_sigma, raw_rgb = query_packed(self.field, part.points, rays.viewdirs[alive], rows)
             optical = density_of(raw_sigma) * part.length
             weights = self.packed_weights(optical, torch.ones_like(optical), rows, len(alive))
             weights = weights * through[alive][rows]

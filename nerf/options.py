@@ -34,8 +34,8 @@ STRUCTURAL = (
 # What --fast stands for: as if these stood on the command line before your own flags.
 FAST = (
     "--occ_grid --field triplane --pixel_center --random_bg --hull_init auto --no-no_batching "
-    "--precrop_iters 0 --raw_noise_std 0 --amp bf16 --lrate 5e-3 --lr_schedule cosine "
-    "--lrate_warmup 20 --N_iters 3000"
+    "--precrop_iters 0 --raw_noise_std 0 --amp bf16 --lrate 2e-3 --lr_schedule cosine "
+    "--lrate_warmup 20 --N_iters 6000"
 ).split()
 
 
@@ -120,7 +120,7 @@ def add_run_flags(parser) -> None:
         default="exp",
         help="exp: by --lrate_decay; cosine: to 2 %% at N_iters",
     )
-    add("--lrate_grid", type=amount, default=4e-2, help="learning rate of features on grids")
+    add("--lrate_grid", type=amount, default=8e-2, help="learning rate of features on grids")
     add("--lrate_warmup", type=not_negative, default=0, help="steps to reach it linearly")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
@@ -181,7 +181,7 @@ def add_field_flags(parser) -> None:
     _switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
     _switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
     add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
-    add("--march_steps", type=positive, default=192, help="samples across the whole scene box")
+    add("--march_steps", type=positive, default=128, help="samples across the whole scene box")
     add("--target_samples", type=positive, default=12288, help="samples per step; rays follow")
     add("--scene_bound", type=amount, default=0.0, help="half side of the scene's cube; 0: auto")
     _switch(group, "contract", "unbounded scene: draw everything far away into a ball")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nerf.field import query_packed
 from nerf.rays import Rays
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
 
@@ -187,7 +188,8 @@ class NeRFRenderer(nn.Module):
             filled = self._sigma(field.density(points), density_noise) > 0
         index = filled.flatten().nonzero()[:, 0]
         ray = index // shape[1]
-        raw_sigma, raw_rgb = field(points.flatten(0, 1)[index], rays.viewdirs, ray)
+        points = points.flatten(0, 1)[index]
+        raw_sigma, raw_rgb = query_packed(field, points, rays.viewdirs, ray)
         noise = None if density_noise is None else density_noise.flatten()[index]
         sigma = raw_sigma.new_zeros(filled.numel())
         sigma = sigma.index_copy(0, index, self._sigma(raw_sigma, noise)).view(shape)

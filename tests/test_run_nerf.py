@@ -70,6 +70,7 @@ def flat(value, prefix="") -> dict:
 
 def assert_same_training(first: dict, second: dict) -> None:
     names = ["network_fn_state_dict", "network_fine_state_dict", "optimizer_state_dict"]
+    names += ["occupancy_state_dict", "num_rays", "box"]
     names += ["ema_state_dict", "scaler_state_dict", "global_step"]
     for name in names:
         one, other = flat(first.get(name)), flat(second.get(name))
@@ -121,15 +122,25 @@ MODES = {
         "--raw_noise_std 1 --no_batching --precrop_iters 6 --lrate_warmup 8 --grad_clip 0.1"
     ).split(),
     "coarse only": ["--N_importance", "0"],
+    "fast, tri-plane": "--fast --target_samples 512 --occ_res 16".split(),
+    "fast, hash grid and EMA": (
+        "--fast --field hashgrid --target_samples 512 --occ_res 16 --ema_decay 0.9 --composite padded"
+    ).split(),
+    "fast, MLP": (
+        "--occ_grid --random_bg --hull_init on --target_samples 512 --occ_res 16 --amp fp16"
+    ).split(),
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(tiny, tmp_path, mode):
-    flags = [*tiny, *MODES[mode]]
-    assert run_nerf.main([*flags, "--expname", "whole", "--N_iters", "9"]) == 0
+    flags = [*MODES[mode], *tiny] if "fast" in mode else [*tiny, *MODES[mode]]
+    if "fast" in mode:  # past an update of the grid, with the schedule's end where it would be
+        flags += ["--lr_schedule", "exp"]
+    last = "20" if "fast" in mode else "9"
+    assert run_nerf.main([*flags, "--expname", "whole", "--N_iters", last]) == 0
     assert run_nerf.main([*flags, "--expname", "parts", "--N_iters", "4"]) == 0
-    assert run_nerf.main([*flags, "--expname", "parts", "--N_iters", "9"]) == 0
+    assert run_nerf.main([*flags, "--expname", "parts", "--N_iters", last]) == 0
     assert "resumed from" in (tmp_path / "parts" / "log.txt").read_text()
     assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     assert [
@@ -180,6 +191,20 @@ def test_two_processes_train_as_one(tiny, tmp_path):
     assert [v["name"] for v in metrics[0]["views"]] == [v["name"] for v in metrics[1]["views"]]
     assert metrics[0]["psnr"] == pytest.approx(metrics[1]["psnr"], abs=1e-3)
     assert (tmp_path / "two" / "log.txt").read_text().count("test: PSNR") == 1
+
+
+def test_two_processes_train_the_fast_path_as_one(tiny, tmp_path):
+    flags = ["--fast", "--amp", "off", "--target_samples", "512", "--occ_res", "16", *tiny]
+    flags += ["--N_iters", "20"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
+    result = script(*flags, "--expname", "two", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert run_nerf.main([*flags, "--expname", "one"]) == 0
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    grids = [state["occupancy_state_dict"]["occupied"] for state in (one, two)]
+    assert torch.equal(*grids) and one["num_rays"] == two["num_rays"]
+    metrics = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
+    assert metrics[0]["psnr"] == pytest.approx(metrics[1]["psnr"], abs=0.05)
 
 
 def two_rank_gradients(rank: int, port: int, folder: str) -> None:
