@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --seeds 3 --steps 1000
 
-Runs configs/demo_vanilla.txt with each seed and precision and compares validation PSNR at the same steps.
+Runs configs/demo_vanilla.txt with each seed and precision; compares validation PSNR by step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def curve(seed: int, amp: str, steps: int, every: int, extra: list[str]) -> dict
             [
                 *(
                     sys.executable,
-                    str(ROOT / "run_nerf.py"),
+                    "run_nerf.py",
                     "--config",
                     "configs/demo_vanilla.txt",
                 ),

@@ -126,7 +126,7 @@ class FeatureField(nn.Module):
         self.width = width
         self.density_net = nn.Sequential(
             nn.Linear(encoding.out_dim, width),
-            nn.LeakyReLU(0.01, inplace=True),
+            nn.LeakyReLU(0.01, inplace=True),  # plain ReLU died at high learning rates
             nn.Linear(width, 16),
         )
         self.on_view = nn.Linear(self.view_encoding.out_dim, width)

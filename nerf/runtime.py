@@ -48,7 +48,11 @@ class World:
 
     def total(self, value: float) -> float:
         """The sum of ``value`` over all ranks."""
-        return sum(self.gather(value))
+        if self.size == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(number)
+        return number.item()
 
     def barrier(self) -> None:
         if self.size > 1:

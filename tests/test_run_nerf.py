@@ -124,7 +124,8 @@ MODES = {
     "coarse only": ["--N_importance", "0"],
     "fast, tri-plane": "--fast --target_samples 512 --occ_res 16".split(),
     "fast, hash grid and EMA": (
-        "--fast --field hashgrid --target_samples 512 --occ_res 16 --ema_decay 0.9 --composite padded"
+        "--fast --field hashgrid --target_samples 512 --occ_res 16 --ema_decay 0.9 "
+        "--composite padded"
     ).split(),
     "fast, MLP": (
         "--occ_grid --random_bg --hull_init on --target_samples 512 --occ_res 16 --amp fp16"
