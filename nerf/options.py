@@ -292,7 +292,7 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         )
     if args.field != "mlp" and not args.occ_grid:
         raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
-    if args.hull_init != "off" and args.contract:
+    if args.hull_init == "on" and args.contract:
         raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
     if not 0 < args.lrate < float("inf"):
         raise ValueError(f"--lrate {args.lrate}; expected a positive number")
