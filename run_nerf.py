@@ -22,7 +22,7 @@ from nerf import checkpoint, evaluation, options, runtime
 from nerf.datasets import load_scene
 from nerf.ema import EMA
 from nerf.health import DeadStart
-from nerf.logs import Clock, Progress, RunFolder
+from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.losses import squared_error
 from nerf.metrics import psnr_from_mse
 from nerf.renderer import block_size, compile_fields
@@ -110,12 +110,30 @@ def restore(path, state, args, run, renderer, optimizer=None, scaler=None, ema=N
             ema.reset()
 
 
-def make_painter(args, world, renderer, scene) -> evaluation.Painter:
+def save_run(args, world, run, step, renderer, optimizer, scaler, ema, extra: dict) -> None:
+    """One checkpoint of everything, by rank 0; then older ones are removed."""
+    if not world.is_main:
+        return
+    state = {
+        "global_step": step,
+        **renderer.checkpoint_state(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scaler_state_dict": scaler.state_dict(),
+        **extra,
+    }
+    if ema.enabled:
+        state["ema_state_dict"] = ema.state_dict()
+    checkpoint.save_checkpoint(checkpoint.checkpoint_path(run.folder, step), state)
+    checkpoint.prune_checkpoints(run.folder, args.keep_ckpts, extra["best"]["step"])
+
+
+def make_painter(args, world, renderer, scene, stop=None) -> evaluation.Painter:
     def render(rays):
         with runtime.autocast(world.device, args.amp):
             return renderer.render(rays)
 
-    return evaluation.Painter(render, scene, rays_per_block(args, renderer, world), world)
+    block = rays_per_block(args, renderer, world)
+    return evaluation.Painter(render, scene, block, world, stop)
 
 
 def rays_per_block(args, renderer, world) -> int:
@@ -141,6 +159,37 @@ def measure_test(args, run, painter, ema, step) -> None:
         f"test: PSNR {metrics['psnr']:.2f} dB{ssim} over {metrics['num_views']} views, "
         f"{metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
     )
+
+
+def validate(world, run, painter, ema, step) -> float:
+    """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
+    with ema.swap():
+        score = evaluation.validation_psnr(painter)
+        if world.is_main:
+            run.validation(step, score, evaluation.validation_strip(painter, step))
+    run.say(f"step {step}: validation PSNR {score:.2f}")
+    return score
+
+
+def report(args, run, progress, step, values: dict, seconds_per_step: float) -> None:
+    """One row of metrics, and the line a person reads."""
+    run.scalars(step, values)
+    line = (
+        f"loss {values['loss']:.5f}  PSNR {values['psnr']:.2f}  "
+        f"{values['rays_per_second']:.0f} rays/s"
+    )
+    progress.describe(line)
+    if not progress.on_terminal:
+        eta = (args.N_iters - step) * seconds_per_step / 60
+        run.say(f"step {step}/{args.N_iters}  {line}  ETA {eta:.1f} min")
+
+
+def warn_once(run, step, complaint: str | None, said: tuple[str, ...]) -> tuple[str, ...]:
+    """Say ``complaint`` unless it was ``said``; returns what has been said by now."""
+    if complaint is None or complaint in said:
+        return said
+    run.say(f"step {step}: {complaint}")
+    return (*said, complaint)
 
 
 def render_camera_path(args, run, painter, ema, step) -> None:
@@ -182,7 +231,11 @@ def train(args, world, run) -> int:
     attempt = found[1].get("attempt", 0) if found else 0
     with runtime.StopSignal() as stop:
         while True:
-            code = train_attempt(args, world, run, scene, stop, found, attempt)
+            try:
+                code = train_attempt(args, world, run, scene, stop, found, attempt)
+            except evaluation.Interrupted:
+                run.say(f"stopped by signal {stop.number} while rendering; training is saved")
+                return 128 + stop.number
             if code is not None:
                 return code
             # Stuck: whatever this attempt saved is as dead as it is.
@@ -203,33 +256,22 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         restore(path, state, args, run, renderer, optimizer, scaler, ema)
         step = checkpoint.finished_updates(state)
         best, clock = state.get("best", best), Clock(state.get("train_seconds", 0.0))
-        run.say(f"resumed from {path} at step {step}")
+        done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
+        run.say(f"resumed from {path} at step {step}{done}")
     if args.compile:
-        compile_fields(renderer, scene.pick(*torch.zeros(3, 64).long())[0], run.say)
+        few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
+        compile_fields(renderer, scene.pick(*few)[0], run.say)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
-    painter = make_painter(args, world, renderer, scene)
-    complaints: set[str] = set()
+    painter = make_painter(args, world, renderer, scene, stop)
+    complaints: tuple[str, ...] = ()
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
     skipped, skipped_in_row, saved_at = 0, 0, time.monotonic()
-    rays_done, window = 0, (step, 0, clock.seconds)
+    rays_done, speed = 0, Speed(step, clock.seconds)
 
     def save() -> None:
-        if not world.is_main:
-            return
-        state = {
-            "global_step": step,
-            **renderer.checkpoint_state(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "scaler_state_dict": scaler.state_dict(),
-            "args": vars(args),
-            "attempt": attempt,
-            "best": best,
-            "train_seconds": clock.seconds,
-        }
-        if ema.enabled:
-            state["ema_state_dict"] = ema.state_dict()
-        checkpoint.save_checkpoint(checkpoint.checkpoint_path(run.folder, step), state)
-        checkpoint.prune_checkpoints(run.folder, args.keep_ckpts, best["step"])
+        extra = {"args": vars(args), "attempt": attempt, "best": best}
+        extra["train_seconds"] = clock.seconds
+        save_run(args, world, run, step, renderer, optimizer, scaler, ema, extra)
 
     while step < args.N_iters:
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
@@ -302,41 +344,23 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             return None
         last = bool(time_up) or step == args.N_iters
         if every(step, args.i_print) or last:
-            steps, seconds = step - window[0], max(clock.seconds - window[2], 1e-9)
-            rays_per_second = (rays_done - window[1]) / seconds
-            window = (step, rays_done, clock.seconds)
             values = {
                 "loss": loss_sum.item(),
                 "psnr": psnr_from_mse(error_sum.item()),
                 "lr": rate,
                 "grad_norm": float(grad_norm),
-                "rays_per_second": rays_per_second,
+                "rays_per_second": speed.rays_per_second(step, rays_done, clock.seconds),
                 "memory_mb": runtime.peak_memory_mb(world.device),
                 "skipped": skipped,
                 "train_seconds": clock.seconds,
                 **renderer.report(),
             }
-            run.scalars(step, values)
-            eta = (args.N_iters - step) * seconds / steps
-            line = (
-                f"loss {values['loss']:.5f}  PSNR {values['psnr']:.2f}  "
-                f"{values['rays_per_second']:.0f} rays/s"
-            )
-            if not progress.on_terminal:
-                run.say(f"step {step}/{args.N_iters}  {line}  ETA {eta / 60:.1f} min")
-            progress.describe(line)
-            complaint = renderer.warning(step)
-            if complaint and complaint not in complaints:
-                complaints.add(complaint)
-                run.say(f"step {step}: {complaint}")
+            report(args, run, progress, step, values, speed.seconds_per_step)
+            complaints = warn_once(run, step, renderer.warning(step), complaints)
         progress.advance()
         if every(step, args.i_img):
-            with clock, ema.swap():
-                score = evaluation.validation_psnr(painter)
-                if world.is_main:
-                    strip = evaluation.validation_strip(painter, step)
-                    run.validation(step, score, strip)
-            run.say(f"step {step}: validation PSNR {score:.2f}")
+            with clock:
+                score = validate(world, run, painter, ema, step)
             if score > best["psnr"]:
                 best = {"step": step, "psnr": score}
         due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs

@@ -17,20 +17,37 @@ from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
 from nerf.rays import Rays
 from nerf.renderer import Rendered, render_view
-from nerf.runtime import World
+from nerf.runtime import StopSignal, World
 
 VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
 STRIP_SIDE = 200  # pixels of a validation strip's longer side, about
 
 
-class Painter:
-    """Renders cameras of one scene: what the functions below need to know, in one place."""
+class Interrupted(Exception):
+    """A signal came while pictures were being rendered."""
 
-    def __init__(self, render: Callable[[Rays], Rendered], scene: Scene, block: int, world: World):
+
+class Painter:
+    """Renders cameras of one scene: what the functions below need to know, in one place.
+
+    stop: a StopSignal; once it has noted one, the next picture raises Interrupted.
+    """
+
+    def __init__(
+        self,
+        render: Callable[[Rays], Rendered],
+        scene: Scene,
+        block: int,
+        world: World,
+        stop: StopSignal | None = None,
+    ):
         self.render, self.scene, self.block, self.world = render, scene, block, world
+        self.stop = stop
 
     def __call__(self, scene: Scene, c2w: Tensor, intrinsics: Tensor) -> Rendered:
         """The picture that ``scene``'s size and the camera c2w [3, 4], intrinsics [4] give."""
+        if self.stop is not None and self.stop.number:
+            raise Interrupted
         size = (scene.height, scene.width)
         rays_of = scene.view_rays(c2w, intrinsics)
         return render_view(self.render, rays_of, size, self.block, self.world.device)

@@ -53,6 +53,11 @@ class GridRenderer(nn.Module):
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
         self.num_samples = 0  # of the latest batch
 
+    @property
+    def fields(self) -> list[nn.Module]:
+        """The network."""
+        return [self.field]
+
     def draw_noise(self, num_rays: int, generator: torch.Generator) -> RayNoise:
         """One shift per ray, and its background colour where that is random."""
 

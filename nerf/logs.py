@@ -196,6 +196,22 @@ class Progress:
         self.bar.close()
 
 
+class Speed:
+    """Rays and steps per second since the last time it was asked."""
+
+    def __init__(self, step: int, seconds: float):
+        self._step, self._rays, self._seconds = step, 0, seconds
+        self.seconds_per_step = 0.0
+
+    def rays_per_second(self, step: int, rays: int, seconds: float) -> float:
+        """step, rays: done so far; seconds: of training so far."""
+        passed = max(seconds - self._seconds, 1e-9)
+        speed = (rays - self._rays) / passed
+        self.seconds_per_step = passed / max(1, step - self._step)
+        self._step, self._rays, self._seconds = step, rays, seconds
+        return speed
+
+
 class Clock:
     """Seconds spent training: it runs on from ``seconds`` and stands still while paused."""
 

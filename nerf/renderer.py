@@ -68,6 +68,11 @@ class NeRFRenderer(nn.Module):
         self._skip_empty = False
 
     @property
+    def fields(self) -> list[nn.Module]:
+        """The networks."""
+        return [field for field in (self.coarse, self.fine) if field is not None]
+
+    @property
     def samples_per_ray(self) -> int:
         """Samples in the largest network call for one ray."""
         return self.num_samples + self.num_importance
@@ -236,12 +241,12 @@ def render_view(
     return Rendered(*(member.view(height, width, *member.shape[1:]) for member in picture))
 
 
-def compile_fields(renderer: NeRFRenderer, rays: Rays, warn=print) -> bool:
-    """Compile both networks in place, if that works here and gives the same numbers.
+def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
+    """Compile the renderer's ``fields`` in place, if that works here and gives the same numbers.
 
     rays [B]: a few to try it on. Otherwise one warning, the networks stay as they were, and False.
     """
-    fields = [field for field in (renderer.coarse, renderer.fine) if field is not None]
+    fields = renderer.fields
     with torch.no_grad():
         expected = renderer(rays)[-1].rgb
     try:

@@ -177,6 +177,19 @@ def test_a_signal_saves_that_very_step_and_the_run_goes_on_from_it(tiny, tmp_pat
     assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "tiny"))
 
 
+def test_a_signal_while_rendering_stops_at_the_next_picture(tiny, tmp_path):
+    flags = [sys.executable, "run_nerf.py", *tiny, "--N_iters", "2", "--N_samples", "2000"]
+    flags += ["--i_video", "2"]
+    process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("render_path_000002/*.png")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 143
+    assert "while rendering" in error and "Traceback" not in error
+    assert newest(tmp_path / "tiny")["global_step"] == 2
+
+
 def test_two_processes_train_as_one(tiny, tmp_path):
     flags = [*tiny, "--N_iters", "6", "--ema_decay", "0.9"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
