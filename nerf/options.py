@@ -125,7 +125,7 @@ def add_run_flags(parser) -> None:
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
     add("--grad_clip", type=amount, default=0.0, help="largest gradient norm; 0: no limit")
-    _switch(group, "compile", "compile the networks with torch.compile (slow start)")
+    _switch(group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs")
     add("--dead_restarts", type=not_negative, default=3, help="new seeds to try if stuck")
 
     group = parser.add_argument_group("logging and saving")
