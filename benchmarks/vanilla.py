@@ -3,6 +3,7 @@
     python benchmarks/vanilla.py                                # ours alone
     python benchmarks/vanilla.py --peer path/to/nerf-pytorch    # side by side, in turn
     python benchmarks/vanilla.py --peer ... --network paper     # 8x256, 64 + 128 samples
+    python benchmarks/vanilla.py --peer ... --warm 600          # both from a network trained so far
 
 Both programs train the demo scene with the same flags for a few steps, then render one test view.
 Runs alternate, A B A B, each in its own process; quoted are medians and the ratio of medians.
@@ -30,8 +31,8 @@ NETWORKS = {
 OURS = ("fp32", "bf16")
 
 
-def flags(size: dict) -> list[str]:
-    """The flags that both programs get."""
+def flags(size: dict, start: Path | None) -> list[str]:
+    """The flags that both programs get; start: a checkpoint for both to go on from."""
     depth, width = str(size["depth"]), str(size["width"])
     return [
         *("--datadir", str(DATA), "--use_viewdirs", "--white_bkgd", "--no_batching"),
@@ -39,10 +40,20 @@ def flags(size: dict) -> list[str]:
         *("--netwidth_fine", width, "--N_samples", str(size["samples"])),
         *("--N_importance", str(size["importance"]), "--N_rand", str(size["rays"])),
         *("--expname", "bench", "--testskip", "25", "--i_weights", "100000"),
+        *(("--ft_path", str(start)) if start else ()),
     ]
 
 
-def run_ours(size: dict, precision: str, threads: int) -> dict[str, float]:
+def train(size: dict, steps: int, folder: Path) -> Path:
+    """A checkpoint of ``steps`` updates of ours; nerf-pytorch reads it too."""
+    command = [sys.executable, str(ROOT / "run_nerf.py"), *flags(size, None), "--amp", "bf16"]
+    command += ["--dataset_type", "demo", "--basedir", str(folder), "--device", "cpu"]
+    command += ["--N_iters", str(steps), "--i_img", "0", "--i_video", "0", "--expname", "warm"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "warm" / f"{steps:06d}.tar"
+
+
+def run_ours(size: dict, precision: str, threads: int, start=None, done=0) -> dict[str, float]:
     """Train and render with run_nerf.py -> rays/s, rendered pixels/s, peak MB."""
     folder = tempfile.mkdtemp(prefix="bench_")
     try:
@@ -50,9 +61,9 @@ def run_ours(size: dict, precision: str, threads: int) -> dict[str, float]:
         steps = size["steps"]
         subprocess.run(
             [
-                *(sys.executable, str(ROOT / "run_nerf.py"), *flags(size), "--amp", amp),
+                *(sys.executable, str(ROOT / "run_nerf.py"), *flags(size, start), "--amp", amp),
                 *("--dataset_type", "demo", "--basedir", folder, "--device", "cpu"),
-                *("--N_iters", str(2 * steps), "--i_print", str(steps), "--i_img", "0"),
+                *("--N_iters", str(done + 2 * steps), "--i_print", str(steps), "--i_img", "0"),
                 *("--i_video", "0", "--ckpt_secs", "0"),
             ],
             check=True,
@@ -72,14 +83,14 @@ def run_ours(size: dict, precision: str, threads: int) -> dict[str, float]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_peer(size: dict, checkout: Path, threads: int) -> dict[str, float]:
+def run_peer(size: dict, checkout: Path, threads: int, start=None) -> dict[str, float]:
     """The same with nerf-pytorch's own code, in a process of its own."""
     folder = tempfile.mkdtemp(prefix="bench_")
     try:
         result = subprocess.run(
             [
                 *(sys.executable, __file__, "--drive_peer", str(checkout), str(size["steps"])),
-                *(*flags(size), "--dataset_type", "blender", "--basedir", folder),
+                *(*flags(size, start), "--dataset_type", "blender", "--basedir", folder),
             ],
             check=True,
             capture_output=True,
@@ -158,16 +169,21 @@ def main() -> None:
     parser.add_argument("--network", choices=sorted(NETWORKS), default="small")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=0, help="steps to train first")
     args = parser.parse_args()
     if not DATA.exists():
         subprocess.run([sys.executable, str(ROOT / "data/make_demo.py"), "--out", DATA], check=True)
-    size, rows = NETWORKS[args.network], {}
+    size, rows, start = NETWORKS[args.network], {}, None
+    if args.warm:
+        args.warm -= args.warm % size["steps"]  # windows of speed begin at multiples
+        start = train(size, args.warm, Path(tempfile.mkdtemp(prefix="bench_")))
     for number in range(args.rounds):
         for precision in OURS:
-            rows.setdefault(f"ours {precision}", []).append(run_ours(size, precision, args.threads))
+            figures = run_ours(size, precision, args.threads, start, args.warm)
+            rows.setdefault(f"ours {precision}", []).append(figures)
         if args.peer:
             rows.setdefault("nerf-pytorch", []).append(
-                run_peer(size, args.peer.resolve(), args.threads)
+                run_peer(size, args.peer.resolve(), args.threads, start)
             )
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
     report(args, rows)
@@ -180,7 +196,7 @@ def report(args, rows: dict[str, list[dict[str, float]]]) -> None:
         name: {key: statistics.median(run[key] for run in runs) for key in keys}
         for name, runs in rows.items()
     }
-    print(f"network {args.network}, {args.threads} threads, {args.rounds} rounds")
+    print(f"network {args.network}, {args.threads} threads, {args.rounds} rounds, step {args.warm}")
     print("| program | train rays/s (range) | render pixels/s (range) | peak MB |")
     print("|---|---|---|---|")
     for name, runs in rows.items():
