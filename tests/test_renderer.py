@@ -224,11 +224,11 @@ def test_block_size_respects_every_limit():
 # --------------------------------------------------------------------------------- compilation
 
 
-def cannot_compile(self):
+def cannot_compile(self, dynamic):
     raise RuntimeError("no compiler here\nand a long trace")
 
 
-def compiles_to_something_that_fails(self):
+def compiles_to_something_that_fails(self, dynamic):
     def fail(*args):
         raise OSError("cc: not found")
 
@@ -236,7 +236,7 @@ def compiles_to_something_that_fails(self):
 
 
 def compiles_to(change):
-    def compile(self):
+    def compile(self, dynamic):
         def call(points, viewdirs):
             sigma, rgb = self.forward(points, viewdirs)
             return sigma, rgb + change
