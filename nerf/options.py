@@ -253,6 +253,8 @@ def parse(parser, argv: list[str] | None = None) -> argparse.Namespace:
         if not word.startswith("-"):
             parser.error(f"{where}{word!r} is not a flag; flags start with --")
         parser.error(f"{where}unknown flag {name!r}: " + _nearest(name, known))
+    if args.fast and "--fast" not in argv:
+        parser.error("fast is for the command line; a file lists the flags it stands for (FAST)")
     if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
         args.ft_path = None
     if not args.expname or args.expname == "None":

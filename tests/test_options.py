@@ -380,3 +380,14 @@ def test_changes_since_a_checkpoint_are_sorted_by_weight():
     coarse_only = parse("--netwidth", "128")
     assert options.structural_changes(before, coarse_only) == ["N_importance: 64 -> 0"]
     assert options.structural_changes({}, present) == []  # nerf-pytorch's checkpoints say nothing
+
+
+def test_fast_is_weaker_than_typed_flags_and_stronger_than_the_file(tmp_path, capsys):
+    config = tmp_path / "scene.txt"
+    config.write_text("lrate = 1e-4\nno_batching = True\n")
+    args = parse("--config", str(config), "--field", "mlp", "--fast")
+    assert args.occ_grid and args.field == "mlp" and args.lrate == 2e-3 and not args.no_batching
+    config.write_text("fast = True\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(config))
+    assert "command line" in capsys.readouterr().err
