@@ -9,7 +9,6 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared"  # real data and nerf-pytorch's own numbers; optional
 for folder in (REPOSITORY / "data", REPOSITORY):
     sys.path.insert(0, str(folder))
 
@@ -56,18 +55,10 @@ def demo_linemod(tmp_path_factory) -> Path:
     return _demo(tmp_path_factory, "linemod")
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder ../shared; tests that want it are skipped where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is absent: no real data and no reference numbers to compare with")
-    return SHARED
-
-
-def run_script(args, **kw) -> subprocess.CompletedProcess:
+def run_script(args, launcher=(), **kw) -> subprocess.CompletedProcess:
     """``python run_nerf.py *args`` in the repository's root, its text captured."""
     environment = {key: text for key, text in os.environ.items() if not key.startswith("NERF_")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     settings = {"cwd": REPOSITORY, "env": environment, "timeout": 120}
-    command = [sys.executable, "run_nerf.py", *map(str, args)]
+    command = [sys.executable, *launcher, "run_nerf.py", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **{**settings, **kw})

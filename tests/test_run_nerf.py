@@ -15,6 +15,7 @@ import make_demo
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 import run_nerf
 from nerf import options, runtime
@@ -41,16 +42,8 @@ def tiny(data, tmp_path):
     return [*TINY, "--datadir", str(data), "--basedir", str(tmp_path)]
 
 
-def script(*arguments, launcher=(), **kwargs):
-    return subprocess.run(
-        [sys.executable, *launcher, "run_nerf.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **kwargs,
-    )
+def script(*arguments, launcher=()):
+    return run_script(arguments, launcher=launcher, timeout=180)
 
 
 def newest(folder: Path) -> dict:
