@@ -64,20 +64,40 @@ class NeRFField(nn.Module):
             self.views_linears.requires_grad_(False)
 
     def hidden(self, points: Tensor) -> Tensor:
-        """The last hidden layer at points [N, 3] -> [N, W]."""
-        encoded = self.encoding(points)
+        """The last hidden layer at points [..., 3] -> [N, W]."""
+        encoded = self.encoding(points.reshape(-1, 3))
+        own, columns = encoded.shape[-1], self.encoding.columns
         h = encoded
         for i, layer in enumerate(self.pts_linears):
-            if i == SKIP_AFTER + 1:
-                h = torch.cat([encoded.to(h.dtype), h], dim=-1)
-            h = F.relu(layer(h), inplace=True)
+            if i == 0:
+                h = F.linear(encoded, layer.weight[:, columns], layer.bias)
+            elif i == SKIP_AFTER + 1:  # as if [encoded, h] were one input
+                from_encoded = F.linear(encoded, layer.weight[:, columns], layer.bias)
+                h = torch.addmm(from_encoded, h, layer.weight[:, own:].T)
+            else:
+                h = layer(h)
+            h = F.relu(h, inplace=True)
         return h
 
     def density(self, points: Tensor) -> Tensor:
         """Density before its activation at points [..., 3] -> [...], float32."""
-        h = self.hidden(points.reshape(-1, 3))
-        raw = self.alpha_linear(h) if self.use_viewdirs else self.output_linear(h)[:, 3:4]
-        return raw.float().view(points.shape[:-1])
+        return self.density_of(self.hidden(points)).view(points.shape[:-1])
+
+    def density_of(self, hidden: Tensor) -> Tensor:
+        """Density before its activation, of hidden [N, W] -> [N], float32."""
+        if self.use_viewdirs:
+            return self.alpha_linear(hidden)[:, 0].float()
+        return self.output_linear(hidden)[:, 3].float()
+
+    def color_of(self, hidden: Tensor, viewdirs: Tensor, ray: Tensor) -> Tensor:
+        """Colour before its activation, of hidden [N, W] seen along viewdirs [B, 3] -> [N, 3].
+
+        ray [N]: the row of viewdirs each belongs to. float32.
+        """
+        if not self.use_viewdirs:
+            return self.output_linear(hidden)[:, :3].float()
+        per_sample, per_ray = self._view_layer(hidden, viewdirs)
+        return self.rgb_linear(F.relu(per_sample + per_ray[ray], inplace=True)).float()
 
     def forward(
         self, points: Tensor, viewdirs: Tensor, ray: Tensor | None = None
@@ -87,29 +107,27 @@ class NeRFField(nn.Module):
         Both before their activations (ReLU or exp, and sigmoid). Packed samples: points [N, 3] and
         ``ray`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
         """
-        h = self.hidden(points.reshape(-1, 3))
-        if not self.use_viewdirs:
-            raw = (
-                self.output_linear(h)
-                .float()
-                .view(*points.shape[:-1], self.output_linear.out_features)
-            )
-            return raw[..., 3], raw[..., :3]
-        view_layer = self.views_linears[0]
-        with torch.autocast(points.device.type, enabled=False):
-            on_feature, on_view = view_layer.weight.split(
-                [self.width, view_layer.in_features - self.width], dim=1
+        shape = points.shape[:-1]
+        h = self.hidden(points)
+        if ray is not None or not self.use_viewdirs:
+            return self.density_of(h).view(shape), self.color_of(h, viewdirs, ray).view(*shape, 3)
+        per_sample, per_ray = self._view_layer(h, viewdirs)
+        v = F.relu(per_sample.view(*shape, -1) + per_ray[:, None], inplace=True)
+        return self.density_of(h).view(shape), self.rgb_linear(v).float()
+
+    def _view_layer(self, h: Tensor, viewdirs: Tensor) -> tuple[Tensor, Tensor]:
+        """The view layer before its ReLU: the parts of samples [N, W/2] and of rays [B, W/2]."""
+        layer = self.views_linears[0]
+        with torch.autocast(h.device.type, enabled=False):
+            on_feature, on_view = layer.weight.split(
+                [self.width, layer.in_features - self.width], dim=1
             )
             weight = on_feature @ self.feature_linear.weight  # [W/2, W]
-            bias = on_feature @ self.feature_linear.bias + view_layer.bias
+            bias = on_feature @ self.feature_linear.bias + layer.bias
+            on_view = on_view[:, self.view_encoding.columns]
             per_ray = F.linear(self.view_encoding(viewdirs), on_view, bias)  # [B, W/2]
-        per_sample = F.linear(h, weight).view(*points.shape[:-1], len(weight))
-        per_ray = per_ray.to(per_sample.dtype)
-        per_ray = per_ray[:, None] if ray is None else per_ray[ray]
-        v = F.relu(per_sample + per_ray, inplace=True)
-        rgb = self.rgb_linear(v).float()
-        density = self.alpha_linear(h).float().view(points.shape[:-1])
-        return density, rgb
+        per_sample = F.linear(h, weight)
+        return per_sample, per_ray.to(per_sample.dtype)
 
 
 class FeatureField(nn.Module):
@@ -166,3 +184,12 @@ def query_packed(
     points, ray = F.pad(points, (0, 0, 0, padding)), F.pad(ray, (0, padding))
     density, rgb = field(points, viewdirs, ray)
     return density[:num_samples], rgb[:num_samples]
+
+
+def color_packed(
+    field: NeRFField, hidden: Tensor, viewdirs: Tensor, rows: Tensor, ray: Tensor
+) -> Tensor:
+    """field.color_of(hidden[rows], viewdirs, ray), rows and ray [N], padded as above -> [N, 3]."""
+    padding = -len(rows) % BUCKET
+    rows_padded, ray = F.pad(rows, (0, padding)), F.pad(ray, (0, padding))
+    return field.color_of(hidden[rows_padded], viewdirs, ray)[: len(rows)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerf.field import query_packed
+from nerf.field import color_packed, query_packed
 from nerf.rays import Rays
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
 
@@ -153,8 +153,14 @@ class NeRFRenderer(nn.Module):
             sigma = F.relu(self.coarse.density(self._points(rays, t)))
             weights = blend_weights(sigma, interval_lengths(t, rays.directions))
             t = self._refine(t, weights, None)
-        self._skip_empty = False
-        return self._level(self.fine or self.coarse, rays, t, None)[0]
+        field = self.fine or self.coarse
+        hidden = field.hidden(self._points(rays, t))
+        sigma = F.relu(field.density_of(hidden)).view(t.shape)
+        weights = blend_weights(sigma, interval_lengths(t, rays.directions))
+        seen = weights.flatten().nonzero()[:, 0]  # the others' colour is never asked for
+        raw_rgb = color_packed(field, hidden, rays.viewdirs, seen, seen // t.shape[1])
+        rgb = raw_rgb.new_zeros(weights.numel(), 3).index_copy_(0, seen, torch.sigmoid(raw_rgb))
+        return Rendered(*composite(rgb.view(*t.shape, 3), weights, t, self.background))
 
     @staticmethod
     def _points(rays: Rays, t: Tensor) -> Tensor:

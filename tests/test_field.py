@@ -140,7 +140,7 @@ def test_frequency_encoding_equals_a_plain_loop(num_frequencies):
     found = encoding(points)
     assert found.shape == (*points.shape[:-1], encoding.out_dim)
     assert encoding.out_dim == 3 + 6 * num_frequencies
-    assert torch.equal(found, plain_encoding(points, num_frequencies))
+    assert torch.equal(found, plain_encoding(points, num_frequencies)[..., encoding.columns])
 
 
 def test_no_encoding_is_the_identity():
@@ -154,7 +154,7 @@ def test_no_encoding_is_the_identity():
 
 def test_encoding_stays_float32_under_autocast():
     points = inputs()[0]
-    exact = plain_encoding(points.double(), 10)
+    exact = plain_encoding(points.double(), 10)[..., FrequencyEncoding(10).columns]
     with torch.autocast("cpu", torch.bfloat16):
         found = FrequencyEncoding(10)(points)
     assert found.dtype == torch.float32
