@@ -5,7 +5,7 @@
     python benchmarks/vanilla.py --peer ... --network paper     # 8x256, 64 + 128 samples
     python benchmarks/vanilla.py --peer ... --warm 600          # both from a network trained so far
 
-Both programs train the demo scene with the same flags for a few steps, then render one test view.
+Both programs train the demo scene with the same flags for a few steps, then render test views.
 Runs alternate, A B A B, each in its own process; quoted are medians and the ratio of medians.
 Machines are noisy: trust ratios of one run, not absolute times of two.
 """
@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "demo"
 NETWORKS = {
-    "small": dict(depth=4, width=128, samples=32, importance=32, rays=1024, steps=20, crop=64),
-    "paper": dict(depth=8, width=256, samples=64, importance=128, rays=1024, steps=3, crop=64),
+    "small": dict(depth=4, width=128, samples=32, importance=32, rays=1024, steps=20, testskip=8),
+    "paper": dict(depth=8, width=256, samples=64, importance=128, rays=1024, steps=3, testskip=25),
 }
 OURS = ("fp32", "bf16")
 
@@ -39,7 +39,7 @@ def flags(size: dict, start: Path | None) -> list[str]:
         *("--netdepth", depth, "--netwidth", width, "--netdepth_fine", depth),
         *("--netwidth_fine", width, "--N_samples", str(size["samples"])),
         *("--N_importance", str(size["importance"]), "--N_rand", str(size["rays"])),
-        *("--expname", "bench", "--testskip", "25", "--i_weights", "100000"),
+        *("--expname", "bench", "--i_weights", "100000", "--testskip", str(size["testskip"])),
         *(("--ft_path", str(start)) if start else ()),
     ]
 
@@ -138,14 +138,14 @@ def drive_peer(checkout: str, steps: int, argv: list[str]) -> None:
             args.datadir, False, args.testskip
         )
         matrix = [[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]
-        view = torch.tensor(poses[split[2]][:1])
+        views = torch.tensor(poses[split[2]])
         hwf = [height, width, focal]
         began = time.perf_counter()
         with torch.no_grad():
-            peer.render_path(view, hwf, matrix, args.chunk, render)
+            peer.render_path(views, hwf, matrix, args.chunk, render)
         figures = {
             "rays_per_second": steps * args.N_rand / seconds,
-            "pixels_per_second": height * width / (time.perf_counter() - began),
+            "pixels_per_second": len(views) * height * width / (time.perf_counter() - began),
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(figures), flush=True)

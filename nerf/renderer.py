@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nerf.field import color_packed, query_packed
 from nerf.rays import Rays
+from nerf.runtime import map_on_threads
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
 
 SKIP_BELOW = 0.6  # part of the samples with density, up to which the others are worth finding
@@ -239,11 +240,14 @@ def render_view(
     picture = Rendered(
         torch.empty(height * width, 3), torch.empty(height * width), torch.empty(height * width)
     )
-    for start in range(0, height * width, block):
+
+    def render_block(start: int) -> None:
         stop = min(start + block, height * width)
         rendered = render(rays_of(torch.arange(start, stop, device=device)))
         for whole, part in zip(picture, rendered, strict=True):
             whole[start:stop] = part
+
+    map_on_threads(render_block, range(0, height * width, block), torch.device(device))
     return Rendered(*(member.view(height, width, *member.shape[1:]) for member in picture))
 
 

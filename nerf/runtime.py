@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -143,6 +145,25 @@ def autocast(device: torch.device, amp: str):
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Loss scaling, which float16's narrow range needs; a no-op for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def map_on_threads(function: Callable, items: Iterable, device: torch.device) -> None:
+    """Call ``function`` on every item; on a CPU on as many items at a time as it has threads.
+
+    Each call then computes on one thread of its own. For work in small pieces that is far better
+    than splitting every operation over all threads: those wait for one another at each.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        for item in items:
+            function(item)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(function, items):
+                pass  # raises what a call raised
+    finally:
+        torch.set_num_threads(threads)  # a part of that setting is global
 
 
 def peak_memory_mb(device: torch.device) -> float:
