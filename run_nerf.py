@@ -110,6 +110,22 @@ def restore(path, state, args, run, renderer, optimizer=None, scaler=None, ema=N
             ema.reset()
 
 
+def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dict, Clock]:
+    """Finished updates, the best validation so far and the training clock of ``found``, restored.
+
+    found: (path, state), or None for a new run.
+    """
+    best = {"step": None, "psnr": -math.inf}
+    if not found:
+        return 0, best, Clock()
+    path, state = found
+    restore(path, state, args, run, renderer, optimizer, scaler, ema)
+    step = checkpoint.finished_updates(state)
+    done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
+    run.say(f"resumed from {path} at step {step}{done}")
+    return step, state.get("best", best), Clock(state.get("train_seconds", 0.0))
+
+
 def save_run(args, world, run, step, renderer, optimizer, scaler, ema, extra: dict) -> None:
     """One checkpoint of everything, by rank 0; then older ones are removed."""
     if not world.is_main:
@@ -224,7 +240,7 @@ def render_only(args, world, run) -> int:
 
 def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
-    run.record(vars(args), options.as_config(args))
+    run.record(vars(args), options.as_config(args, options.nerf_parser()))
     scene = load_scene(args, run.say).to(world.device)
     run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
     found = find_checkpoint(args, world, run)
@@ -250,14 +266,7 @@ def train(args, world, run) -> int:
 def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
     renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
-    step, best, clock = 0, {"step": None, "psnr": -math.inf}, Clock()
-    if found:
-        path, state = found
-        restore(path, state, args, run, renderer, optimizer, scaler, ema)
-        step = checkpoint.finished_updates(state)
-        best, clock = state.get("best", best), Clock(state.get("train_seconds", 0.0))
-        done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
-        run.say(f"resumed from {path} at step {step}{done}")
+    step, best, clock = resume(found, args, run, renderer, optimizer, scaler, ema)
     if args.compile:
         few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
         compile_fields(renderer, scene.pick(*few)[0], run.say)

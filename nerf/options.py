@@ -415,12 +415,20 @@ def _changes(saved: dict, args: argparse.Namespace, names) -> list[str]:
     ]
 
 
-def as_config(args: argparse.Namespace) -> str:
-    """``args`` as a config file that reads back to the same values; unset flags are comments."""
+def as_config(args: argparse.Namespace, parser) -> str:
+    """``args`` as a config file, checked to read back to the same; unset flags are comments."""
     lines = []
     for name, value in sorted(vars(args).items()):
-        if name == "config":
+        if name in ("config", "fast"):  # what they stand for is written out
             continue
         text = f'"{value}"' if isinstance(value, str) else value  # quotes keep " #" in a value
         lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
-    return "\n".join(lines) + "\n"
+    content = "\n".join(lines) + "\n"
+    written = parser.parse_known_args([], config_file_contents=content, env_vars={})[0]
+    for name, value in vars(args).items():
+        if name not in ("config", "fast") and getattr(written, name) != value:
+            raise ValueError(
+                f"--{name} {value!r} cannot be kept in args.txt (it would read back as "
+                f"{getattr(written, name)!r}); use a value without quotes and brackets"
+            )
+    return content

@@ -261,7 +261,7 @@ def test_there_are_configs():
 
 
 def read_back(folder, args):
-    path = config(folder, options.as_config(args), "args.txt")
+    path = config(folder, options.as_config(args, options.nerf_parser()), "args.txt")
     return {**vars(parse("--config", path)), "config": args.config}
 
 
@@ -284,6 +284,18 @@ def test_as_config_keeps_what_differs_from_every_default(tmp_path):
 def test_as_config_keeps_awkward_text(tmp_path, text):
     args = parse("--datadir", text, "--expname", "awkward")
     assert read_back(tmp_path, args)["datadir"] == text
+
+
+def test_as_config_of_a_fast_run_can_be_run_again(tmp_path):
+    args = parse("--fast", "--datadir", "somewhere")
+    assert args.occ_grid and read_back(tmp_path, args) == {**vars(args), "fast": False}
+
+
+def test_as_config_refuses_what_would_read_back_differently(monkeypatch):
+    monkeypatch.setenv("NERF_SEED", "5")  # must not count: the file has to stand alone
+    args = parse("--expname", 'a "b" #c')
+    with pytest.raises(ValueError, match="expname.*args.txt"):
+        options.as_config(args, options.nerf_parser())
 
 
 def test_none_in_a_file_means_unset(tmp_path):
