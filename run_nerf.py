@@ -154,7 +154,7 @@ def make_painter(args, world, renderer, scene, stop=None) -> evaluation.Painter:
 
 def rays_per_block(args, renderer, world) -> int:
     if args.occ_grid:  # few samples a ray: larger blocks, still in cache
-        return min(args.chunk, 4096 if world.device.type == "cpu" else 1 << 17)
+        return min(args.chunk, 8192 if world.device.type == "cpu" else 1 << 17)
     width = max(args.netwidth, args.netwidth_fine if renderer.fine is not None else 0)
     return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
 

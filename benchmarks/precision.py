@@ -1,6 +1,6 @@
 """Does half precision cost quality? PSNR per step of fp32 and bf16 over several seeds.
 
-    python benchmarks/precision.py --seeds 3 --steps 1000
+    python benchmarks/precision.py --seeds 0 2 3 --steps 600 --lrate 1e-3
 
 Runs configs/demo_vanilla.txt with each seed and precision; compares validation PSNR by step.
 """
@@ -45,12 +45,12 @@ def curve(seed: int, amp: str, steps: int, every: int, extra: list[str]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2, 3])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=250, help="steps between measurements")
     args, extra = parser.parse_known_args()  # further flags go to run_nerf.py
     differences: dict[int, list[float]] = {}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         full, half = (curve(seed, amp, args.steps, args.every, extra) for amp in ("off", "bf16"))
         for step in full:
             differences.setdefault(step, []).append(half[step] - full[step])

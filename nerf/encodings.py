@@ -45,11 +45,13 @@ class TriPlane(nn.Module):
     """Products of three axis-aligned feature planes, at several resolutions.
 
     (Chan et al. 2022, EG3D, section 4; products as in Fridovich-Keil et al. 2023, K-Planes,
-    section 3.1.) Unit points [N, 3] in [-1, 1] -> [N, channels x resolutions], float32.
+    section 3.1.) Unit points [N, 3] in [-1, 1] -> [N, channels x 3], float32. Sides of the planes:
+    a quarter, half and all of ``finest``.
     """
 
-    def __init__(self, channels: int = 16, resolutions: tuple[int, ...] = (64, 128)):
+    def __init__(self, finest: int = 128, channels: int = 8):
         super().__init__()
+        resolutions = (finest // 4, finest // 2, finest)
         self.planes = nn.ParameterList(
             nn.Parameter(torch.empty(3, channels, size, size).uniform_(0.5, 1.5))
             for size in resolutions
@@ -66,7 +68,8 @@ class TriPlane(nn.Module):
             values = F.grid_sample(
                 plane, places[:, :, None], padding_mode="border", align_corners=True
             )  # [3, C, N, 1]
-            features.append((values[0] * values[1] * values[2])[..., 0])
+            xy, xz, yz = values[..., 0].unbind(0)
+            features.append(xy * xz * yz)
         return torch.cat(features).T  # [N, F]
 
 
@@ -79,11 +82,12 @@ class HashGrid(nn.Module):
 
     def __init__(
         self,
+        finest: int = 256,
+        *,
         levels: int = 8,
         channels: int = 4,
         log2_size: int = 17,
         coarsest: int = 16,
-        finest: int = 256,
     ):
         super().__init__()
         growth = (finest / coarsest) ** (1 / max(1, levels - 1))

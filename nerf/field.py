@@ -186,6 +186,12 @@ def query_packed(
     return density[:num_samples], rgb[:num_samples]
 
 
+def density_packed(field: nn.Module, points: Tensor) -> Tensor:
+    """field.density(points [N, 3]), padded as above -> [N]."""
+    padding = -len(points) % BUCKET
+    return field.density(F.pad(points, (0, 0, 0, padding)))[: len(points)]
+
+
 def color_packed(
     field: NeRFField, hidden: Tensor, viewdirs: Tensor, rows: Tensor, ray: Tensor
 ) -> Tensor:

@@ -7,11 +7,11 @@ and every step takes as many rays as fill a fixed number of samples.
 import torch
 from torch import Tensor, nn
 
-from nerf.field import query_packed
+from nerf.field import density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
 from nerf.renderer import RayNoise, Rendered
-from nerf.volume import PACKED_WEIGHTS, sum_per_ray
+from nerf.volume import PACKED_WEIGHTS, scale_gradient, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
 DENSITY_SHIFT = 3.0  # of exp: fields start as a thin fog that light gets through
@@ -30,7 +30,8 @@ class GridRenderer(nn.Module):
     space: Box or Contraction, scene -> unit coordinates. target_samples: per training step; the
     number of rays follows. random_background: train over a colour of its own per ray, so that
     nothing transparent can pass for the background. composite: a key of PACKED_WEIGHTS.
-    early_stop: in rendering, transmittance at which a ray ends (0: never).
+    early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
+    gradients are scaled down by its square (0: not at all).
     """
 
     def __init__(
@@ -41,16 +42,18 @@ class GridRenderer(nn.Module):
         *,
         background: float,
         random_background: bool = False,
-        target_samples: int = 12288,
+        target_samples: int = 8192,
         first_rays: int = 1024,
         composite: str = "cumsum",
         early_stop: float = 1e-3,
+        near_scaling: float = 0.0,
     ):
         super().__init__()
         self.field, self.grid, self.space = field, grid, space
         self.background, self.random_background = background, random_background
         self.target_samples, self.num_rays = target_samples, first_rays
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
+        self.near_scaling = near_scaling
         self.num_samples = 0  # of the latest batch
 
     @property
@@ -90,7 +93,10 @@ class GridRenderer(nn.Module):
         """The one level there is, of rays [R]."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
         samples = self.grid.march(rays, self.space, jitter)
-        self.num_samples, num_rays = len(samples.ray), len(rays.origins)
+        num_rays = len(rays.origins)
+        if self.early_stop and self.training:
+            samples = self._seen(samples, num_rays)
+        self.num_samples = len(samples.ray)
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
         if not self.num_samples:  # nothing to see; every parameter still needs a gradient under DDP
@@ -98,12 +104,38 @@ class GridRenderer(nn.Module):
             zero = rays.origins.new_zeros(num_rays)
             return (Rendered(background + nothing, zero, zero),)
         raw_sigma, raw_rgb = query_packed(self.field, samples.points, rays.viewdirs, samples.ray)
+        if self.near_scaling:
+            factor = self._near_factor(rays, samples)
+            raw_sigma = scale_gradient(raw_sigma, factor)
+            raw_rgb = scale_gradient(raw_rgb, factor[:, None])
         weights = self.packed_weights(density_of(raw_sigma), samples.length, samples.ray, num_rays)
         values = torch.cat(
             [torch.sigmoid(raw_rgb), torch.ones_like(samples.t[:, None]), samples.t[:, None]], -1
         )
         sums = sum_per_ray(weights[:, None] * values, samples.ray, num_rays)  # [R, 5]
         return (_rendered(sums, background),)
+
+    def _near_factor(self, rays: Rays, samples: Samples) -> Tensor:
+        """min(1, (distance / near_scaling)^2) of samples -> [N].
+
+        What lies close to a camera is sampled more densely by its rays, by the square of the
+        distance, and fog grows there; this evens it out (Philip and Deschaintre 2023, eq. 5).
+        """
+        distance = samples.t * rays.directions.norm(dim=-1).index_select(0, samples.ray)
+        return (distance / self.near_scaling).square().clamp(max=1.0)
+
+    @torch.no_grad()
+    def _seen(self, samples: Samples, num_rays: int) -> Samples:
+        """The samples that light gets through to; found without a graph, by density alone.
+
+        About half of a ray's samples lie behind a surface once there are surfaces, and a graph
+        costs several times this look (NerfAcc, section 3.2).
+        """
+        sigma = density_of(density_packed(self.field, samples.points))
+        weights = self.packed_weights(sigma, samples.length, samples.ray, num_rays)
+        alpha = -torch.expm1(-sigma * samples.length)
+        index = (weights > self.early_stop * alpha).nonzero()[:, 0]  # by transmittance
+        return Samples(*(member.index_select(0, index) for member in samples))
 
     @torch.no_grad()
     def render(self, rays: Rays) -> Rendered:
@@ -120,13 +152,13 @@ class GridRenderer(nn.Module):
             left = (counts[alive] - done).clamp(max=SAMPLES_A_ROUND)
             rows = torch.repeat_interleave(torch.arange(len(alive), device=left.device), left)
             starts = torch.cumsum(left, dim=0) - left
-            within = torch.arange(len(rows), device=left.device) - starts[rows]
-            index = first[alive][rows] + done + within
-            part = Samples(*(member[index] for member in samples))
+            numbers = torch.arange(len(rows), device=left.device)
+            index = (first[alive] - starts + done).index_select(0, rows) + numbers
+            part = Samples(*(member.index_select(0, index) for member in samples))
             raw_sigma, raw_rgb = query_packed(self.field, part.points, rays.viewdirs[alive], rows)
             optical = density_of(raw_sigma) * part.length
             weights = self.packed_weights(optical, torch.ones_like(optical), rows, len(alive))
-            weights = weights * through[alive][rows]
+            weights = weights * through[alive].index_select(0, rows)
             values = torch.cat(
                 [torch.sigmoid(raw_rgb), torch.ones_like(part.t[:, None]), part.t[:, None]], -1
             )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nerf.rays import Rays
@@ -46,22 +47,34 @@ class Box:
     def from_unit(self, unit: Tensor) -> Tensor:
         return (unit + 1) / 2 * (self.high - self.low) + self.low
 
-    def edges(self, rays: Rays, bounds: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
-        """Interval edges t [R, K + 1] of rays, and first and last t [R, 1] inside ``bounds``.
+    def span(self, rays: Rays, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """The t [R, 1] at which rays enter and leave ``bounds``, unit coordinates [2, 3].
 
-        bounds: unit coordinates [2, 3] of the part that is not empty. u [R, 1] in [0, 1) shifts
-        each ray's intervals by that part of one step (None: half).
+        A ray that misses leaves before it enters.
         """
         low, high = self.from_unit(bounds)
         inverse = 1.0 / torch.where(rays.directions.abs() < 1e-9, 1e-9, rays.directions)
         first, second = (low - rays.origins) * inverse, (high - rays.origins) * inverse
         enter = torch.minimum(first, second).amax(-1, keepdim=True).maximum(rays.near)
         leave = torch.maximum(first, second).amin(-1, keepdim=True).minimum(rays.far)
+        return enter, leave
+
+    def middles(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
+        """Where rays are sampled: middles t [R, K] of intervals, and their lengths [R, K or 1].
+
+        enter, leave: see ``span``. u [R, 1] or a number in [0, 1): where in its first interval
+        a ray's first middle lies.
+        """
         step = self.step / rays.directions.norm(dim=-1, keepdim=True)
-        count = int(((leave - enter) / step).amax().clamp(min=0).ceil()) + 1 if len(enter) else 1
-        shift = 0.5 if u is None else u
-        numbers = torch.arange(count + 1, device=step.device, dtype=step.dtype)
-        return enter + (numbers + shift - 1) * step, enter, leave
+        count = int(((leave - enter) / step).amax().ceil()) if len(enter) else 0
+        numbers = torch.arange(count, device=step.device, dtype=step.dtype)
+        return torch.addcmul(enter + u * step, numbers, step), step
+
+    def places(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
+        """Cell coordinates in [0, size] of each ray at t [R, K], axis by axis."""
+        scale = size / (self.high - self.low)
+        start, slope = (rays.origins - self.low) * scale, rays.directions * scale
+        return [torch.addcmul(start[:, axis, None], slope[:, axis, None], t) for axis in range(3)]
 
 
 class Contraction:
@@ -90,12 +103,20 @@ class Contraction:
         radius = points.norm(dim=-1, keepdim=True).clamp(min=1.0)
         return points * (2.0 - 1.0 / radius) / radius / 2
 
-    def edges(self, rays: Rays, bounds: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
-        """As ``Box.edges``; one ladder of distances serves all rays."""
-        shift = torch.full_like(rays.near, 0.5) if u is None else u
+    def span(self, rays: Rays, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Box.span``: everything from near to far."""
         scale = 1.0 / rays.directions.norm(dim=-1, keepdim=True)
-        ladder = torch.lerp(self.ladder[:-1], self.ladder[1:], shift) * scale
-        return ladder, rays.near * scale, rays.far * scale
+        return rays.near * scale, rays.far * scale
+
+    def middles(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
+        """As ``Box.middles``; one ladder of distances serves all rays."""
+        scale, rungs = 1.0 / rays.directions.norm(dim=-1, keepdim=True), self.ladder.diff()
+        return (self.ladder[:-1] + rungs * u) * scale, rungs * scale
+
+    def places(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
+        """As ``Box.places``."""
+        points = rays.origins[:, None] + rays.directions[:, None] * t[..., None]
+        return [(axis + 1) * (size / 2) for axis in self.to_unit(points).unbind(-1)]
 
 
 class OccupancyGrid(nn.Module):
@@ -180,28 +201,31 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def march(self, rays: Rays, space, u: Tensor | None) -> Samples:
-        """The samples of rays [R] that lie in occupied cells. u [R, 1]: see ``Box.edges``."""
-        edges, enter, leave = space.edges(rays, self.bounds, u)
-        middle = 0.5 * (edges[:, 1:] + edges[:, :-1])  # [R, K]
-        flat = self._cells_along(rays, space, middle)
-        inside = (middle > enter) & (middle < leave)
-        ray, number = (inside & self.occupied[flat]).nonzero(as_tuple=True)
-        t = middle[ray, number]
-        length = (edges[ray, number + 1] - edges[ray, number]) * rays.directions.norm(dim=-1)[ray]
-        points = space.to_unit(rays.origins[ray] + rays.directions[ray] * t[:, None])
-        return Samples(ray, t, length, points)
+        """The samples of rays [R] that lie in occupied cells. u [R, 1]: see ``Box.middles``."""
+        enter, leave = space.span(rays, self.bounds)
+        hits = (leave > enter)[:, 0].nonzero()[:, 0]
+        rays, enter, leave = rays.part(hits), enter[hits], leave[hits]
+        t, length = space.middles(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
+        occupied = self._occupied_at(space.places(rays, t.minimum(leave), self.resolution))
+        row, number = (occupied & (t < leave)).nonzero(as_tuple=True)
+        # index_select, here and wherever samples are picked: 3 times as fast as brackets on a CPU.
+        sample = row * t.shape[1] + number
+        t = t.flatten().index_select(0, sample)
+        length = length * rays.directions.norm(dim=-1, keepdim=True)
+        per_sample = sample if length.shape[1] > 1 else row
+        length = length.flatten().index_select(0, per_sample)
+        origins, directions = (part.index_select(0, row) for part in rays[:2])
+        points = space.to_unit(torch.addcmul(origins, directions, t[:, None]))
+        return Samples(hits.index_select(0, row), t, length, points)
 
-    def _cells_along(self, rays: Rays, space, t: Tensor) -> Tensor:
-        """The cell number of each ray's place at t [R, K] -> [R, K]; outside ones are clamped."""
+    def _occupied_at(self, places: list[Tensor]) -> Tensor:
+        """Whether the cells at three coordinates in [0, resolution] are occupied, same shape.
+
+        A rim of empty cells takes what rounding puts outside.
+        """
         size = self.resolution
-        if isinstance(space, Box):  # linear: axis by axis, without ever making [R, K, 3]
-            scale = size / (space.high - space.low)
-            start, slope = (rays.origins - space.low) * scale, rays.directions * scale
-            places = [
-                torch.addcmul(start[:, axis, None], slope[:, axis, None], t) for axis in range(3)
-            ]
-        else:
-            points = rays.origins[:, None] + rays.directions[:, None] * t[..., None]
-            places = ((space.to_unit(points) + 1) / 2 * size).unbind(-1)
-        x, y, z = (place.to(torch.int32).clamp(0, size - 1) for place in places)
-        return (x * size + y) * size + z
+        padded = F.pad(self.occupied.view(size, size, size), (1, 1, 1, 1, 1, 1)).flatten()
+        x, y, z = ((place + 1).to(torch.int32) for place in places)
+        row = torch.add(y, x, alpha=size + 2)
+        cell = torch.add(z, row, alpha=size + 2)
+        return padded.index_select(0, cell.flatten()).view(cell.shape)

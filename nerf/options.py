@@ -28,7 +28,7 @@ ENV_PREFIX = "NERF_"
 STRUCTURAL = (
     "netdepth netwidth netdepth_fine netwidth_fine multires multires_views i_embed use_viewdirs "
     "N_importance dataset_type white_bkgd no_ndc spherify lindisp pixel_center "
-    "field occ_grid occ_res contract"
+    "field grid_res occ_grid occ_res contract"
 ).split()
 
 # What --fast stands for: as if these stood on the command line before your own flags.
@@ -64,6 +64,13 @@ def amount(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more")
+    return value
+
+
+def grid_side(text: str) -> int:
+    value = int(text)
+    if value < 16:
+        raise argparse.ArgumentTypeError(f"{text}; expected 16 or more")
     return value
 
 
@@ -176,13 +183,14 @@ def add_field_flags(parser) -> None:
         default="mlp",
         help="positional-encoding MLP, or features on grids and two small MLPs",
     )
+    add("--grid_res", type=grid_side, default=128, help="finest side of a grid of features")
     group = parser.add_argument_group("fast path")
     add = group.add_argument
     _switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
     _switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
     add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
     add("--march_steps", type=positive, default=128, help="samples across the whole scene box")
-    add("--target_samples", type=positive, default=12288, help="samples per step; rays follow")
+    add("--target_samples", type=positive, default=8192, help="samples per step; rays follow")
     add("--scene_bound", type=amount, default=0.0, help="half side of the scene's cube; 0: auto")
     _switch(group, "contract", "unbounded scene: draw everything far away into a ball")
     add("--cone_angle", type=amount, default=0.01, help="growth of steps with distance (contract)")
@@ -194,7 +202,13 @@ def add_field_flags(parser) -> None:
         help="start the grid as the visual hull of the alpha masks; auto: if there are any",
     )
     add("--composite", choices=sorted(PACKED_WEIGHTS), default="cumsum", help="packed blending")
-    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a rendered ray")
+    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a ray; 0: none")
+    add(
+        "--near_scaling",
+        type=amount,
+        default=0.0,
+        help="scale gradients nearer than this by the distance squared; 0: do not",
+    )
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--N_samples", type=positive, default=64, help="coarse samples per ray")
@@ -351,7 +365,9 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
     if args.field == "mlp":
         field = mlp(args.netdepth, args.netwidth)
     else:
-        field = FeatureField(ENCODINGS[args.field](), multires_views=args.multires_views)
+        field = FeatureField(
+            ENCODINGS[args.field](args.grid_res), multires_views=args.multires_views
+        )
     return GridRenderer(
         field,
         grid,
@@ -361,6 +377,7 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
         target_samples=args.target_samples,
         composite=args.composite,
         early_stop=args.early_stop,
+        near_scaling=args.near_scaling,
     )
 
 

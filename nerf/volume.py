@@ -138,3 +138,8 @@ PACKED_WEIGHTS = {"cumsum": packed_weights_cumsum, "padded": packed_weights_padd
 def sum_per_ray(values: Tensor, ray: Tensor, num_rays: int) -> Tensor:
     """Sums of values [N] or [N, C] over each ray's samples -> [num_rays] or [num_rays, C]."""
     return values.new_zeros(num_rays, *values.shape[1:]).index_add(0, ray, values)
+
+
+def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """``values`` unchanged, whose gradient is multiplied by ``factor`` (broadcast to them)."""
+    return values * factor + (values * (1 - factor)).detach()

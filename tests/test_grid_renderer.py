@@ -1,0 +1,87 @@
+"""nerf.grid_renderer: what is left out of a ray must not matter."""
+
+import pytest
+import torch
+
+from nerf.encodings import TriPlane
+from nerf.field import FeatureField
+from nerf.grid_renderer import GridRenderer
+from nerf.occupancy import Box, OccupancyGrid
+from nerf.volume import scale_gradient
+from tests.test_occupancy import random_rays
+
+
+class Ball(torch.nn.Module):
+    """Density exp(raw - 3) high inside radius 0.5 and low outside; colour follows the place."""
+
+    def __init__(self, inside: float):
+        super().__init__()
+        self.inside = torch.nn.Parameter(torch.tensor(inside))
+        self.tint = torch.nn.Parameter(torch.tensor(2.0))
+
+    def density(self, points):
+        return torch.where(points.norm(dim=-1) < 0.5, self.inside, self.inside - 9.0)
+
+    def forward(self, points, viewdirs, ray):
+        return self.density(points), points * self.tint
+
+
+def make(field, **options) -> GridRenderer:
+    torch.manual_seed(0)
+    space = Box(torch.full((3,), -1.0), torch.full((3,), 1.0), 100)
+    return GridRenderer(field, OccupancyGrid(16), space, background=1.0, **options)
+
+
+def learn(renderer, rays):
+    """The rendered rays and the gradient of a loss on them."""
+    (rendered,) = renderer(rays)
+    loss = (rendered.rgb - 0.3).square().mean()
+    return rendered, torch.autograd.grad(loss, list(renderer.field.parameters()))
+
+
+def test_samples_behind_a_surface_change_neither_colour_nor_gradient():
+    rays = random_rays(300)
+    every, seen = make(Ball(8.0), early_stop=0.0), make(Ball(8.0), early_stop=1e-3)
+    (expected, slopes), (found, own) = learn(every, rays), learn(seen, rays)
+    assert 0 < seen.num_samples < 0.9 * every.num_samples
+    assert (found.rgb - expected.rgb).abs().max() < 2e-3  # twice the light that was let go
+    for a, b in zip(own, slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("composite", ["cumsum", "padded"])
+def test_rendering_in_rounds_equals_the_forward_of_training(composite):
+    rays = random_rays(300)
+    torch.manual_seed(1)
+    for field in (Ball(5.0), FeatureField(TriPlane(16))):
+        renderer = make(field, early_stop=0.0, composite=composite)
+        with torch.no_grad():
+            (expected,) = renderer(rays)
+        for a, b in zip(renderer.render(rays), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_rays_that_meet_nothing_show_the_background_and_keep_every_gradient():
+    renderer, rays = make(Ball(5.0)), random_rays(20)
+    renderer.grid.carve(torch.zeros(16**3, dtype=torch.bool))
+    rendered, slopes = learn(renderer, rays)
+    assert torch.equal(rendered.rgb, torch.ones(20, 3)) and not rendered.opacity.any()
+    assert all(torch.equal(slope, torch.zeros_like(slope)) for slope in slopes)
+    assert torch.equal(renderer.render(rays).rgb, torch.ones(20, 3))
+
+
+def test_near_scaling_leaves_values_and_scales_gradients_by_distance_squared():
+    factor = torch.tensor([0.25, 1.0])
+    values = torch.tensor([3.0, -2.0], requires_grad=True)
+    scaled = scale_gradient(values, factor)
+    assert torch.equal(scaled, values)
+    (slope,) = torch.autograd.grad(scaled.sum(), values)
+    assert torch.equal(slope, factor)
+    rays = random_rays(50)  # they start 4 from the middle, so 3.5 from the ball
+    slopes = []
+    for distance in (0.0, 1.0, 8.0):
+        renderer = make(Ball(2.0), near_scaling=distance)
+        (rendered,) = renderer(rays)
+        slopes += torch.autograd.grad(rendered.opacity.sum(), renderer.field.inside)
+    assert slopes[0] > 0 and slopes[1] == slopes[0]
+    assert (3.4 / 8) ** 2 < slopes[2] / slopes[0] < (4.6 / 8) ** 2
