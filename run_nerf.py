@@ -311,7 +311,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
                     levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
                 weight = len(target[part]) / len(target)
                 errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
-                loss = sum(errors)
+                loss = sum(errors) + weight * renderer.penalty()
                 scaler.scale(loss).backward()  # DDP averages the gradients here
             loss_sum += loss.detach()
             error_sum += errors[-1].detach()

@@ -72,6 +72,12 @@ class TriPlane(nn.Module):
             features.append(xy * xz * yz)
         return torch.cat(features).T  # [N, F]
 
+    def variation(self) -> Tensor:
+        """Mean squared difference of neighbours, summed over planes and both axes (K-Planes)."""
+        return sum(
+            plane.diff(dim=axis).square().mean() for plane in self.planes for axis in (-1, -2)
+        )
+
 
 class HashGrid(nn.Module):
     """Multi-resolution feature grids, coarse ones dense, fine ones hashed (Instant-NGP, section 3).

@@ -31,7 +31,8 @@ class GridRenderer(nn.Module):
     number of rays follows. random_background: train over a colour of its own per ray, so that
     nothing transparent can pass for the background. composite: a key of PACKED_WEIGHTS.
     early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
-    gradients are scaled down by its square (0: not at all).
+    gradients are scaled down by its square (0: not at all). lambda_tv: weight of the planes'
+    variation in ``penalty``.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class GridRenderer(nn.Module):
         composite: str = "cumsum",
         early_stop: float = 1e-3,
         near_scaling: float = 0.0,
+        lambda_tv: float = 0.0,
     ):
         super().__init__()
         self.field, self.grid, self.space = field, grid, space
         self.background, self.random_background = background, random_background
         self.target_samples, self.num_rays = target_samples, first_rays
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
-        self.near_scaling = near_scaling
+        self.near_scaling, self.lambda_tv = near_scaling, lambda_tv
         self.num_samples = 0  # of the latest batch
 
     @property
@@ -88,6 +90,10 @@ class GridRenderer(nn.Module):
         """Choose the next step's rays from how many samples ``num_rays`` of them took."""
         wanted = int(num_rays * self.target_samples / max(1.0, num_samples))
         self.num_rays = min(MOST_RAYS, max(FEWEST_RAYS, wanted))
+
+    def penalty(self) -> Tensor | float:
+        """What the loss gets beside the colours' error."""
+        return self.lambda_tv * self.field.encoding.variation() if self.lambda_tv else 0.0
 
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """The one level there is, of rays [R]."""

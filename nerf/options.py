@@ -209,6 +209,7 @@ def add_field_flags(parser) -> None:
         default=0.0,
         help="scale gradients nearer than this by the distance squared; 0: do not",
     )
+    add("--lambda_tv", type=amount, default=0.0, help="smoothness of tri-planes, e.g. 0.03; 0: off")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--N_samples", type=positive, default=64, help="coarse samples per ray")
@@ -308,6 +309,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         )
     if args.field != "mlp" and not args.occ_grid:
         raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
+    if args.lambda_tv and args.field != "triplane":
+        raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
     if args.hull_init == "on" and args.contract:
         raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
     if not 0 < args.lrate < float("inf"):
@@ -378,6 +381,7 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
         composite=args.composite,
         early_stop=args.early_stop,
         near_scaling=args.near_scaling,
+        lambda_tv=args.lambda_tv,
     )
 
 

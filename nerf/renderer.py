@@ -109,6 +109,10 @@ class NeRFRenderer(nn.Module):
     def finish_step(self, num_rays: int, num_samples: float) -> None:
         """Nothing to learn from a step's size."""
 
+    def penalty(self) -> float:
+        """Nothing in the loss but the colours' error."""
+        return 0.0
+
     def warning(self, step: int) -> str | None:
         """Nothing to watch."""
 

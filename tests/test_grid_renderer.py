@@ -70,6 +70,16 @@ def test_rays_that_meet_nothing_show_the_background_and_keep_every_gradient():
     assert torch.equal(renderer.render(rays).rgb, torch.ones(20, 3))
 
 
+def test_the_penalty_is_the_mean_squared_step_between_neighbours():
+    field = FeatureField(TriPlane(16, channels=1))
+    for plane in field.encoding.planes:  # rows rise by 2 each, columns by 3
+        size = plane.shape[-1]
+        ramp = 2.0 * torch.arange(size)[:, None] + 3.0 * torch.arange(size)
+        plane.data.copy_(ramp.expand_as(plane))
+    assert make(field, lambda_tv=0.1).penalty().item() == pytest.approx(0.1 * 3 * (4 + 9))
+    assert make(field).penalty() == 0
+
+
 def test_near_scaling_leaves_values_and_scales_gradients_by_distance_squared():
     factor = torch.tensor([0.25, 1.0])
     values = torch.tensor([3.0, -2.0], requires_grad=True)

@@ -314,6 +314,7 @@ def test_none_in_a_file_means_unset(tmp_path):
         (["--no_reload", "--render_only"], 1, "render_only"),
         (["--no_reload", "--ft_path", "a.tar"], 1, "ft_path"),
         (["--half_res", "--downscale", "2"], 1, "downscale"),
+        (["--occ_grid", "--lambda_tv", "0.1"], 1, "lambda_tv"),
         (["--spherify"], 1, "no_ndc"),
         (["--lindisp"], 1, "no_ndc"),
         (["--N_importance", "8", "--N_samples", "2"], 1, "N_samples 2"),
