@@ -31,8 +31,9 @@ ROWS = {
     "tri100": ("--fast --downscale 8", 1200, 12, (28, 30)),
     "tri100long": ("--fast --downscale 8", 12000, 6, (30, 32)),
     "mlp100": (
-        f"--fast --field mlp {SMALL} --lrate 4e-3 --lrate_warmup 100 --downscale 8",
-        800,
+        f"--fast --field mlp {SMALL} --lrate 8e-3 --lrate_warmup 100 --downscale 8 "
+        "--target_samples 4096",
+        1200,
         10,
         (22, 24),
     ),
