@@ -346,7 +346,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             return 128 + int(number)
         if not alive and attempt < args.dead_restarts:
             run.say(
-                f"step {step}: stuck, every ray is {DeadStart.diagnosis(levels)}; starting again "
+                f"step {step}: stuck, {DeadStart.diagnosis(levels)}; starting again "
                 f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
             )
             progress.close()

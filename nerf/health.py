@@ -30,6 +30,9 @@ class DeadStart:
 
     @staticmethod
     def diagnosis(levels: tuple[Rendered, ...]) -> str:
-        """What the dead picture looks like."""
-        opacity = min(level.opacity.mean().item() for level in levels)
-        return "all background" if opacity < 0.5 else "one solid colour"
+        """Which level renders what."""
+        flat = [level.rgb.detach().std(0).max() < FLAT for level in levels]
+        level = levels[flat.index(True)]
+        color = "all background" if level.opacity.mean() < 0.5 else "one solid colour"
+        where = "" if all(flat) else f" of the {('coarse', 'fine')[flat.index(True)]} level"
+        return f"every ray{where} is {color}"
