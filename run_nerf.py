@@ -27,8 +27,6 @@ from nerf.losses import squared_error
 from nerf.metrics import psnr_from_mse
 from nerf.renderer import block_size, compile_fields
 
-MAX_SKIPPED = 100  # updates in a row that may be skipped for NaN or infinity
-
 
 def every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
@@ -42,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         options.check_nerf_flags(args, world.size)
         folder = Path(args.basedir) / args.expname
         run = RunFolder(folder, is_main=world.is_main, lock=not args.render_only)
-        return render_only(args, world, run) if args.render_only else train(args, world, run)
+        code = render_only(args, world, run) if args.render_only else train(args, world, run)
+        world.barrier()  # a rank that leaves early can take the others' connections with it
+        return code
     except ValueError as error:
         print(f"run_nerf.py: {error}", file=sys.stderr)
         if run is not None and run.is_main:
@@ -332,11 +332,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
 
         # After the update: signals, health, and everything periodic.
         skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
-        if skipped_in_row >= MAX_SKIPPED:
-            raise ValueError(
-                f"{MAX_SKIPPED} updates in a row had NaN or infinite gradients, up to step {step}; "
-                "lower --lrate, set --grad_clip 1, or use --amp bf16 or off"
-            )
+        runtime.give_up_on_skipping(skipped_in_row, step)
         dead = health.looks_dead(levels, target[parts[-1]], step)
         time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
         number, time_up, alive = world.largest(stop.number, time_up, not dead)

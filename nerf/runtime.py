@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+MAX_SKIPPED = 100  # updates in a row that may be skipped for NaN or infinity
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -145,6 +146,15 @@ def autocast(device: torch.device, amp: str):
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Loss scaling, which float16's narrow range needs; a no-op for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def give_up_on_skipping(skipped_in_row: int, step: int) -> None:
+    """ValueError once ``MAX_SKIPPED`` updates in a row had no finite gradient."""
+    if skipped_in_row >= MAX_SKIPPED:
+        raise ValueError(
+            f"{MAX_SKIPPED} updates in a row had NaN or infinite gradients, up to step {step}; "
+            "lower --lrate, set --grad_clip 1, or use --amp bf16 or off"
+        )
 
 
 def map_on_threads(function: Callable, items: Iterable, device: torch.device) -> None:
