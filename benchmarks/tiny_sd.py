@@ -1,0 +1,129 @@
+"""Does the embedded model draw what it is told? Samples, scored by a separate judge.
+
+    python benchmarks/tiny_sd.py                                  # the committed model
+    python benchmarks/tiny_sd.py --model logs/tiny/model --guidance_scale 4
+
+Every object in every colour, then with two colours, from the four level views; prompts without a
+view word and from overhead are scored apart. Prints a table by kind of prompt and the confused
+ones, and writes a picture of the first 256.
+"""
+
+import argparse
+import collections
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import judge as judging  # noqa: E402
+from guidance.prompts import VIEW_WORDS  # noqa: E402
+from guidance.tiny.pictures import COLOR_NAMES, NAMES, article, describe  # noqa: E402
+from guidance.tiny.shapes import SHAPES  # noqa: E402
+from nerf.media import write_png  # noqa: E402
+
+MODEL = ROOT / "guidance" / "tiny" / "model"
+
+
+def prompts() -> list[tuple[str, str, str, str]]:
+    """(prompt, object, colour, kind). The first 256 name one of the four level views.
+
+    Then 64 each without a view word and from overhead, where some solids look alike: a mushroom or
+    a cone from above is a disc. They are reported apart.
+    """
+
+    def entry(number: int, view: str | None, kind: str):
+        name = NAMES[number % len(NAMES)]
+        # Each round over the objects starts at another colour; 10 rounds make all combinations.
+        color = COLOR_NAMES[(number // len(NAMES) + 3 * number) % len(COLOR_NAMES)]
+        other = COLOR_NAMES[(COLOR_NAMES.index(color) + 1 + number % 7) % len(COLOR_NAMES)]
+        two = kind == "two colours" and SHAPES[name].second is not None
+        text = article(describe(name, color, other if two else None))
+        return (text if view is None else f"{text}, {view} view", name, color, kind)
+
+    level = [word for word in VIEW_WORDS if word != "overhead"]
+    kinds = ["one colour"] * 160 + ["two colours"] * 96
+    asked = [entry(n, level[(n + n // 16) % 4], kind) for n, kind in enumerate(kinds)]
+    asked += [entry(n, None, "no view word") for n in range(64)]
+    return asked + [entry(n, "overhead", "overhead") for n in range(64)]
+
+
+def load(folder: Path):
+    """The pipeline in ``folder``, in float32, silent."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, texts: list[str], scale: float, steps: int, seed: int) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1]; each has its own seed, whatever the batch."""
+    images = []
+    for first in range(0, len(texts), 32):
+        part = texts[first : first + 32]
+        generators = [torch.Generator().manual_seed(seed + first + n) for n in range(len(part))]
+        found = pipeline(
+            part,
+            guidance_scale=scale,
+            num_inference_steps=steps,
+            generator=generators,
+            output_type="pt",
+        )
+        images.append(found.images)
+    return torch.cat(images)
+
+
+def sheet(images: Tensor, columns: int, enlarge: int = 1) -> Tensor:
+    """One picture [H, W, 3] of many [N, 3, h, w], row by row."""
+    count, _, height, width = images.shape
+    rows = images[: count - count % columns].view(-1, columns, 3, height, width)
+    picture = rows.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
+    return picture.repeat_interleave(enlarge, 0).repeat_interleave(enlarge, 1)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--judge", type=Path, default=ROOT / "logs" / "judge.pt")
+    parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--steps", type=int, default=25, help="of DDIM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", type=Path, default=ROOT / "logs" / "tiny_sd.png")
+    args = parser.parse_args()
+    judge, asked = judging.load(args.judge), prompts()
+    print("judge, on renders it never saw:", judging.accuracy(judge))
+    texts = [text for text, *_ in asked]
+    images = sample(load(args.model), texts, args.guidance_scale, args.steps, args.seed)
+    write_png(args.grid, sheet(images[:256], columns=len(NAMES), enlarge=2).numpy())
+    report(judge(images), asked)
+
+
+def report(verdict: judging.Verdict, asked) -> None:
+    objects, colors = verdict.objects.argmax(-1).tolist(), verdict.colors.argmax(-1).tolist()
+    rows, wrong = collections.defaultdict(list), []
+    for (text, name, color, kind), found_object, found_color in zip(
+        asked, objects, colors, strict=True
+    ):
+        found = judging.OBJECTS[found_object], judging.COLORS[found_color]
+        right = (found[0] == name, found[1] == color)
+        for row in (*(("256 level views",) if "colour" in kind else ()), kind):
+            rows[row].append(right)
+        if not all(right):
+            wrong.append(f"{text}: {found[1]} {found[0]}")
+    print("| prompts | number | object | colour | both |\n|---|---|---|---|---|")
+    for row, rights in rows.items():
+        shares = torch.tensor(rights).float()
+        cells = (*shares.mean(0).tolist(), shares.prod(1).mean().item())
+        print(f"| {row} | {len(rights)} | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |")
+    print(*wrong, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

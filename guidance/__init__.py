@@ -1,0 +1,1 @@
+"""What tells a picture how to look more like a text."""

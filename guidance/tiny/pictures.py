@@ -1,0 +1,208 @@
+"""Random captioned pictures of ``shapes``: what the embedded model learns from.
+
+A picture is described by one row of whole numbers (``Facts``), so that its caption can be drawn
+anew each time it is shown. About one picture in twelve is textureless: grey, and its caption leaves
+the colour out ("a cube", "a textureless cube"). Colours are RGB in [0, 1].
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from guidance.prompts import VIEW_WORDS, view_word
+from guidance.tiny.shapes import DETAIL_RGB, SHAPES, orbit_cameras, view_shape
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.08, 0.08),
+    "orange": (1.00, 0.50, 0.05),
+    "yellow": (0.96, 0.88, 0.10),
+    "green": (0.12, 0.60, 0.16),
+    "cyan": (0.15, 0.85, 0.90),
+    "blue": (0.10, 0.20, 0.85),
+    "purple": (0.48, 0.12, 0.68),
+    "pink": (1.00, 0.52, 0.74),
+    "brown": (0.42, 0.24, 0.12),
+    "white": (0.94, 0.94, 0.94),
+}
+PHRASES = (
+    "{}", "{}", "{bare}", "a photo of {}", "a 3d render of {}", "a DSLR photo of {}",
+    "a picture of {}", "an image of {}",
+)  # fmt: skip
+NAMES, COLOR_NAMES = tuple(SHAPES), tuple(COLORS)
+TEXTURELESS_RGB = 0.8
+VIEW_RATE, DROPOUT_RATE = 0.65, 0.12
+TEXTURELESS_RATE, TWO_COLOR_RATE, ALBEDO_RATE = 0.08, 0.4, 0.2
+CHUNK = 512  # pictures drawn from one generator
+BOX = 2  # rays per pixel side
+
+
+class Facts(NamedTuple):
+    """What a caption may say; each [N] whole numbers into the tuples of names, -1 for nothing."""
+
+    shape: Tensor
+    color: Tensor  # -1: textureless
+    second: Tensor  # colour of the second part, -1: as the rest
+    view: Tensor
+
+
+def article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def describe(shape: str, color: str | None, second: str | None = None) -> str:
+    """ "red mushroom with a white stem", without article; color None leaves it out."""
+    words = shape if color is None else f"{color} {shape}"
+    if second is None:
+        return words
+    part = SHAPES[shape].second
+    # "legs" are many
+    return f"{words} with {second if part.endswith('s') else article(second)} {part}"
+
+
+def caption(facts, draws) -> str:
+    """The caption of one picture: facts, four whole numbers; draws, three numbers in [0, 1)."""
+    shape, color, second, view = facts
+    phrase, with_view, dropped = draws
+    if dropped < DROPOUT_RATE:
+        return ""
+    words = describe(
+        NAMES[shape],
+        None if color < 0 else COLOR_NAMES[color],
+        None if second < 0 else COLOR_NAMES[second],
+    )
+    if color < 0 and int(phrase * 1000) % 2:
+        words = f"textureless {words}"
+    text = PHRASES[int(phrase * len(PHRASES))].format(article(words), bare=words)
+    return f"{text}, {VIEW_WORDS[view]} view" if with_view < VIEW_RATE else text
+
+
+def vocabulary() -> dict:
+    """All that a caption can hold: objects with their second part, colours, views, words."""
+    texts = [text.format("a", bare="") for text in PHRASES] + ["an", "with", "view", "textureless"]
+    texts += [*SHAPES, *COLORS, *VIEW_WORDS, *(s.second for s in SHAPES.values() if s.second)]
+    words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
+    return {
+        "objects": {name: shape.second for name, shape in SHAPES.items()},
+        "colors": list(COLORS),
+        "views": list(VIEW_WORDS),
+        "phrases": sorted({text.format("...", bare="...") for text in PHRASES}),
+        "words": words,
+    }
+
+
+# ------------------------------------------------------------------------------------------ draws
+
+
+def _uniform(generator, count: int, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str, Tensor]]:
+    """Random content and cameras of ``count`` pictures."""
+    # Composed shapes are harder and hold more than half of the asymmetric ones: shown more often.
+    weight = torch.tensor([1.0 if shape.second is None else 1.5 for shape in SHAPES.values()])
+    shape = torch.multinomial(weight, count, replacement=True, generator=generator)
+    color = torch.randint(len(COLORS), (count,), generator=generator)
+    other = (color + torch.randint(1, len(COLORS), (count,), generator=generator)) % len(COLORS)
+    composed = weight[shape] > 1
+    two = (torch.rand(count, generator=generator) < TWO_COLOR_RATE) & composed
+    plain = torch.rand(count, generator=generator) < TEXTURELESS_RATE
+    low, high = torch.sin(torch.deg2rad(torch.tensor([-15.0, 85.0])))
+    height = low + (high - low) * torch.rand(count, generator=generator)
+    camera = {
+        "azimuth_deg": _uniform(generator, count, -180.0, 180.0),
+        "elevation_deg": torch.rad2deg(torch.asin(height)),  # even by area
+        "radius": _uniform(generator, count, 2.5, 3.0),
+        "fov_deg": _uniform(generator, count, 36.0, 46.0),
+        # The larger of two draws: 0.6 to 1.1, mostly large enough for thin parts to be seen.
+        "scale": torch.maximum(*_uniform(generator, 2 * count, 0.6, 1.1).view(2, count)),
+    }
+    words = [
+        VIEW_WORDS.index(view_word(a, e))
+        for a, e in zip(
+            *(camera[k].tolist() for k in ("azimuth_deg", "elevation_deg")), strict=True
+        )
+    ]
+    facts = Facts(
+        shape,
+        torch.where(plain, -1, color),
+        torch.where(two & ~plain, other, -1),
+        torch.tensor(words),
+    )
+    return facts, camera
+
+
+def draw_colors(generator: torch.Generator, facts: Facts) -> Tensor:
+    """The RGB of MAIN, SECOND and DETAIL for every picture [N, 3, 3], a little off the named."""
+    count = len(facts.shape)
+    named = torch.tensor([*COLORS.values(), (TEXTURELESS_RGB,) * 3])  # -1 is the last
+    jitter = 0.05 * torch.randn(count, 2, 3, generator=generator)
+    main = named[facts.color] + jitter[:, 0]
+    second = torch.where(facts.second[:, None] < 0, main, named[facts.second] + jitter[:, 1])
+    detail = torch.tensor(DETAIL_RGB).expand(count, 3)
+    plain = (facts.color < 0)[:, None, None]
+    rgb = torch.stack([main, second, detail], 1).clamp(0.0, 1.0)
+    return torch.where(plain, TEXTURELESS_RGB, rgb)
+
+
+def draw_background(generator: torch.Generator, colors: Tensor) -> Tensor:
+    """[N, 3]: white, black, grey or any colour, never nearly that of the main or second part."""
+    count = len(colors)
+    kind = torch.rand(count, 1, generator=generator)
+    tries = torch.rand(8, count, 3, generator=generator)
+    grey = tries[:, :, :1].expand(-1, -1, 3)
+    tries = torch.where(kind < 0.55, grey, tries)
+    tries[0] = torch.where(kind < 0.28, 1.0, torch.where(kind < 0.40, 0.0, tries[0]))
+    best = tries[-1]
+    for choice in reversed(tries[:-1]):
+        apart = (choice[:, None] - colors[:, :2]).norm(dim=-1).amin(1, keepdim=True) > 0.35
+        best = torch.where(apart, choice, best)
+    return best
+
+
+def shade(view, colors: Tensor, light: Tensor, ambient: Tensor, background: Tensor) -> Tensor:
+    """Lambert's law -> RGB [V, H, W, 3].
+
+    light [V, 3] unit, from the object towards it; ambient [V] share of light from everywhere.
+    """
+    albedo = colors[torch.arange(len(colors))[:, None, None], view.slot]
+    lit = torch.einsum("vhwc,vc->vhw", view.normal, light).clamp(min=0)
+    strength = ambient[:, None, None] + (1 - ambient[:, None, None]) * lit
+    rgb = albedo * strength[..., None]
+    return torch.where(view.mask[..., None], rgb, background[:, None, None])
+
+
+def draw_light(generator: torch.Generator, c2w: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions [N, 3] within 70 degrees of the camera; ambient share [N], 1 for albedo only."""
+    count = len(c2w)
+    away = torch.deg2rad(70.0 * torch.rand(count, generator=generator).sqrt())
+    around = 2 * torch.pi * torch.rand(count, generator=generator)
+    sin = torch.sin(away)
+    local = torch.stack([sin * torch.cos(around), sin * torch.sin(around), torch.cos(away)], -1)
+    ambient = _uniform(generator, count, 0.25, 0.6)
+    albedo_only = torch.rand(count, generator=generator) < ALBEDO_RATE
+    return torch.einsum("vij,vj->vi", c2w[:, :, :3], local), torch.where(albedo_only, 1.0, ambient)
+
+
+def draw_pictures(generator: torch.Generator, count: int, size: int) -> tuple[Tensor, Facts]:
+    """Random pictures, uint8 [N, 3, size, size], and their facts."""
+    facts, camera = draw_facts(generator, count)
+    colors = draw_colors(generator, facts)
+    background = draw_background(generator, colors)
+    target = 0.16 * torch.rand(count, 3, generator=generator) - 0.08
+    c2w = orbit_cameras(camera["azimuth_deg"], camera["elevation_deg"], camera["radius"], target)
+    light, ambient = draw_light(generator, c2w)
+    # A textureless picture without light would be a flat silhouette.
+    ambient = torch.where((facts.color < 0) & (ambient == 1), 0.3, ambient)
+    pictures = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    for number, name in enumerate(NAMES):
+        for mine in (facts.shape == number).nonzero()[:, 0].split(32):
+            fov, scale = camera["fov_deg"][mine], camera["scale"][mine]
+            view = view_shape(SHAPES[name], c2w[mine], fov, BOX * size, scale)
+            rgb = shade(view, colors[mine], light[mine], ambient[mine], background[mine])
+            small = F.avg_pool2d(rgb.permute(0, 3, 1, 2), BOX)
+            pictures[mine] = (small * 255).round().to(torch.uint8)
+    return pictures, facts

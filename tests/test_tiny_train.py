@@ -1,0 +1,192 @@
+"""guidance/tiny: the trainer on a micro model, its folder in diffusers, and the committed one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from guidance.tiny import build, pictures, train
+
+MODEL = REPOSITORY / "guidance" / "tiny" / "model"
+MICRO = ["--size", "16", "--pictures", "512", "--held_out", "32", "--batch", "4"]
+MICRO += ["--vae_steps", "5", "--unet_steps", "6", "--device", "cpu", "--ema_decay", "0.9"]
+
+
+def run(folder, *more):
+    """The command line in a process of its own."""
+    command = [sys.executable, "guidance/tiny/train.py", "--work", folder / "work"]
+    command += ["--out", folder / "model", *MICRO, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    """A folder trained without a stop, and what was printed."""
+    folder = tmp_path_factory.mktemp("micro")
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def weights_of(folder):
+    files = sorted((folder / "model").rglob("*.safetensors"))
+    assert len(files) == 3
+    return {file.parent.name: load_file(file) for file in files}
+
+
+def test_interrupted_training_ends_with_the_same_bits(micro, tmp_path):
+    whole = weights_of(micro[0])
+    command = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "model"), *MICRO]
+    for _ in range(6):  # 5 + 6 updates, three at most at a time
+        assert not (tmp_path / "model").exists()
+        train.main([*command, "--stop_after", "3"])
+        if (tmp_path / "model").exists():
+            break
+    for part, weights in weights_of(tmp_path).items():
+        assert weights.keys() == whole[part].keys()
+        for name, value in weights.items():
+            assert torch.equal(value, whole[part][name]), f"{part} {name}"
+
+
+def test_the_folder_opens_with_the_sizes_asked_for(micro):
+    pipeline = StableDiffusionPipeline.from_pretrained(micro[0] / "model", local_files_only=True)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    sizes = build.SIZES[16]
+    assert tuple(pipeline.unet.config.block_out_channels) == sizes.unet
+    assert tuple(pipeline.vae.config.block_out_channels) == sizes.vae
+    assert pipeline.unet.config.sample_size == 8 and pipeline.vae_scale_factor == 2
+    assert pipeline.text_encoder.config.hidden_size == sizes.text
+    assert pipeline.tokenizer.model_max_length == build.MAX_TOKENS
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    codes = torch.load(micro[0] / "work" / "latents.pt", weights_only=True)["codes"].float()
+    mean, log_variance = codes.chunk(2, dim=1)
+    drawn = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+    assert (drawn * pipeline.vae.config.scaling_factor).std() == pytest.approx(1, abs=0.02)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red cube", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
+
+
+def test_written_weights_are_the_averaged_ones(micro):
+    state = torch.load(micro[0] / "work" / "vae.pt", weights_only=True)
+    names = [name for name, _ in build.make_vae(build.SIZES[16], 16).named_parameters()]
+    averaged = dict(zip(names, state["ema"]["shadow"], strict=True))
+    written = weights_of(micro[0])["vae"]
+    assert all(torch.equal(written[name], averaged[name].half()) for name in names)
+    assert any(not torch.equal(written[n], state["module"][n].half()) for n in names)
+
+
+def test_words_are_single_tokens_and_the_rest_is_spelt(tmp_path):
+    words = pictures.vocabulary()["words"]
+    tokenizer = build.make_tokenizer(words, tmp_path)
+    for word in words:
+        pieces = tokenizer.tokenize(word)
+        assert len(pieces) == len(re.findall(r"[a-z]+|\d", word)), pieces
+    text = "a zebra in a café, 日本"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    assert tokenizer("A RED Cube").input_ids == tokenizer("a red cube").input_ids
+    padded = tokenizer("a red cube", padding="max_length", truncation=True).input_ids
+    assert len(padded) == build.MAX_TOKENS
+
+
+def test_every_caption_fits_the_text_encoder(tmp_path):
+    tokenizer = build.make_tokenizer(pictures.vocabulary()["words"], tmp_path)
+    longest = max(
+        len(tokenizer(pictures.caption((shape, 1, second, 1), (phrase, 0.0, 1.0))).input_ids)
+        for shape in range(len(pictures.NAMES))
+        for second in ((-1, 5) if pictures.SHAPES[pictures.NAMES[shape]].second else (-1,))
+        for phrase in torch.linspace(0, 0.999, 64).tolist()
+    )
+    assert longest <= build.MAX_TOKENS
+
+
+def test_learning_rate_is_flat_until_the_last_third():
+    rates = [train.learning_rate(step, 2000, 1.0) for step in range(2000)]
+    assert rates[0] == 1 / 200 and set(rates[200:1400]) == {1.0}
+    assert all(a > b for a, b in zip(rates[1401:], rates[1402:], strict=False))
+    assert rates[-1] == pytest.approx(0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--pictures", "100"], "multiple of 512"),
+        (["--held_out", "512"], "above --held_out 512"),
+        (["--batch", "0"], "--batch 0: expected at least 1"),
+        (["--device", "abacus"], "--device abacus: expected"),
+        (["--seed", "1"], "made with other settings (--seed 0 -> 1)"),
+    ],
+)
+def test_bad_input_is_one_clear_line(micro, capsys, more, message):
+    folder = micro[0]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.main(["--work", f"{folder}/work", "--out", f"{folder}/other", *MICRO, *more])
+    assert not (folder / "other").exists()
+
+
+def test_the_script_says_it_in_one_line(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        train.script(["--work", f"{tmp_path}/w", "--out", f"{tmp_path}/o", "--pictures", "100"])
+    line = "train.py: --pictures 100: expected a multiple of 512 above --held_out 512"
+    assert end.value.code == line  # python prints it to stderr and exits with 1
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------ the committed model
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        MODEL, dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_committed_words_are_those_of_the_pictures():
+    known = json.loads((MODEL / "vocabulary.json").read_text(encoding="utf-8"))
+    assert known == pictures.vocabulary()
+
+
+def test_committed_weights_are_small_and_cannot_run_code():
+    files = [file for file in MODEL.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 30e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_committed_model_draws_the_colour_asked_for(pipeline):
+    """The middle of the picture is nearest to the colour named, three times of three."""
+    asked = ("red", "green", "blue")
+    generators = [torch.Generator().manual_seed(n) for n in range(3)]
+    images = pipeline(
+        [f"a {color} sphere, front view" for color in asked],
+        guidance_scale=5.0,
+        num_inference_steps=12,
+        generator=generators,
+        output_type="pt",
+    ).images
+    middle = images[:, :, 12:20, 12:20].mean((2, 3))
+    palette = torch.tensor(list(pictures.COLORS.values()))
+    # Shading makes colours darker, not of another hue: compare directions.
+    hue = torch.nn.functional.normalize(middle, dim=-1)
+    nearest = (hue @ torch.nn.functional.normalize(palette, dim=-1).T).argmax(-1)
+    assert [pictures.COLOR_NAMES[n] for n in nearest] == list(asked)
+
+
+def test_committed_vae_keeps_pictures(pipeline):
+    fresh, _ = pictures.draw_pictures(torch.Generator().manual_seed(99), 64, 32)
+    assert isinstance(pipeline.vae, AutoencoderKL)
+    assert train.vae_psnr(pipeline.vae, fresh, torch.device("cpu")) > 27
