@@ -1,0 +1,153 @@
+"""Score distillation against closed forms: conversions, guidance scale, the gradient itself."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from guidance import sds
+from guidance.gaussian import Gaussian, ball
+
+SIZE = 6
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*size, seed=0):
+    return torch.randn(*size, generator=generator(seed))
+
+
+ALPHA_BAR = torch.tensor([0.9991, 0.5, 0.0047])
+CLEAN, NOISE = normal(3, 4, SIZE, SIZE, seed=1), normal(3, 4, SIZE, SIZE, seed=2)
+
+
+@pytest.mark.parametrize("kind", sorted(sds.TO_EPSILON))
+def test_every_kind_of_prediction_gives_the_noise_back(kind):
+    noisy = sds.add_noise(CLEAN, NOISE, ALPHA_BAR)
+    a = ALPHA_BAR.view(-1, 1, 1, 1)
+    perfect = {
+        "epsilon": NOISE,
+        "v_prediction": a.sqrt() * NOISE - (1 - a).sqrt() * CLEAN,
+        "sample": CLEAN,
+    }[kind]
+    found = sds.to_epsilon(perfect, noisy, ALPHA_BAR, kind)
+    # x0 says little about the noise where there is hardly any: an error grows by 1 / sqrt(1 - a).
+    torch.testing.assert_close(found, NOISE, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(sds.predict_x0(found, noisy, ALPHA_BAR), CLEAN, atol=2e-4, rtol=1e-3)
+
+
+def test_guidance_scale_one_is_the_text_and_zero_is_without_it():
+    negative, text = CLEAN, NOISE
+    torch.testing.assert_close(sds.guide(negative, text, 1.0), text)
+    torch.testing.assert_close(sds.guide(negative, text, 0.0), negative)
+    torch.testing.assert_close(sds.guide(negative, text, 3.0), 3 * text - 2 * negative)
+
+
+@pytest.mark.parametrize("limits", [(0.02, 0.98), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0)])
+def test_timesteps_fill_their_range_and_never_leave_it(limits):
+    u = torch.linspace(0, 1, 10001)[:-1]
+    t = sds.timesteps(u, limits, 1000)
+    low, high = int(limits[0] * 1000), min(int(limits[1] * 1000), 999)
+    assert (t.min(), t.max()) == (min(low, 999), high) and t.dtype == torch.long
+    assert len(t.unique()) == high - min(low, 999) + 1
+
+
+def test_weightings_at_both_ends():
+    a = torch.tensor([1.0, 0.0])
+    assert sds.WEIGHTINGS["sds"](a).tolist() == [0, 1]
+    assert sds.WEIGHTINGS["uniform"](a).tolist() == [1, 1]
+    assert sds.WEIGHTINGS["fantasia3d"](a).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1024.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_honours_loss_weight_and_scaler(factor, dtype):
+    latents = CLEAN.clone().to(dtype).detach().requires_grad_()
+    gradient = (0.01 * NOISE).detach().requires_grad_()
+    loss = sds.SpecifyGradient.apply(latents, gradient)
+    (factor * loss).backward()
+    torch.testing.assert_close(latents.grad, (factor * gradient).to(dtype), rtol=1e-3, atol=0)
+    assert gradient.grad is None and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), 0.5 * gradient.detach().square().sum())
+
+
+def test_one_sds_step_against_algebra():
+    """For x0 ~ N(mu, s^2) the expected gradient is w sqrt(1-a) sqrt(a) (x - mu) / (a s^2 + 1-a)."""
+    prior = Gaussian(torch.device("cpu"), deviation=0.3)
+    mu = torch.rand(1, 3, SIZE, SIZE, generator=generator(3)).expand(2048, -1, -1, -1)
+    images = torch.full((2048, 3, SIZE, SIZE), 0.5, requires_grad=True)
+    noise = sds.draw_noise(2048, prior.latent_shape(SIZE, SIZE), generator(4))
+    noise = noise._replace(epsilon=torch.cat([noise.epsilon[:1024], -noise.epsilon[:1024]]))
+    out = sds.distill(
+        prior, images, (mu, mu), noise, t_range=(0.4, 0.4), scale=7.0, weighting="sds"
+    )
+    out.loss.backward()
+    a = prior.alphas_cumprod[400]
+    assert (out.t == 400).all() and out.skipped == 0
+    expected = (
+        (1 - a) * (1 - a).sqrt() * a.sqrt() * (2 * (0.5 - mu[0])) / (a * 0.3**2 + 1 - a)
+    )  # per latent; a latent is 2 pixel - 1
+    # The rest of the gradient is odd in the noise, so +noise and -noise cancel it.
+    torch.testing.assert_close(images.grad.sum(0) / 2, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_pictures_under_sds_become_the_known_picture():
+    """The loop in small: gradient descent on pixels ends at mu, whatever it starts from."""
+    prior = Gaussian(torch.device("cpu"))
+    mu = torch.rand(2, 3, SIZE, SIZE, generator=generator(5))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=generator(6), requires_grad=True)
+    optimizer = torch.optim.Adam([images], lr=0.03)
+    for step in range(300):
+        noise = sds.draw_noise(2, prior.latent_shape(SIZE, SIZE), generator(step))
+        settings = {"t_range": (0.02, 0.5), "scale": 1.0, "weighting": "sds"}
+        sds.distill(prior, images, (mu, mu), noise, **settings).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 300)
+    assert F.mse_loss(images, mu) < 10 ** (-25 / 10)
+
+
+class Broken(Gaussian):
+    """Overflows on the first view of a batch."""
+
+    def predict(self, noisy, t, mu):
+        output = super().predict(noisy, t, mu).clone()
+        output[0, 0, 0, 0] = float("inf")
+        return output
+
+
+def test_a_view_that_overflows_is_left_out_and_counted():
+    images = torch.rand(3, 3, SIZE, SIZE, generator=generator(7), requires_grad=True)
+    noise = sds.draw_noise(3, (3, SIZE, SIZE), generator(8))
+    settings = {"t_range": (0.1, 0.9), "scale": 2.0, "weighting": "uniform"}
+    conditions = (torch.zeros_like(images), torch.ones_like(images))
+    out = sds.distill(Broken(torch.device("cpu")), images, conditions, noise, **settings)
+    out.loss.backward()
+    assert out.skipped == 1 and images.grad[0].abs().max() == 0
+    whole = images.detach().clone().requires_grad_()
+    sds.distill(Gaussian(torch.device("cpu")), whole, conditions, noise, **settings).loss.backward()
+    torch.testing.assert_close(images.grad[1:], whole.grad[1:])
+
+
+def test_the_loss_is_a_mean_over_views():
+    prior = Gaussian(torch.device("cpu"))
+    images = torch.rand(4, 3, SIZE, SIZE, generator=generator(9), requires_grad=True)
+    mu, noise = torch.zeros(4, 3, SIZE, SIZE), sds.draw_noise(4, (3, SIZE, SIZE), generator(10))
+    settings = {"t_range": (0.02, 0.98), "scale": 1.0, "weighting": "sds"}
+    sds.distill(prior, images, (mu, mu), noise, **settings).loss.backward()
+    halves = []
+    for part in (slice(0, 2), slice(2, 4)):
+        own = images.detach()[part].requires_grad_()
+        sds.distill(prior, own, (mu[part], mu[part]), noise.part(part), **settings).loss.backward()
+        halves.append(own.grad / 2)  # as DDP averages
+    torch.testing.assert_close(images.grad, torch.cat(halves))
+
+
+def test_the_ball_covers_what_a_ball_covers():
+    origin = torch.tensor([0.0, 3.0, 0.0]).expand(2, 3)
+    directions = torch.tensor([[0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
+    seen = ball(origin, directions, torch.ones(2, 3))
+    assert seen[0, 0] == pytest.approx(0.9) and seen[1].tolist() == [1, 1, 1]
+    away = ball(origin, -directions, torch.ones(2, 3))  # behind the camera
+    assert (away == 1).all()
