@@ -71,43 +71,25 @@ def prepare(args, world, scene, attempt: int, warn):
 
 
 def find_checkpoint(args, world, run):
-    """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file."""
-    found = None
-    if not args.no_reload and world.is_main:
-        own = checkpoint.newest_checkpoint(run.folder, run.say)
-        given = Path(args.ft_path) if args.ft_path else None
-        if given and (args.render_only or own is None):
-            own = (given, checkpoint.load_checkpoint(given))
-        found = own
-    path = world.gather(found and found[0])[0]
-    if path is None:
-        return None
-    return path, found[1] if found else checkpoint.load_checkpoint(path)
+    """(path, state) to start from, or None."""
+    return checkpoint.find_checkpoint(
+        run.folder,
+        args.ft_path,
+        world,
+        run.say,
+        reload=not args.no_reload,
+        prefer_given=args.render_only,
+    )
 
 
-def restore(path, state, args, run, renderer, optimizer=None, scaler=None, ema=None) -> None:
-    """Put ``state`` into the given parts, strictly."""
-    saved = state.get("args", {})
-    refused = options.structural_changes(saved, args)
+def check_flags(path, state, args) -> None:
+    """ValueError if the checkpoint at ``path`` was made with another network or other data."""
+    refused = options.structural_changes(state.get("args", {}), args)
     if refused:
         raise ValueError(
             f"{path} was made with other flags ({'; '.join(refused)}); "
             "use those, or another --expname"
         )
-    if optimizer is not None:
-        for change in options.other_changes(saved, args):
-            run.say(f"changed since the checkpoint: {change}")
-    renderer.load_checkpoint_state(state, checkpoint.load_strictly, str(path))
-    if optimizer is not None:
-        checkpoint.load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
-    if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
-        scaler.load_state_dict(state["scaler_state_dict"])
-    if ema is not None and ema.enabled:
-        if "ema_state_dict" in state:
-            ema.load_state_dict(state["ema_state_dict"])
-        else:
-            run.say(f"{path} has no averaged weights; averaging starts from its own")
-            ema.reset()
 
 
 def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dict, Clock]:
@@ -119,28 +101,14 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     if not found:
         return 0, best, Clock()
     path, state = found
-    restore(path, state, args, run, renderer, optimizer, scaler, ema)
+    check_flags(path, state, args)
+    for change in options.other_changes(state.get("args", {}), args):
+        run.say(f"changed since the checkpoint: {change}")
+    checkpoint.restore(path, state, run.say, renderer, optimizer, scaler, ema)
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
     run.say(f"resumed from {path} at step {step}{done}")
     return step, state.get("best", best), Clock(state.get("train_seconds", 0.0))
-
-
-def save_run(args, world, run, step, renderer, optimizer, scaler, ema, extra: dict) -> None:
-    """One checkpoint of everything, by rank 0; then older ones are removed."""
-    if not world.is_main:
-        return
-    state = {
-        "global_step": step,
-        **renderer.checkpoint_state(),
-        "optimizer_state_dict": optimizer.state_dict(),
-        "scaler_state_dict": scaler.state_dict(),
-        **extra,
-    }
-    if ema.enabled:
-        state["ema_state_dict"] = ema.state_dict()
-    checkpoint.save_checkpoint(checkpoint.checkpoint_path(run.folder, step), state)
-    checkpoint.prune_checkpoints(run.folder, args.keep_ckpts, extra["best"]["step"])
 
 
 def make_painter(args, world, renderer, scene, stop=None) -> evaluation.Painter:
@@ -227,7 +195,8 @@ def render_only(args, world, run) -> int:
     renderer = prepare(args, world, scene, attempt=0, warn=run.say)[0]
     # What training averaged is what it measured, so that is what is rendered.
     ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
-    restore(path, state, args, run, renderer, ema=ema)
+    check_flags(path, state, args)
+    checkpoint.restore(path, state, run.say, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
     run.say(f"rendering {path} (step {step}, {ema.kind} weights); {scene.describe()}")
     painter = make_painter(args, world, renderer, scene)
@@ -265,8 +234,8 @@ def train(args, world, run) -> int:
 
 def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
-    renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
-    step, best, clock = resume(found, args, run, renderer, optimizer, scaler, ema)
+    parts = renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
+    step, best, clock = resume(found, args, run, *parts)
     if args.compile:
         few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
         compile_fields(renderer, scene.pick(*few)[0], run.say)
@@ -279,8 +248,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
 
     def save() -> None:
         extra = {"args": vars(args), "attempt": attempt, "best": best}
-        extra["train_seconds"] = clock.seconds
-        save_run(args, world, run, step, renderer, optimizer, scaler, ema, extra)
+        extra |= {"train_seconds": clock.seconds, "best_step": best["step"]}
+        checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     while step < args.N_iters:
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
@@ -301,11 +270,11 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         )
         rays, target, noise = rays.part(share), target[share], noise.part(share)
         block = len(target) if args.occ_grid else painter.block
-        parts = [slice(start, start + block) for start in range(0, len(target), block)]
+        pieces = [slice(start, start + block) for start in range(0, len(target), block)]
         loss_sum = torch.zeros((), device=world.device)
         error_sum = torch.zeros((), device=world.device)
-        for part in parts:  # so small that activations stay in cache; the gradient is the same
-            waiting = world.size > 1 and part is not parts[-1]
+        for part in pieces:  # so small that activations stay in cache; the gradient is the same
+            waiting = world.size > 1 and part is not pieces[-1]
             with model.no_sync() if waiting else nullcontext():
                 with runtime.autocast(world.device, args.amp):
                     levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
@@ -333,7 +302,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         # After the update: signals, health, and everything periodic.
         skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
         runtime.give_up_on_skipping(skipped_in_row, step)
-        dead = health.looks_dead(levels, target[parts[-1]], step)
+        dead = health.looks_dead(levels, target[pieces[-1]], step)
         time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
         number, time_up, alive = world.largest(stop.number, time_up, not dead)
         if number:

@@ -141,3 +141,61 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
         raise CheckpointError(f"{where}: its optimiser state does not fit ({error})") from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
+
+
+# --------------------------------------------------------------- the parts of a run, as one file
+
+
+def find_checkpoint(
+    folder: Path, given: str | None, world, say, *, reload=True, prefer_given=False
+):
+    """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file.
+
+    The newest of the run's ``folder``, unless ``reload`` is off; else the file ``given``, which
+    also comes first with ``prefer_given``.
+    """
+    found = None
+    if reload and world.is_main:
+        found = newest_checkpoint(folder, say)
+        if given and (prefer_given or found is None):
+            found = (Path(given), load_checkpoint(Path(given)))
+    path = world.gather(found and found[0])[0]
+    if path is None:
+        return None
+    return path, found[1] if found else load_checkpoint(path)
+
+
+def restore(path, state, say, renderer, optimizer=None, scaler=None, ema=None) -> None:
+    """Put ``state`` into the given parts, strictly."""
+    renderer.load_checkpoint_state(state, load_strictly, str(path))
+    if optimizer is not None:
+        load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
+    if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
+        scaler.load_state_dict(state["scaler_state_dict"])
+    if ema is not None and ema.enabled:
+        if "ema_state_dict" in state:
+            ema.load_state_dict(state["ema_state_dict"])
+        else:
+            say(f"{path} has no averaged weights; averaging starts from its own")
+            ema.reset()
+
+
+def save_run(run, step, parts, *, keep, best_step=None, **extra) -> None:
+    """One checkpoint of everything, by rank 0; then all but the newest ``keep`` and the best go.
+
+    parts: renderer, optimiser, scaler and EMA.
+    """
+    if not run.is_main:
+        return
+    renderer, optimizer, scaler, ema = parts
+    state = {
+        "global_step": step,
+        **renderer.checkpoint_state(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scaler_state_dict": scaler.state_dict(),
+        **extra,
+    }
+    if ema.enabled:
+        state["ema_state_dict"] = ema.state_dict()
+    save_checkpoint(checkpoint_path(run.folder, step), state)
+    prune_checkpoints(run.folder, keep, best_step)

@@ -51,6 +51,11 @@ class EMA:
         finally:
             self._copy_in(own)
 
+    def keep(self) -> None:
+        """Leave the averaged weights in the module for good."""
+        if self.enabled:
+            self._copy_in(self.shadow)
+
     @torch.no_grad()
     def _copy_in(self, values) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):

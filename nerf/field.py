@@ -10,6 +10,8 @@ arranged differently, with the same result up to rounding:
 * activations are rectified in place.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from nerf.encodings import FrequencyEncoding, IdentityEncoding
 
 SKIP_AFTER = 4  # the encoded position joins again behind this layer (NeRF, fig. 7)
+# silu has the second derivatives that shading by the density's own gradient learns through.
+ACTIVATIONS = {"relu": partial(F.relu, inplace=True), "silu": F.silu}
 
 
 class NeRFField(nn.Module):
     """The positional-encoding MLP of NeRF (section 3 and fig. 7).
 
     depth, width: the stack of hidden layers. multires, multires_views: number of frequencies.
+    activation: of the hidden layers, a key of ACTIVATIONS.
     Networks of up to five layers have no skip connection: it would sit behind the last one.
     """
 
@@ -36,6 +41,7 @@ class NeRFField(nn.Module):
         use_viewdirs: bool = True,
         encode: bool = True,
         out_channels: int = 4,
+        activation: str = "relu",
     ):
         super().__init__()
         if depth == SKIP_AFTER + 1:
@@ -48,6 +54,7 @@ class NeRFField(nn.Module):
         self.view_encoding = view_encoding if use_viewdirs else None
         in_dim, view_dim = self.encoding.out_dim, view_encoding.out_dim if use_viewdirs else 0
         self.width, self.use_viewdirs = width, use_viewdirs
+        self.activation = ACTIVATIONS[activation]
         self.pts_linears = nn.ModuleList(
             nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
             for i in range(depth)
@@ -76,7 +83,7 @@ class NeRFField(nn.Module):
                 h = torch.addmm(from_encoded, h, layer.weight[:, own:].T)
             else:
                 h = layer(h)
-            h = F.relu(h, inplace=True)
+            h = self.activation(h)
         return h
 
     def density(self, points: Tensor) -> Tensor:
@@ -137,18 +144,26 @@ class FeatureField(nn.Module):
     16-vector, the second colour from that vector and the direction (Instant-NGP, section 5.4).
     """
 
-    def __init__(self, encoding: nn.Module, width: int = 64, *, multires_views: int = 4):
+    def __init__(
+        self,
+        encoding: nn.Module,
+        width: int = 64,
+        *,
+        multires_views: int = 4,
+        use_viewdirs: bool = True,
+    ):
         super().__init__()
         self.encoding = encoding
-        self.view_encoding = FrequencyEncoding(multires_views)
+        self.view_encoding = FrequencyEncoding(multires_views) if use_viewdirs else None
         self.width = width
         self.density_net = nn.Sequential(
             nn.Linear(encoding.out_dim, width),
             nn.LeakyReLU(0.01, inplace=True),  # plain ReLU died at high learning rates
             nn.Linear(width, 16),
         )
-        self.on_view = nn.Linear(self.view_encoding.out_dim, width)
-        self.on_feature = nn.Linear(16, width, bias=False)
+        if use_viewdirs:
+            self.on_view = nn.Linear(self.view_encoding.out_dim, width)
+        self.on_feature = nn.Linear(16, width, bias=not use_viewdirs)
         self.color_net = nn.Sequential(
             nn.LeakyReLU(0.01, inplace=True),
             nn.Linear(width, width),
@@ -163,8 +178,10 @@ class FeatureField(nn.Module):
     def forward(self, points: Tensor, viewdirs: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
         """Packed unit points [N, 3], viewdirs [R, 3], ray [N] -> density [N], colour [N, 3]."""
         h = self.density_net(self.encoding(points))
-        per_ray = self.on_view(self.view_encoding(viewdirs))
-        rgb = self.color_net(self.on_feature(h) + per_ray[ray])
+        feature = self.on_feature(h)
+        if self.view_encoding is not None:
+            feature = feature + self.on_view(self.view_encoding(viewdirs))[ray]
+        rgb = self.color_net(feature)
         return h[:, 0].float(), rgb.float()
 
 

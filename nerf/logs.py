@@ -16,7 +16,10 @@ import numpy as np
 
 from nerf.media import write_png
 
-LIBRARIES = ("torch", "numpy", "ConfigArgParse", "imageio", "pillow", "scikit-image", "tensorboard")
+LIBRARIES = (
+    "torch numpy ConfigArgParse imageio pillow scikit-image tensorboard "
+    "diffusers transformers trimesh"
+).split()
 
 
 class RunFolder:
@@ -103,6 +106,13 @@ class RunFolder:
             self._val = _open_table(path, step, ["step", "val_psnr"])
         self._val.write(f"{step},{score:.6g}\n")
         self._val.flush()
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """uint8 [H, W, 3] to <name>s/STEP.png and TensorBoard."""
+        if not self.is_main:
+            return
+        write_png(self.folder / f"{name}s" / f"{step:06d}.png", picture)
+        self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
 
     def tensorboard(self, step: int):
         """The TensorBoard writer; points that a crashed run left behind ``step`` are dropped."""

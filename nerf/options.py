@@ -67,6 +67,13 @@ def amount(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    value = amount(text)
+    if value == 0.0:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0")
+    return value
+
+
 def grid_side(text: str) -> int:
     value = int(text)
     if value < 16:
@@ -93,7 +100,7 @@ def new_parser(description: str) -> configargparse.ArgumentParser:
     )
 
 
-def _switch(group, name: str, help: str) -> None:
+def add_switch(group, name: str, help: str) -> None:
     """An on/off flag that a config file can set and the command line can unset (--no-NAME)."""
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
 
@@ -114,7 +121,7 @@ def add_run_flags(parser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--N_iters", type=positive, default=200000, help="train up to this many updates in all")
     add("--max_minutes", type=amount, default=0.0, help="stop training after so long; 0: no limit")
-    _switch(group, "no_reload", "start anew, ignoring the checkpoints of the run folder")
+    add_switch(group, "no_reload", "start anew, ignoring the checkpoints of the run folder")
     add("--ft_path", help="checkpoint to start from, ours or nerf-pytorch's (.tar)")
 
     group = parser.add_argument_group("optimisation")
@@ -132,7 +139,9 @@ def add_run_flags(parser) -> None:
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
     add("--grad_clip", type=amount, default=0.0, help="largest gradient norm; 0: no limit")
-    _switch(group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs")
+    add_switch(
+        group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs"
+    )
     add("--dead_restarts", type=not_negative, default=3, help="new seeds to try if stuck")
 
     group = parser.add_argument_group("logging and saving")
@@ -140,7 +149,6 @@ def add_run_flags(parser) -> None:
     add("--i_print", type=positive, default=100, help="steps between lines of metrics")
     add("--i_img", type=not_negative, default=500, help="steps between validations; 0: never")
     add("--i_weights", type=not_negative, default=10000, help="steps between checkpoints; 0: none")
-    add("--i_testset", type=not_negative, default=50000, help="steps between test renders; 0: end")
     add("--i_video", type=not_negative, default=50000, help="steps between videos; 0: never")
     add("--ckpt_secs", type=amount, default=60.0, help="seconds between checkpoints; 0: by step")
     add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
@@ -154,29 +162,25 @@ def add_scene_flags(parser) -> None:
     add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format of the scene")
     add("--testskip", type=not_negative, default=8, help="keep 1/N of val and test views")
     add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
-    _switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
-    _switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
+    add_switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
+    add_switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
     add("--downscale", type=positive, default=1, help="reduce Blender pictures by area averaging")
     add("--factor", type=positive, default=8, help="llff: use pictures this many times smaller")
-    _switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
-    _switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
-    _switch(group, "spherify", "llff: 360-degree capture around an object")
+    add_switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
+    add_switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
+    add_switch(group, "spherify", "llff: 360-degree capture around an object")
     add("--llffhold", type=not_negative, default=8, help="llff: every N-th view is for testing")
-    _switch(group, "pixel_center", "rays through pixel centres (nerf-pytorch: corners)")
+    add_switch(group, "pixel_center", "rays through pixel centres (nerf-pytorch: corners)")
 
 
-def add_field_flags(parser) -> None:
-    """Flags of the network and of sampling along rays."""
+def add_network_flags(parser) -> None:
+    """Flags of a field, for any script."""
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--netdepth", type=positive, default=8, help="layers")
     add("--netwidth", type=positive, default=256, help="channels per layer")
-    add("--netdepth_fine", type=positive, default=8, help="layers of the fine network")
-    add("--netwidth_fine", type=positive, default=256, help="channels per layer, fine network")
-    _switch(group, "use_viewdirs", "colour depends on the viewing direction (5D input)")
     add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
     add("--multires", type=positive, default=10, help="frequencies of the position")
-    add("--multires_views", type=positive, default=4, help="frequencies of the direction")
     add(
         "--field",
         choices=("mlp", *sorted(ENCODINGS)),
@@ -184,17 +188,36 @@ def add_field_flags(parser) -> None:
         help="positional-encoding MLP, or features on grids and two small MLPs",
     )
     add("--grid_res", type=grid_side, default=128, help="finest side of a grid of features")
-    group = parser.add_argument_group("fast path")
+
+
+def add_grid_flags(parser) -> None:
+    """Flags of marching through an occupancy grid, for any script."""
+    group = parser.add_argument_group("occupancy grid")
     add = group.add_argument
-    _switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
-    _switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
     add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
     add("--march_steps", type=positive, default=128, help="samples across the whole scene box")
+    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a ray; 0: none")
+
+
+def add_field_flags(parser) -> None:
+    """Flags of the networks and of sampling along rays of posed pictures."""
+    add_network_flags(parser)
+    group = parser.add_argument_group("view dependence and fine network")
+    add = group.add_argument
+    add("--netdepth_fine", type=positive, default=8, help="layers of the fine network")
+    add("--netwidth_fine", type=positive, default=256, help="channels per layer, fine network")
+    add_switch(group, "use_viewdirs", "colour depends on the viewing direction (5D input)")
+    add("--multires_views", type=positive, default=4, help="frequencies of the direction")
+    add_grid_flags(parser)
+    group = parser.add_argument_group("fast path")
+    add = group.add_argument
+    add_switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
+    add_switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
     add("--target_samples", type=positive, default=8192, help="samples per step; rays follow")
     add("--scene_bound", type=amount, default=0.0, help="half side of the scene's cube; 0: auto")
-    _switch(group, "contract", "unbounded scene: draw everything far away into a ball")
+    add_switch(group, "contract", "unbounded scene: draw everything far away into a ball")
     add("--cone_angle", type=amount, default=0.01, help="growth of steps with distance (contract)")
-    _switch(group, "random_bg", "train over random backgrounds, where pictures have alpha")
+    add_switch(group, "random_bg", "train over random backgrounds, where pictures have alpha")
     add(
         "--hull_init",
         choices=("off", "on", "auto"),
@@ -202,7 +225,6 @@ def add_field_flags(parser) -> None:
         help="start the grid as the visual hull of the alpha masks; auto: if there are any",
     )
     add("--composite", choices=sorted(PACKED_WEIGHTS), default="cumsum", help="packed blending")
-    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a ray; 0: none")
     add(
         "--near_scaling",
         type=amount,
@@ -225,13 +247,14 @@ def add_nerf_flags(parser) -> None:
     group = parser.add_argument_group("ray batches")
     add = group.add_argument
     add("--N_rand", type=positive, default=32 * 32 * 4, help="rays per step, over all processes")
-    _switch(group, "no_batching", "all rays of a step from one picture")
+    add_switch(group, "no_batching", "all rays of a step from one picture")
     add("--precrop_iters", type=not_negative, default=0, help="first steps use central crops only")
     add("--precrop_frac", type=fraction, default=0.5, help="part of the picture taken for them")
     group = parser.add_argument_group("rendering")
     add = group.add_argument
-    _switch(group, "render_only", "render from the newest checkpoint instead of training")
-    _switch(group, "render_test", "render the test views, with metrics, not the camera path")
+    add("--i_testset", type=not_negative, default=50000, help="steps between test renders; 0: end")
+    add_switch(group, "render_only", "render from the newest checkpoint instead of training")
+    add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
     add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
 
 
@@ -245,8 +268,11 @@ def nerf_parser() -> configargparse.ArgumentParser:
     return parser
 
 
-def parse(parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this run. Unknown names end the program and name the nearest known one."""
+def parse(parser, argv: list[str] | None = None, name_of=None) -> argparse.Namespace:
+    """The flags of this run. Unknown names end the program and name the nearest known one.
+
+    name_of(args): what a run without ``--expname`` is called; by default ``run_name``.
+    """
     argv = sys.argv[1:] if argv is None else argv
     known = sorted(option[2:] for option in parser._option_string_actions if option[:2] == "--")
     for name in os.environ:
@@ -268,13 +294,18 @@ def parse(parser, argv: list[str] | None = None) -> argparse.Namespace:
         if not word.startswith("-"):
             parser.error(f"{where}{word!r} is not a flag; flags start with --")
         parser.error(f"{where}unknown flag {name!r}: " + _nearest(name, known))
-    if args.fast and "--fast" not in argv:
+    if getattr(args, "fast", False) and "--fast" not in argv:
         parser.error("fast is for the command line; a file lists the flags it stands for (FAST)")
     if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
         args.ft_path = None
     if not args.expname or args.expname == "None":
-        args.expname = Path(args.config).stem if args.config else Path(args.datadir).name
+        args.expname = (name_of or run_name)(args)
     return args
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The name of a run of posed pictures that was given none."""
+    return Path(args.config).stem if args.config else Path(args.datadir).name
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -303,16 +334,21 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(
             f"--N_samples {args.N_samples} is too few for importance sampling; use 3 or more"
         )
-    if args.keep_ckpts == 1 or args.keep_ckpts < 0:
-        raise ValueError(
-            f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
-        )
     if args.field != "mlp" and not args.occ_grid:
         raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
     if args.lambda_tv and args.field != "triplane":
         raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
     if args.hull_init == "on" and args.contract:
         raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
+    check_run_flags(args)
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
+    """The part of the checks that any training script needs."""
+    if args.keep_ckpts == 1 or args.keep_ckpts < 0:
+        raise ValueError(
+            f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
+        )
     if not 0 < args.lrate < float("inf"):
         raise ValueError(f"--lrate {args.lrate}; expected a positive number")
 
@@ -387,18 +423,12 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
 
 def parameter_groups(renderer, args: argparse.Namespace) -> list[dict]:
     """Adam's groups: features on grids learn at their own rate ("scale" times the others')."""
-    tables = set()
-    if args.field != "mlp":
-        tables = set(renderer.field.encoding.parameters())
-    networks = [parameter for parameter in renderer.parameters() if parameter not in tables]
-    groups = [{"params": networks, "scale": 1.0}]
+    field = getattr(renderer, "field", None)
+    tables = list(field.encoding.parameters()) if field is not None and args.field != "mlp" else []
+    others = set(renderer.parameters()) - set(tables)
+    groups = [{"params": [p for p in renderer.parameters() if p in others], "scale": 1.0}]
     if tables:
-        groups.append(
-            {
-                "params": list(renderer.field.encoding.parameters()),
-                "scale": args.lrate_grid / args.lrate,
-            }
-        )
+        groups.append({"params": tables, "scale": args.lrate_grid / args.lrate})
     return groups
 
 
@@ -412,14 +442,14 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lrate * warmup * decay
 
 
-def structural_changes(saved: dict, args: argparse.Namespace) -> list[str]:
+def structural_changes(saved: dict, args: argparse.Namespace, structural=STRUCTURAL) -> list[str]:
     """The structural flags whose saved and present values differ, as "name: saved -> present"."""
-    return _changes(saved, args, STRUCTURAL)
+    return _changes(saved, args, structural)
 
 
-def other_changes(saved: dict, args: argparse.Namespace) -> list[str]:
+def other_changes(saved: dict, args: argparse.Namespace, structural=STRUCTURAL) -> list[str]:
     """Every other flag that differs from the saved run's."""
-    return _changes(saved, args, [name for name in vars(args) if name not in STRUCTURAL])
+    return _changes(saved, args, [name for name in vars(args) if name not in structural])
 
 
 def _changes(saved: dict, args: argparse.Namespace, names) -> list[str]:

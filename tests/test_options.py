@@ -8,7 +8,9 @@ from conftest import REPOSITORY
 
 from nerf import options
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.txt"))
+CONFIGS = sorted(
+    path for path in (REPOSITORY / "configs").glob("*.txt") if not path.name.startswith("dream")
+)
 
 # nerf-pytorch's config_parser, by hand: flag, type, default.
 NERF_PYTORCH = [

@@ -1,0 +1,266 @@
+"""Does a text become that object? Runs, scored from views and by means they never saw.
+
+    python benchmarks/text_to_3d.py                       # 6 simple solids in 3 colours each
+    python benchmarks/text_to_3d.py --set all --jobs 2    # 16 objects in 4 colours each
+    python benchmarks/text_to_3d.py --prompts "a red cone" "a blue mug" --controls 0
+
+Each prompt is one run of run_dreamfusion.py with the embedded model and seed 0. The object is then
+seen from 8 azimuths at elevations 20 and 60. It passes when
+  (a) its mean colour is nearest to the prompt's in 7 of 8 views, at both elevations;
+  (b) its silhouette overlaps its own exact object more than any other (best of 5 scales, 24 yaws),
+      at both, with an intersection over union of at least 0.80;
+  (c) the judge (benchmarks/judge.py) ranks the prompt first of all 160.
+Negative controls: runs against an untrained U-Net, and every object scored as every other prompt.
+Runs that --out already holds are scored again, not made again.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import judge as judging  # noqa: E402
+from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article  # noqa: E402
+from nerf import checkpoint, dream_options, options, turntable  # noqa: E402
+from nerf.ema import EMA  # noqa: E402
+from nerf.media import write_png  # noqa: E402
+
+SIMPLE = ("sphere", "cube", "cylinder", "cone", "pyramid", "capsule")
+ELEVATIONS = (20.0, 60.0)
+AZIMUTHS = torch.arange(8) * 45.0 + 22.5  # between those that previews show
+SIZE, RADIUS, FOV = 64, 2.75, 41.0
+IOU, VIEWS = 0.80, 7
+GREY = 0.45  # behind what the judge sees: no prompt's colour
+
+
+class Score(NamedTuple):
+    """What one object got, as the prompt it was made for."""
+
+    colored: list[int]  # views with the right colour, per elevation
+    iou: list[float]  # with its own object, per elevation
+    best: list[str]  # the object of the largest overlap, per elevation
+    rank: int  # of the prompt, 1 is first
+
+    def passes(self, name: str) -> tuple[bool, bool, bool]:
+        """(a), (b), (c)."""
+        return (
+            min(self.colored) >= VIEWS,
+            min(self.iou) >= IOU and self.best == [name] * len(ELEVATIONS),
+            self.rank == 1,
+        )
+
+
+class Seen(NamedTuple):
+    """Pictures of one object: per elevation, 8 views."""
+
+    albedo: torch.Tensor  # [E, 8, H, W, 3] over nothing
+    opacity: torch.Tensor  # [E, 8, H, W]
+    lit: torch.Tensor  # [E, 8, 3, H, W] over grey
+
+
+def prompt_sets() -> dict[str, list[tuple[str, str]]]:
+    """(object, colour) of every prompt; colours go round so that all of them come up."""
+    simple = [
+        (name, COLOR_NAMES[(3 * n + 4 * k) % 10]) for n, name in enumerate(SIMPLE) for k in range(3)
+    ]
+    every = [
+        (name, COLOR_NAMES[(n + 3 * k) % 10]) for k in range(4) for n, name in enumerate(NAMES)
+    ]
+    return {"simple": simple, "all": every}
+
+
+def parse_prompt(text: str) -> tuple[str, str]:
+    words = text.split()
+    name = next((word for word in words if word in NAMES), None)
+    color = next((word for word in words if word in COLOR_NAMES), None)
+    if name is None or color is None:
+        raise SystemExit(
+            f"{text!r}: expected one of {', '.join(NAMES)} in one of the known colours"
+        )
+    return name, color
+
+
+def make(args, name: str, color: str, model: str, folder: Path) -> Path:
+    """Run the trainer for one prompt; its run folder."""
+    prompt = article(f"{color} {name}")
+    run = folder / dream_options.slug(prompt)
+    if (run / "metrics.json").exists():
+        return run
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    command = [sys.executable, "run_dreamfusion.py", "--config", args.config, "--prompt", prompt]
+    command += ["--basedir", str(folder), "--sd_model", model, "--no-mesh", "--video_frames", "4"]
+    command += ["--device", args.device, *args.flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return run
+
+
+@torch.no_grad()
+def look_at(run: Path) -> Seen:
+    """Render a finished run's object, averaged weights, from the views that are scored."""
+    path, state = checkpoint.newest_checkpoint(run, print)
+    parser = dream_options.dream_parser()
+    args = options.parse(parser, ["--basedir", str(run.parent)], lambda args: run.name)
+    vars(args).update(state["args"])
+    renderer = dream_options.object_renderer(args)
+    ema = EMA(renderer, args.ema_decay)
+    checkpoint.restore(path, state, print, renderer, ema=ema)
+    ema.keep()
+    albedo, opacity, lit = [], [], []
+    for elevation in ELEVATIONS:
+        one = torch.ones(len(AZIMUTHS))
+        cameras = turntable.orbit_cameras(AZIMUTHS, elevation * one, RADIUS * one, FOV * one)
+        plain = turntable.render_cameras(renderer, cameras, SIZE, "black")
+        shaded = turntable.render_cameras(renderer, cameras, SIZE, "black", lit=True)
+        albedo.append(torch.stack([picture.rgb for picture in plain]))
+        opacity.append(torch.stack([picture.opacity for picture in plain]))
+        behind = GREY * (1 - opacity[-1][..., None])
+        lit.append((torch.stack([p.rgb for p in shaded]) + behind).permute(0, 3, 1, 2))
+    return Seen(torch.stack(albedo), torch.stack(opacity), torch.stack(lit))
+
+
+@torch.no_grad()
+def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
+    """How ``seen`` does as a ``color`` ``name``."""
+    mask = seen.opacity > 0.5
+    named = torch.tensor(list(COLORS.values()))
+    colored = []
+    for albedo, opacity, solid in zip(seen.albedo, seen.opacity, mask, strict=True):
+        count = solid.sum((1, 2)).clamp(min=1)[:, None]
+        own = albedo / opacity.clamp(min=1e-3)[..., None]
+        mean = (own * solid[..., None]).sum((1, 2)) / count
+        nearest = torch.cdist(mean, named).argmin(-1)
+        right = (nearest == COLOR_NAMES.index(color)) & solid.any(2).any(1)
+        colored.append(int(right.sum()))
+    overlaps = [judging.overlap(one, outlines) for one, outlines in zip(mask, exact, strict=True)]
+    verdict = judge(seen.lit.flatten(0, 1).clamp(0, 1))
+    # Rank among all objects in all colours; "none" takes its share of the probability away.
+    chance = (verdict.objects[:, :-1, None] * verdict.colors[:, None]).mean(0)  # [objects, colours]
+    own = chance[NAMES.index(name), COLOR_NAMES.index(color)]
+    none = verdict.objects[:, -1].mean()
+    rank = 1 + int((chance > own).sum()) + int(none > 0.5)
+    return Score(colored, [o[name] for o in overlaps], [max(o, key=o.get) for o in overlaps], rank)
+
+
+def contact_sheet(rows: list[tuple[str, Seen, bool]], path: Path) -> None:
+    """Per prompt: four views level, lit, two from above; failures have a red bar."""
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for text, seen, passed in rows:
+        views = [*seen.lit[0, ::2], *seen.lit[1, ::4]]
+        picture = torch.cat([view.permute(1, 2, 0) for view in views], 1).clamp(0, 1).numpy()
+        label = Image.new("RGB", (150, SIZE), (255, 255, 255) if passed else (255, 200, 200))
+        ImageDraw.Draw(label).text((4, SIZE // 2 - 6), text, fill=(0, 0, 0))
+        strips.append(np.concatenate([np.asarray(label) / 255.0, picture], axis=1))
+    half = -(-len(strips) // 2)
+    blank = np.ones_like(strips[0])
+    pairs = [
+        np.concatenate([left, strips[half + n] if half + n < len(strips) else blank], axis=1)
+        for n, left in enumerate(strips[:half])
+    ]
+    write_png(path, np.concatenate(pairs, axis=0))
+
+
+def costs(run: Path) -> tuple[float, float]:
+    """Training seconds and peak memory in MB."""
+    with open(run / "metrics.csv", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    return float(last["train_seconds"]), float(last["memory_mb"])
+
+
+def untrained_model(model: Path, out: Path) -> str:
+    """A copy of the embedded model whose U-Net has learnt nothing."""
+    import shutil
+
+    from diffusers import UNet2DConditionModel
+
+    if not out.exists():
+        shutil.copytree(model, out)
+        torch.manual_seed(0)
+        config = UNet2DConditionModel.load_config(model, subfolder="unet")
+        UNet2DConditionModel.from_config(config).save_pretrained(out / "unet")
+    return str(out)
+
+
+def report(prompts, runs: list[Path], judge, exact, sheet: Path) -> None:
+    passed, crosses, rows = [], [], []
+    print("| prompt | colour 20 / 60 | IoU 20 / 60 | best overlap | rank | a b c | s | MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, color), run in zip(prompts, runs, strict=True):
+        seen = look_at(run)
+        own = score(seen, name, color, judge, exact)
+        marks = own.passes(name)
+        passed.append(all(marks))
+        for other, other_color in dict.fromkeys(prompts):
+            if other != name:
+                crosses.append(all(score_as(seen, own, other, other_color, judge, exact)))
+        rows.append((article(f"{color} {name}"), seen, all(marks)))
+        seconds, memory = costs(run)
+        print(
+            f"| {rows[-1][0]} | {own.colored[0]} / {own.colored[1]} | {own.iou[0]:.2f} / "
+            f"{own.iou[1]:.2f} | {', '.join(dict.fromkeys(own.best))} | {own.rank} | "
+            f"{' '.join('x' if mark else '-' for mark in marks)} | {seconds:.0f} | {memory:.0f} |",
+            flush=True,
+        )
+    contact_sheet(rows, sheet)
+    print(f"\npassed: {sum(passed)} of {len(passed)} ({sum(passed) / len(passed):.0%})")
+    if crosses:
+        print(f"control: scored as another prompt, {sum(crosses)} of {len(crosses)} pass")
+    print(f"contact sheet: {sheet}")
+
+
+def score_as(seen: Seen, own: Score, name: str, color: str, judge, exact) -> tuple[bool, ...]:
+    """The marks as another prompt; its object cannot have the largest overlap if another has."""
+    if own.best != [name] * len(ELEVATIONS):
+        return (False,)
+    return score(seen, name, color, judge, exact).passes(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=("simple", "all"), default="simple")
+    parser.add_argument("--prompts", nargs="+", help="instead of a set")
+    parser.add_argument("--config", default="configs/dream_tiny.txt")
+    parser.add_argument("--model", type=Path, default=ROOT / "guidance" / "tiny" / "model")
+    parser.add_argument("--judge", type=Path, default=ROOT / "logs" / "judge.pt")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs" / "text_to_3d")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--controls", type=int, default=2, help="runs against an untrained U-Net")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for the trainer")
+    args = parser.parse_args()
+    prompts = prompt_sets()[args.set]
+    if args.prompts:
+        prompts = [parse_prompt(text) for text in args.prompts]
+    args.out.mkdir(parents=True, exist_ok=True)
+    judge = judging.load(args.judge)
+    exact = [judging.outlines(AZIMUTHS, e, RADIUS, FOV, SIZE) for e in ELEVATIONS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda p: make(args, *p, str(args.model), args.out), prompts))
+    report(prompts, runs, judge, exact, args.out / "sheet.png")
+    if args.controls:
+        with tempfile.TemporaryDirectory() as folder:
+            model = untrained_model(args.model, Path(folder) / "untrained")
+            some = prompts[: args.controls]
+            controls = args.out / "untrained"
+            runs = [make(args, *p, model, controls) for p in some]
+        print("\nagainst an untrained U-Net:")
+        report(some, runs, judge, exact, controls / "sheet.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Rays -> pictures of one object that is being dreamt up: a field, its light, a background.
+
+The object lives in a cube around the origin, sampled through an occupancy grid as in
+``nerf.grid_renderer``. Beside colours there are normals, and what the losses on shape need.
+(Poole et al. 2022, DreamFusion, section 3.1; the density blob of Lin et al. 2022, Magic3D.)
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nerf.encodings import FrequencyEncoding
+from nerf.field import density_packed, query_packed
+from nerf.occupancy import Box, OccupancyGrid, Samples
+from nerf.rays import Rays
+from nerf.shading import Look, shade
+from nerf.volume import packed_weights_cumsum, sum_per_ray
+
+UPDATE_EVERY = 16  # steps between looks at the occupancy grid
+# Corners of a tetrahedron: four looks at the density give its gradient, where six are usual.
+TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
+
+
+class ObjectRendered(NamedTuple):
+    """What rays [R] see; the last two are for losses."""
+
+    rgb: Tensor  # [R, 3] in [0, 1], background included
+    opacity: Tensor  # [R] in [0, 1]
+    depth: Tensor  # [R] mean t of what was hit, 0 where nothing was
+    normal: Tensor  # [R, 3] mean unit normal, world axes, times opacity; 0 if none was needed
+    backfacing: Tensor  # [R] sum of weight x max(0, n v)^2 (DreamFusion's orientation loss)
+    spread: Tensor  # [R] variance of t along the ray (HiFA's z-variance)
+
+
+class Background(nn.Module):
+    """A colour for every direction: a small network far behind the scene."""
+
+    def __init__(self, multires: int = 4, width: int = 32):
+        super().__init__()
+        self.encoding = FrequencyEncoding(multires)
+        self.layers = nn.Sequential(
+            nn.Linear(self.encoding.out_dim, width), nn.ReLU(), nn.Linear(width, 3)
+        )
+
+    def forward(self, viewdirs: Tensor) -> Tensor:
+        """Unit directions [R, 3] -> RGB [R, 3] in [0, 1]."""
+        return torch.sigmoid(self.layers(self.encoding(viewdirs)).float())
+
+
+class ObjectRenderer(nn.Module):
+    """One object in a cube of half side ``bound``.
+
+    blob_scale, blob_std: before the softplus the density gets blob_scale (1 - |x| / blob_std).
+    normals: "analytic" (gradient of the density; the field must be twice differentiable) or "fd".
+    early_stop: transmittance behind which samples are left out of training.
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        grid: OccupancyGrid,
+        *,
+        bound: float,
+        num_steps: int,
+        blob_scale: float,
+        blob_std: float,
+        normals: str = "analytic",
+        early_stop: float = 1e-3,
+        learned_background: bool = False,
+    ):
+        super().__init__()
+        self.field, self.grid = field, grid
+        self.behind = Background() if learned_background else None
+        edge = torch.full((3,), float(bound))
+        self.register_buffer("edge", edge, persistent=False)
+        self.num_steps, self.bound = num_steps, float(bound)
+        self.blob_scale, self.blob_std = blob_scale, blob_std
+        self.normals, self.early_stop = normals, early_stop
+
+    @property
+    def space(self) -> Box:
+        """The cube, as marching takes it; it follows the module to its device."""
+        return Box(-self.edge, self.edge, self.num_steps)
+
+    def density(self, unit: Tensor) -> Tensor:
+        """Density [N] in 1 / scene unit at unit points [N, 3]."""
+        return self._activate(density_packed(self.field, unit), unit)
+
+    def albedo(self, unit: Tensor) -> Tensor:
+        """RGB [N, 3] in [0, 1] at unit points [N, 3]."""
+        ray = torch.zeros(len(unit), dtype=torch.long, device=unit.device)
+        return torch.sigmoid(query_packed(self.field, unit, torch.zeros_like(unit[:1]), ray)[1])
+
+    def _activate(self, raw: Tensor, unit: Tensor) -> Tensor:
+        blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
+        return F.softplus(raw + blob)
+
+    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+        """Keep the grid up to date. The same on every rank: same weights, same draws."""
+        if step % UPDATE_EVERY == 0:
+            self.grid.update(self.density, step, self.space.step, generator)
+
+    def forward(self, rays: Rays, look: Look, jitter: Tensor | None = None) -> ObjectRendered:
+        """Rays [R] under ``look`` [R]. jitter [R, 1] uniform; None: the same places every time."""
+        num_rays = len(rays.origins)
+        samples = self.grid.march(rays, self.space, jitter)
+        if self.early_stop:
+            samples = self._seen(samples, num_rays)
+        self.num_samples = len(samples.ray)
+        background = look.background
+        if self.behind is not None:
+            background = torch.lerp(background, self.behind(rays.viewdirs), look.learned)
+        sigma, albedo, normals = self._query(samples, rays, look)
+        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
+        color = albedo
+        if normals is None:
+            normals = torch.zeros_like(albedo)
+            facing = torch.zeros_like(sigma)
+        else:
+            points = self.space.from_unit(samples.points)
+            color = shade(albedo, normals, points, look.part(samples.ray))
+            facing = (normals * rays.viewdirs[samples.ray]).sum(-1).clamp(min=0).square()
+        t = samples.t
+        values = torch.cat(
+            [color, torch.ones_like(t)[:, None], t[:, None], t.square()[:, None], normals], dim=-1
+        )
+        sums = sum_per_ray(weights[:, None] * values, samples.ray, num_rays)  # [R, 9]
+        # The weights are held still here: turning surfaces around is wanted, removing them is not.
+        backfacing = sum_per_ray(weights.detach() * facing, samples.ray, num_rays)
+        opacity = sums[:, 3]
+        hit = opacity > 1e-6  # below, the mean of t is rounding
+        mass = torch.where(hit, opacity, torch.ones_like(opacity))
+        depth = torch.where(hit, sums[:, 4] / mass, 0.0)
+        spread = torch.where(hit, (sums[:, 5] / mass - depth**2).clamp(min=0), 0.0)
+        rgb = sums[:, :3] + background * (1.0 - opacity[:, None])
+        return ObjectRendered(rgb, opacity, depth, sums[:, 6:9], backfacing, spread)
+
+    def _query(self, samples: Samples, rays: Rays, look: Look):
+        """Density, albedo and, where the look asks for light, unit normals of packed samples."""
+        need = look.is_lit and len(samples.ray) > 0
+        points, graph = samples.points, torch.is_grad_enabled()
+        analytic = need and self.normals == "analytic"
+        # The density's gradient needs float32 throughout, whatever autocast is on outside.
+        full = torch.autocast(points.device.type, enabled=False) if analytic else nullcontext()
+        with torch.set_grad_enabled(graph or analytic), full:
+            if analytic:
+                points = points.detach().requires_grad_()
+            raw_sigma, raw_rgb = query_packed(self.field, points, rays.viewdirs, samples.ray)
+            sigma = self._activate(raw_sigma, points)
+            gradient = None
+            if analytic:
+                gradient = torch.autograd.grad(sigma.sum(), points, create_graph=graph)[0]
+        if need and not analytic:
+            gradient = self._differences(samples.points)
+        albedo = torch.sigmoid(raw_rgb)
+        if not graph:
+            sigma, albedo = sigma.detach(), albedo.detach()
+        # normalize's floor of 1e-12 is far below any gradient of a visible surface
+        return sigma, albedo, None if gradient is None else -F.normalize(gradient, dim=-1)
+
+    def _differences(self, unit: Tensor) -> Tensor:
+        """A multiple of the density's gradient [N, 3], by differences over half a grid cell."""
+        reach = 1.0 / self.grid.resolution
+        corners = unit.new_tensor(TETRAHEDRON)
+        return sum(self.density(unit + reach * corner)[:, None] * corner for corner in corners)
+
+    @torch.no_grad()
+    def _seen(self, samples: Samples, num_rays: int) -> Samples:
+        """The samples that light gets through to, found by density alone (NerfAcc, section 3.2)."""
+        sigma = self.density(samples.points)
+        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
+        alpha = -torch.expm1(-sigma * samples.length)
+        index = (weights > self.early_stop * alpha).nonzero()[:, 0]  # by transmittance
+        return Samples(*(member.index_select(0, index) for member in samples))
+
+    def checkpoint_state(self) -> dict:
+        """What a checkpoint must hold of this renderer."""
+        return {
+            "network_fn_state_dict": self.field.state_dict(),
+            "occupancy_state_dict": self.grid.state_dict(),
+            "background_state_dict": self.behind.state_dict() if self.behind is not None else {},
+        }
+
+    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
+        """Put ``checkpoint_state`` back. load(module, state, where) is strict."""
+        load(self.field, state["network_fn_state_dict"], f"{where}: field")
+        load(self.grid, state["occupancy_state_dict"], f"{where}: occupancy grid")
+        if self.behind is not None:
+            load(self.behind, state["background_state_dict"], f"{where}: background")
+
+    def report(self) -> dict[str, float]:
+        """Figures for the log: samples of the latest step, and how full the grid is."""
+        return {"samples": self.num_samples, "occupied": self.grid.fraction}
+
+
+class Picture(nn.Module):
+    """Pictures [V, 3, H, W] instead of a scene, with the same interface (``--space 2d``)."""
+
+    def __init__(self, num_views: int, size: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_views, 3, size, size))
+        self.first = 0  # of the views that this rank's rays belong to
+
+    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+        """Nothing to keep up to date."""
+
+    def forward(self, rays: Rays, look: Look, jitter: Tensor | None = None) -> ObjectRendered:
+        """The pixels of as many pictures as there are rays for."""
+        num_views, _, height, width = self.logits.shape
+        count = len(rays.origins) // (height * width)
+        rows = torch.arange(self.first, self.first + count, device=self.logits.device) % num_views
+        rgb = torch.sigmoid(self.logits[rows]).permute(0, 2, 3, 1).reshape(-1, 3)
+        one = torch.ones_like(rgb[:, 0])
+        return ObjectRendered(rgb, one, one, 0 * rgb, 0 * one, 0 * one)
+
+    def checkpoint_state(self) -> dict:
+        return {"network_fn_state_dict": self.state_dict()}
+
+    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
+        load(self, state["network_fn_state_dict"], f"{where}: picture")
+
+    def report(self) -> dict[str, float]:
+        return {}

@@ -1,0 +1,450 @@
+"""Make a 3-D object from a text by score distillation: the loop, and nothing else.
+
+    python run_dreamfusion.py --config configs/dream_tiny.txt --prompt "a blue cube"
+    python run_dreamfusion.py --config configs/dream_tiny.txt --export out.glb
+    torchrun --nproc_per_node=2 run_dreamfusion.py --config configs/dream_tiny.txt --prompt "..."
+
+Exit codes: 0 done; 2 a mistake in flags or data; 130 / 143 stopped by SIGINT / SIGTERM, with the
+step saved: the same command goes on from there.
+"""
+
+import argparse
+import math
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from guidance import sds
+from guidance.gaussian import Gaussian, ball
+from guidance.prompts import VIEW_WORDS, ViewPrompts, view_texts
+from guidance.stable_diffusion import StableDiffusion
+from nerf import checkpoint, dream_options, losses, mesh, options, runtime, turntable
+from nerf.cameras import random_orbit_cameras
+from nerf.ema import EMA
+from nerf.health import Collapse
+from nerf.logs import Clock, Progress, RunFolder, Speed
+from nerf.schedules import scheduled, stepped
+from nerf.shading import draw_look
+
+
+def every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = dream_options.dream_parser()
+    args = options.parse(parser, argv, lambda args: dream_options.slug(args.prompt or ""))
+    try:
+        world = runtime.setup(args.device)
+        if not args.prompt_file:
+            return run_prompt(args, world, {})
+        code, priors = 0, {}  # the model is read once
+        for prompt in dream_options.read_prompts(Path(args.prompt_file)):
+            own = argparse.Namespace(**vars(args))
+            own.prompt, own.expname = prompt, dream_options.slug(prompt)
+            code = run_prompt(own, world, priors)
+            if code >= 128:  # stopped by a signal
+                break
+        return code
+    except ValueError as error:
+        print(f"run_dreamfusion.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        runtime.cleanup()
+
+
+def run_prompt(args, world, priors: dict) -> int:
+    """One text from start to end, or one of the modes that only read a finished run."""
+    reading = args.render_only or args.export
+    if reading:
+        dream_options.find_run(args)
+    dream_options.check_dream_flags(args, world.size)
+    run = RunFolder(Path(args.basedir) / args.expname, is_main=world.is_main, lock=not reading)
+    try:
+        code = read_run(args, world, run) if reading else train(args, world, run, priors)
+        world.barrier()  # a rank that leaves early can take the others' connections with it
+        return code
+    except ValueError:
+        if run.is_main:
+            with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+        raise
+    finally:
+        run.close()
+
+
+# ------------------------------------------------------------------------------------ set-up
+
+
+def prepare(args, world):
+    """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
+    runtime.seed_everything(args.seed)  # the same on all ranks: same initial weights
+    renderer = dream_options.object_renderer(args).to(world.device)
+    groups = options.parameter_groups(renderer, args)
+    fused = world.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=(0.9, 0.99), eps=1e-15, fused=fused)
+    scaler = runtime.grad_scaler(world.device, args.amp)
+    return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
+
+
+def make_prior(args, world, run, priors: dict):
+    """The frozen diffusion model that says what the text looks like."""
+    if "prior" not in priors:
+        if args.guidance == "gaussian":
+            priors["prior"] = Gaussian(world.device)
+        else:
+            beside = Path(__file__).parent / args.sd_model  # the embedded model, from anywhere
+            priors["prior"] = StableDiffusion(
+                str(beside) if beside.is_dir() else args.sd_model,
+                world.device,
+                dtype=args.guidance_dtype,
+                local_files_only=args.local_files_only,
+                allow_pickle=args.allow_pickle,
+                scheduler=args.scheduler,
+                warn=run.say,
+            )
+    return priors["prior"]
+
+
+def make_conditions(args, prior, run):
+    """(cameras, size, background) -> (negative, text) as ``prior.predict`` takes them."""
+    if args.guidance == "gaussian":
+
+        def target(cameras, size, background):
+            rays, num_views = cameras.rays(size, size), len(cameras.c2w)
+            behind = background.repeat_interleave(size * size, dim=0)
+            picture = ball(rays.origins, rays.directions, behind)
+            picture = picture.view(num_views, size, size, 3).permute(0, 3, 1, 2)
+            return picture, picture
+
+        return target
+    own = {"right side": args.prompt_right, "left side": args.prompt_left}
+    own |= {word: getattr(args, f"prompt_{word}") for word in ("front", "back", "overhead")}
+    texts = view_texts(
+        args.prompt,
+        "none" if args.space == "2d" else args.view_text,
+        known_views=prior.vocabulary and prior.vocabulary["views"],
+        overrides=own,
+    )
+    prompts = ViewPrompts(prior.embed, texts, args.negative_prompt)
+    said = ", ".join(dict.fromkeys(repr(text) for text in texts))
+    run.say(f"text: {said}; negative: {args.negative_prompt!r}")
+    assert len(texts) == len(VIEW_WORDS)
+    return lambda cameras, size, background: prompts.at(*cameras[2:])
+
+
+def check_resume(path, state, args, prior) -> None:
+    """ValueError if the checkpoint at ``path`` was made for another text, model or network."""
+    refused = options.structural_changes(state.get("args", {}), args, dream_options.STRUCTURAL)
+    before, now = state.get("model"), prior.fingerprint
+    if before != now:
+        refused.append(f"the model: {before} -> {now} ({args.sd_model})")
+    if refused:
+        raise ValueError(
+            f"{path} was made with other flags ({'; '.join(refused)}); "
+            "use those, or another --expname"
+        )
+
+
+def resume(args, world, run, parts, prior) -> tuple[int, Clock]:
+    """Finished updates and the training clock of the newest checkpoint, restored into ``parts``."""
+    found = checkpoint.find_checkpoint(
+        run.folder, args.ft_path, world, run.say, reload=not args.no_reload
+    )
+    if not found:
+        if args.init_from:
+            start_from(args, run, *parts)
+        return 0, Clock()
+    path, state = found
+    check_resume(path, state, args, prior)
+    for change in options.other_changes(state.get("args", {}), args, dream_options.STRUCTURAL):
+        run.say(f"changed since the checkpoint: {change}")
+    checkpoint.restore(path, state, run.say, *parts)
+    step = checkpoint.finished_updates(state)
+    done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
+    run.say(f"resumed from {path} at step {step}{done}")
+    return step, Clock(state.get("train_seconds", 0.0))
+
+
+def start_from(args, run, renderer, optimizer, scaler, ema) -> None:
+    """``--init_from``: another run's object, as its pictures show it; all else starts anew."""
+    path = Path(args.init_from)
+    if path.is_dir():
+        newest = checkpoint.newest_checkpoint(path, run.say)
+        if newest is None:
+            raise ValueError(f"--init_from {path}: there is no checkpoint in it")
+        path, state = newest
+    else:
+        state = checkpoint.load_checkpoint(path)
+    shown = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
+    checkpoint.restore(path, state, run.say, renderer, ema=shown)
+    shown.keep()
+    ema.reset()
+    run.say(f"starting from the object of {path}")
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def make_viewer(args, world, renderer):
+    """(rays, look) -> what the object looks like, for pictures."""
+
+    def view(rays, look):
+        with runtime.autocast(world.device, args.amp):
+            return renderer(rays, look)
+
+    return view
+
+
+def middle(limits) -> float:
+    return 0.5 * (limits[0] + limits[1])
+
+
+def depth_bounds(args) -> tuple[float, float]:
+    distance = middle(args.radius_range)
+    return max(0.05, distance - args.bound), distance + args.bound
+
+
+def eval_cameras(args, world, num_views: int):
+    return turntable.orbit(
+        num_views, args.eval_elevation, middle(args.radius_range), middle(args.fov_range),
+        world.device,
+    )  # fmt: skip
+
+
+def write_preview(args, world, run, renderer, ema, step) -> None:
+    """previews/STEP.png: four sides; the pictures themselves with --space 2d."""
+    if not world.is_main:
+        return
+    size, num_views = stepped(args.train_res, step), args.batch_views
+    if args.space == "3d":
+        size, num_views = min(args.eval_res, 2 * size), 4
+    cameras = eval_cameras(args, world, num_views)
+    with ema.swap():
+        view = make_viewer(args, world, renderer)
+        sheet = turntable.preview(
+            view, cameras, size, args.eval_background, depth_bounds(args), flat=args.space == "2d"
+        )
+    run.picture(step, "preview", sheet)
+
+
+def write_turntable(args, world, run, renderer, ema, step) -> None:
+    folder = run.folder / f"render_path_{step:06d}"
+    cameras = eval_cameras(args, world, args.video_frames)
+    with ema.swap():
+        view = make_viewer(args, world, renderer)
+        videos = turntable.render_turntable(
+            view, cameras, args.eval_res, args.eval_background, depth_bounds(args), folder, world,
+            run.say,
+        )  # fmt: skip
+    run.say("turntable: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+
+
+def write_mesh(args, run, renderer, ema, path: Path) -> None:
+    """The object as a mesh with coloured vertices, of the weights that its pictures show."""
+    if not run.is_main:
+        return
+    box = renderer.space
+    with ema.swap(), torch.no_grad():
+        surface = mesh.extract_mesh(
+            lambda points: renderer.density(box.to_unit(points)),
+            lambda points: renderer.albedo(box.to_unit(points)),
+            box.low,
+            box.high,
+            resolution=args.mesh_res,
+            level=args.mesh_level or mesh.surface_level(box.step),
+            warn=run.say,
+        )
+    mesh.write_mesh(path, surface)
+    run.say(f"mesh: {path} ({len(surface.vertices)} vertices, {len(surface.faces)} triangles)")
+
+
+def read_run(args, world, run) -> int:
+    """``--render_only`` and ``--export``: from the newest checkpoint, with its averaged weights."""
+    found = checkpoint.find_checkpoint(run.folder, args.ft_path, world, run.say, prefer_given=True)
+    if found is None:
+        raise ValueError(f"{run.folder}: no checkpoint there; train first, or name one: --ft_path")
+    path, state = found
+    dream_options.adopt(args, state.get("args", {}), run.say)
+    renderer = prepare(args, world)[0]
+    ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
+    checkpoint.restore(path, state, run.say, renderer, ema=ema)
+    step = checkpoint.finished_updates(state)
+    run.say(f"{path}: step {step}, {ema.kind} weights")
+    if args.export:
+        write_mesh(args, run, renderer, ema, Path(args.export))
+    else:
+        write_turntable(args, world, run, renderer, ema, step)
+    return 0
+
+
+def finish(args, world, run, parts, step, clock) -> None:
+    """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are."""
+    renderer, _, _, ema = parts
+    metrics = {"prompt": args.prompt, "step": step, "weights": ema.kind}
+    metrics |= {"train_seconds": clock.seconds, "args": vars(args)}
+    if args.space == "3d":
+        write_turntable(args, world, run, renderer, ema, step)
+        if args.mesh:
+            write_mesh(args, run, renderer, ema, run.folder / "mesh.glb")
+    run.write_json("metrics.json", metrics)
+    run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
+
+
+def report(args, run, progress, step, values: dict, speed, seconds: float) -> None:
+    """One row of metrics, and the line a person reads."""
+    values["views_per_second"] = speed.rays_per_second(step, step * args.batch_views, seconds)
+    run.scalars(step, values)
+    line = (
+        f"opacity {values['opacity']:.3f}  gradient {values['grad_norm']:.3g}  t {values['t']:.0f}"
+    )
+    progress.describe(line)
+    if not progress.on_terminal:
+        eta = (args.N_iters - step) * speed.seconds_per_step / 60
+        note = " (not a measure of quality)" if step <= args.i_print else ""
+        run.say(
+            f"step {step}/{args.N_iters}  {line}  sds {values['sds']:.4g}{note}  ETA {eta:.1f} min"
+        )
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def shape_losses(args, step, out):
+    """The weighted sum of the losses on the object's shape (``nerf.losses``)."""
+    terms = {
+        "lambda_opacity": lambda: losses.opacity_loss(out.opacity),
+        "lambda_entropy": lambda: losses.entropy_loss(out.opacity),
+        "lambda_orient": lambda: losses.orientation_loss(out.backfacing),
+        "lambda_spread": lambda: losses.spread_loss(out.spread, out.opacity),
+    }
+    weights = {name: scheduled(getattr(args, name), step) for name in terms}
+    return sum(weight * terms[name]() for name, weight in weights.items() if weight)
+
+
+def train(args, world, run, priors: dict) -> int:
+    """The loop: train until N_iters, --max_minutes or a signal."""
+    run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
+    prior = make_prior(args, world, run, priors)
+    conditions_of = make_conditions(args, prior, run)
+    parts = renderer, optimizer, scaler, ema = prepare(args, world)
+    step, clock = resume(args, world, run, parts, prior)
+    model = renderer
+    if world.size > 1:  # views without light leave the light's gradients out, and so on
+        model = DistributedDataParallel(renderer, find_unused_parameters=True)
+    ranges, looks = dream_options.orbit_ranges(args), dream_options.look_settings(args)
+    share = world.share(args.batch_views)
+    if args.space == "2d":
+        renderer.first = share.start
+    collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
+    speed, said, saved_at = Speed(step, clock.seconds), None, time.monotonic()
+    skipped, skipped_in_row, left_out = 0, 0, 0
+
+    def save() -> None:
+        extra = {"args": vars(args), "model": prior.fingerprint, "train_seconds": clock.seconds}
+        checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
+
+    with runtime.StopSignal() as stop:
+        while step < args.N_iters:
+            # One update. Every random number comes from (seed, step), see runtime.step_generator.
+            rate = options.learning_rate(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            generator = runtime.step_generator(args.seed, step, world.device)
+            renderer.prepare_step(step, generator)
+            size = stepped(args.train_res, step)
+            cameras = random_orbit_cameras(args.batch_views, ranges, generator)
+            lit = step >= args.albedo_steps
+            look = draw_look(cameras.c2w[:, :, 3], looks, generator, lit=lit)
+            jitter = torch.rand(
+                args.batch_views * size * size, 1, generator=generator, device=world.device
+            )
+            noise = sds.draw_noise(args.batch_views, prior.latent_shape(size, size), generator)
+            cameras, look, noise = cameras.part(share), look.part(share), noise.part(share)
+            with runtime.autocast(world.device, args.amp):
+                out = model(
+                    cameras.rays(size, size),
+                    look.per_pixel(size * size),
+                    jitter.view(args.batch_views, -1, 1)[share].reshape(-1, 1),
+                )
+            images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
+            distilled = sds.distill(
+                prior,
+                images,
+                conditions_of(cameras, size, look.background),
+                noise,
+                t_range=(scheduled(args.t_min, step), scheduled(args.t_max, step)),
+                scale=scheduled(args.guidance_scale, step),
+                weighting=args.weighting,
+            )
+            loss = scheduled(args.lambda_sds, step) * distilled.loss
+            loss = loss + shape_losses(args, step, out)
+            scaler.scale(loss).backward()  # DDP averages the gradients here
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                renderer.parameters(), args.grad_clip or math.inf
+            )
+            finite = math.isfinite(grad_norm)
+            if finite:
+                scaler.step(optimizer)
+                ema.update()
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1  # updates finished, also when one was skipped
+
+            # After the update: signals, health, and everything periodic.
+            skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
+            runtime.give_up_on_skipping(skipped_in_row, step)
+            left_out += int(distilled.skipped)
+            opacity = out.opacity.detach().mean().item()
+            complaint = collapse.diagnosis(opacity) if args.space == "3d" else None
+            if complaint and complaint != said:
+                run.say(f"step {step}: {complaint}")
+                said = complaint
+            time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
+            number, time_up = world.largest(stop.number, time_up)
+            if number:
+                save()
+                run.say(f"stopped by signal {int(number)}; step {step} is saved")
+                return 128 + int(number)
+            last = bool(time_up) or step == args.N_iters
+            if every(step, args.i_print) or last:
+                values = {
+                    "sds": distilled.loss.item(),
+                    "loss": loss.item(),
+                    "grad_norm": float(grad_norm),
+                    "opacity": opacity,
+                    "t": distilled.t.float().mean().item(),
+                    "lr": rate,
+                    "views_left_out": left_out,
+                    "skipped": skipped,
+                    "memory_mb": runtime.peak_memory_mb(world.device),
+                    "train_seconds": clock.seconds,
+                    **renderer.report(),
+                }
+                report(args, run, progress, step, values, speed, clock.seconds)
+            progress.advance()
+            if every(step, args.i_img) or last:
+                with clock:
+                    write_preview(args, world, run, renderer, ema, step)
+            due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs
+            if every(step, args.i_weights) or due or last:
+                with clock:
+                    save()
+                saved_at = time.monotonic()
+            if every(step, args.i_video) and not last:
+                with clock:
+                    write_turntable(args, world, run, renderer, ema, step)
+            if last:
+                break
+    progress.close()
+    finish(args, world, run, parts, step, clock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
