@@ -3,10 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo dream test test-all lint bench clean
 
 demo: .venv/ready
 	$(RUN) run_nerf.py --config configs/demo.txt
+
+PROMPT ?= a green cone
+
+dream: .venv/ready
+	$(RUN) run_dreamfusion.py --config configs/dream_tiny.txt --prompt "$(PROMPT)"
 
 test: .venv/ready-dev
 	$(RUN) -m pytest

@@ -63,7 +63,10 @@ def run_prompt(args, world, priors: dict) -> int:
     if reading:
         dream_options.find_run(args)
     dream_options.check_dream_flags(args, world.size)
-    run = RunFolder(Path(args.basedir) / args.expname, is_main=world.is_main, lock=not reading)
+    folder = Path(args.basedir) / args.expname
+    if reading and not args.ft_path and not folder.is_dir():
+        raise ValueError(f"{folder}: no checkpoint there; train first, or name one: --ft_path")
+    run = RunFolder(folder, is_main=world.is_main, lock=not reading)
     try:
         code = read_run(args, world, run) if reading else train(args, world, run, priors)
         world.barrier()  # a rank that leaves early can take the others' connections with it
@@ -244,19 +247,21 @@ def write_turntable(args, world, run, renderer, ema, step) -> None:
     run.say("turntable: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
 
 
-def write_mesh(args, run, renderer, ema, path: Path) -> None:
+def write_mesh(args, world, run, renderer, ema, path: Path) -> None:
     """The object as a mesh with coloured vertices, of the weights that its pictures show."""
     if not run.is_main:
         return
-    box = renderer.space
+    box, cameras = renderer.space, eval_cameras(args, world, 8)
     with ema.swap(), torch.no_grad():
+        solid = renderer.surface_density(cameras.rays(args.eval_res // 2, args.eval_res // 2))
+        level = solid.median().item() if len(solid) else mesh.surface_level(box.step)
         surface = mesh.extract_mesh(
             lambda points: renderer.density(box.to_unit(points)),
             lambda points: renderer.albedo(box.to_unit(points)),
             box.low,
             box.high,
             resolution=args.mesh_res,
-            level=args.mesh_level or mesh.surface_level(box.step),
+            level=args.mesh_level or level,
             warn=run.say,
         )
     mesh.write_mesh(path, surface)
@@ -276,7 +281,7 @@ def read_run(args, world, run) -> int:
     step = checkpoint.finished_updates(state)
     run.say(f"{path}: step {step}, {ema.kind} weights")
     if args.export:
-        write_mesh(args, run, renderer, ema, Path(args.export))
+        write_mesh(args, world, run, renderer, ema, Path(args.export))
     else:
         write_turntable(args, world, run, renderer, ema, step)
     return 0
@@ -290,7 +295,7 @@ def finish(args, world, run, parts, step, clock) -> None:
     if args.space == "3d":
         write_turntable(args, world, run, renderer, ema, step)
         if args.mesh:
-            write_mesh(args, run, renderer, ema, run.folder / "mesh.glb")
+            write_mesh(args, world, run, renderer, ema, run.folder / "mesh.glb")
     run.write_json("metrics.json", metrics)
     run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
 

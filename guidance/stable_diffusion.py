@@ -87,13 +87,11 @@ class StableDiffusion:
     def embed(self, texts: list[str]) -> Tensor:
         """What the U-Net takes of each text: [N, L, D] float32. "" is the unconditional one.
 
-        Warns, once for each text, of words that the text encoder cuts off or never saw.
+        Warns, once for each, of words that the text encoder cuts off or never saw.
         """
         assert self.text_encoder is not None, "embed after free_text_encoder"
         for text in texts:
-            if text not in self._warned:
-                self._warned.add(text)
-                self._warn_about(text)
+            self._warn_about(text)
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -179,13 +177,15 @@ class StableDiffusion:
 
     def _warn_about(self, text: str) -> None:
         lost = self._lost_words(text)
-        if lost:
+        if lost and lost not in self._warned:
+            self._warned.add(lost)
             self._warn(
                 f'prompt "{text}": the text encoder reads {self._max_tokens} tokens; '
                 f'cut off: "{lost}"'
             )
         unknown = _unknown_words(text, self.vocabulary)
-        if unknown:
+        if unknown and not self._warned.issuperset(unknown):
+            self._warned.update(unknown)
             names = ", ".join(self.vocabulary.get("objects") or self.vocabulary["words"])
             self._warn(
                 f'prompt "{text}": the model never saw {", ".join(unknown)}; it knows {names}'

@@ -14,6 +14,7 @@ from nerf import options
 from nerf.cameras import OrbitRanges
 from nerf.encodings import ENCODINGS
 from nerf.field import ACTIVATIONS, FeatureField, NeRFField
+from nerf.mesh import FORMATS
 from nerf.object_renderer import ObjectRenderer, Picture
 from nerf.occupancy import OccupancyGrid
 from nerf.schedules import highest, parse_schedule
@@ -24,7 +25,7 @@ STRUCTURAL = (
     "prompt negative_prompt prompt_front prompt_right prompt_back prompt_left prompt_overhead "
     "view_text guidance "
     "space field activation netdepth netwidth multires i_embed grid_res occ_res bound blob_scale "
-    "blob_std background"
+    "blob_std density_scale background"
 ).split()
 MAX_NAME = 80  # characters of a run folder's name made from a prompt
 
@@ -98,6 +99,12 @@ def add_object_flags(parser) -> None:
         "--blob_scale", type=options.amount, default=10.0, help="density the object starts with ..."
     )
     add("--blob_std", type=options.positive_number, default=0.5, help="... and where it is 0")
+    add(
+        "--density_scale",
+        type=options.positive_number,
+        default=1.0,
+        help="larger: harder surfaces, fewer samples behind them",
+    )
     add("--normals", choices=("analytic", "fd"), help="default: analytic for mlp, fd for grids")
     group = parser.add_argument_group("cameras")
     add = group.add_argument
@@ -178,7 +185,12 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(f"{' and '.join(given)} exclude one another; use one at a time")
     if args.no_reload and (args.render_only or args.export):
         raise ValueError(f"--no_reload and {given[0]} contradict each other; leave one out")
-    if args.guidance == "sds" and not (args.prompt or "").strip():
+    if args.export and Path(args.export).suffix not in FORMATS:
+        raise ValueError(
+            f"--export {args.export}: expected a name that ends in {' '.join(FORMATS)}"
+        )
+    reading = args.render_only or args.export
+    if args.guidance == "sds" and not reading and not (args.prompt or "").strip():
         raise ValueError('--prompt is empty; say what to make: --prompt "a red cone"')
     if args.batch_views % num_ranks:
         raise ValueError(
@@ -229,11 +241,12 @@ def object_renderer(args: argparse.Namespace):
         field = FeatureField(ENCODINGS[args.field](args.grid_res), use_viewdirs=False)
     return ObjectRenderer(
         field,
-        OccupancyGrid(args.occ_res),
+        OccupancyGrid(args.occ_res, decay=0.5),  # the fog it starts with goes in a few looks
         bound=args.bound,
         num_steps=args.march_steps,
         blob_scale=args.blob_scale,
         blob_std=args.blob_std,
+        density_scale=args.density_scale,
         normals=args.normals or ("analytic" if args.field == "mlp" else "fd"),
         early_stop=args.early_stop,
         learned_background=args.background == "learned",

@@ -20,6 +20,7 @@ from nerf.shading import Look, shade
 from nerf.volume import packed_weights_cumsum, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
+FAINT = 1e-3  # opacity of one sample, below which it is left out of training
 # Corners of a tetrahedron: four looks at the density give its gradient, where six are usual.
 TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
 
@@ -53,7 +54,7 @@ class Background(nn.Module):
 class ObjectRenderer(nn.Module):
     """One object in a cube of half side ``bound``.
 
-    blob_scale, blob_std: before the softplus the density gets blob_scale (1 - |x| / blob_std).
+    The density is density_scale softplus(raw + blob_scale (1 - |x| / blob_std)), per scene unit.
     normals: "analytic" (gradient of the density; the field must be twice differentiable) or "fd".
     early_stop: transmittance behind which samples are left out of training.
     """
@@ -67,6 +68,7 @@ class ObjectRenderer(nn.Module):
         num_steps: int,
         blob_scale: float,
         blob_std: float,
+        density_scale: float = 1.0,
         normals: str = "analytic",
         early_stop: float = 1e-3,
         learned_background: bool = False,
@@ -78,6 +80,7 @@ class ObjectRenderer(nn.Module):
         self.register_buffer("edge", edge, persistent=False)
         self.num_steps, self.bound = num_steps, float(bound)
         self.blob_scale, self.blob_std = blob_scale, blob_std
+        self.density_scale = density_scale
         self.normals, self.early_stop = normals, early_stop
 
     @property
@@ -96,7 +99,7 @@ class ObjectRenderer(nn.Module):
 
     def _activate(self, raw: Tensor, unit: Tensor) -> Tensor:
         blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
-        return F.softplus(raw + blob)
+        return self.density_scale * F.softplus(raw + blob)
 
     def prepare_step(self, step: int, generator: torch.Generator) -> None:
         """Keep the grid up to date. The same on every rank: same weights, same draws."""
@@ -108,7 +111,7 @@ class ObjectRenderer(nn.Module):
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, jitter)
         if self.early_stop:
-            samples = self._seen(samples, num_rays)
+            samples = self._seen(samples, num_rays, learning=torch.is_grad_enabled())
         self.num_samples = len(samples.ray)
         background = look.background
         if self.behind is not None:
@@ -168,13 +171,31 @@ class ObjectRenderer(nn.Module):
         return sum(self.density(unit + reach * corner)[:, None] * corner for corner in corners)
 
     @torch.no_grad()
-    def _seen(self, samples: Samples, num_rays: int) -> Samples:
-        """The samples that light gets through to, found by density alone (NerfAcc, section 3.2)."""
+    def _seen(self, samples: Samples, num_rays: int, *, learning: bool) -> Samples:
+        """The samples that light gets through to, found by density alone (NerfAcc, section 3.2).
+
+        learning: also leave out what is fainter than FAINT. A softplus' slope falls with its value,
+        so that hardly learns, and normals make each sample several times dearer.
+        """
         sigma = self.density(samples.points)
         weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
         alpha = -torch.expm1(-sigma * samples.length)
-        index = (weights > self.early_stop * alpha).nonzero()[:, 0]  # by transmittance
+        by_light = weights > self.early_stop * alpha  # transmittance
+        if learning:
+            by_light &= alpha > FAINT
+        index = by_light.nonzero()[:, 0]
         return Samples(*(member.index_select(0, index) for member in samples))
+
+    @torch.no_grad()
+    def surface_density(self, rays: Rays) -> Tensor:
+        """The density [K] at which rays lose half of their light: that of what looks solid."""
+        num_rays = len(rays.origins)
+        samples = self.grid.march(rays, self.space, None)
+        sigma = self.density(samples.points)
+        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
+        alpha = -torch.expm1(-sigma * samples.length)
+        before = torch.where(alpha > 0, weights / alpha.clamp(min=1e-30), 0.0)  # transmittance
+        return sigma[(before > 0.5) & (before * (1 - alpha) <= 0.5)]
 
     def checkpoint_state(self) -> dict:
         """What a checkpoint must hold of this renderer."""

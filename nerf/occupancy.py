@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nerf.rays import Rays
 
-DECAY = 0.95  # of a cell's density per update, so that a cell can become empty again
+DECAY = 0.95  # of a cell's density per look, so that a cell can become empty again
 MIN_OPTICAL_DEPTH = 0.01  # of one step, below which a cell counts as empty ...
 ALWAYS_EMPTY = 1e-4  # ... at the latest; before, below the mean: all start as thin fog
 WARM_UP = 256  # steps during which every cell is looked at
@@ -120,15 +120,15 @@ class Contraction:
 
 
 class OccupancyGrid(nn.Module):
-    """Cells of the unit cube that hold density.
+    """Cells of the unit cube that hold density. decay: of what a cell held, per look at it.
 
     ``density``: the largest density seen lately in each cell, scene units. ``occupied``: cells
     worth sampling. Both start full, and both are in the checkpoint.
     """
 
-    def __init__(self, resolution: int = 64):
+    def __init__(self, resolution: int = 64, decay: float = DECAY):
         super().__init__()
-        self.resolution = resolution
+        self.resolution, self.decay = resolution, decay
         cells = resolution**3
         self.register_buffer("density", torch.zeros(cells))
         self.register_buffer("occupied", torch.ones(cells, dtype=torch.bool))
@@ -169,7 +169,7 @@ class OccupancyGrid(nn.Module):
                 cells = torch.cat([cells, occupied[self._draw(len(occupied), count, generator)]])
         u = torch.rand(len(cells), 3, generator=generator, device=device)
         fresh = torch.cat([density_at(part) for part in self.cell_points(cells, u).split(1 << 15)])
-        self.density[cells] = torch.maximum(self.density[cells] * DECAY, fresh.float())
+        self.density[cells] = torch.maximum(self.density[cells] * self.decay, fresh.float())
         mean = self.density[possible].mean()
         threshold = mean.clamp(ALWAYS_EMPTY / length, MIN_OPTICAL_DEPTH / length)
         self.occupied.copy_((self.density > threshold) & self.possible)

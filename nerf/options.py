@@ -4,9 +4,12 @@ Sources, strongest first: command line, environment (``NERF_<FLAG>``), config fi
 """
 
 import argparse
+import contextlib
 import difflib
+import io
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -139,10 +142,6 @@ def add_run_flags(parser) -> None:
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
     add("--grad_clip", type=amount, default=0.0, help="largest gradient norm; 0: no limit")
-    add_switch(
-        group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs"
-    )
-    add("--dead_restarts", type=not_negative, default=3, help="new seeds to try if stuck")
 
     group = parser.add_argument_group("logging and saving")
     add = group.add_argument
@@ -250,6 +249,11 @@ def add_nerf_flags(parser) -> None:
     add_switch(group, "no_batching", "all rays of a step from one picture")
     add("--precrop_iters", type=not_negative, default=0, help="first steps use central crops only")
     add("--precrop_frac", type=fraction, default=0.5, help="part of the picture taken for them")
+    group = parser.add_argument_group("training posed pictures")
+    add_switch(
+        group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs"
+    )
+    group.add_argument("--dead_restarts", type=not_negative, default=3, help="new seeds if stuck")
     group = parser.add_argument_group("rendering")
     add = group.add_argument
     add("--i_testset", type=not_negative, default=50000, help="steps between test renders; 0: end")
@@ -467,19 +471,37 @@ def _changes(saved: dict, args: argparse.Namespace, names) -> list[str]:
 
 
 def as_config(args: argparse.Namespace, parser) -> str:
-    """``args`` as a config file, checked to read back to the same; unset flags are comments."""
+    """``args`` as a config file that reads back to the same; unset flags are comments.
+
+    Text that no config file can hold (several lines, some quotes) is named in a comment.
+    """
     lines = []
     for name, value in sorted(vars(args).items()):
         if name in ("config", "fast"):  # what they stand for is written out
             continue
-        text = f'"{value}"' if isinstance(value, str) else value  # quotes keep " #" in a value
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
-    content = "\n".join(lines) + "\n"
-    written = parser.parse_known_args([], config_file_contents=content, env_vars={})[0]
+        plain = not isinstance(value, str) or re.fullmatch(r"[\w ./:-]*", value)
+        line = f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"  # " #"
+        if value is None:
+            line = f"# {name} is not set"
+        elif not plain and _read_back(line, parser).get(name) != value:
+            line = f"# {name} is in args.json only: a config file cannot hold it"
+        lines.append(line)
+    written = _read_back("\n".join(lines), parser)
     for name, value in vars(args).items():
-        if name not in ("config", "fast") and getattr(written, name) != value:
+        commented = f"# {name} is in args.json only: a config file cannot hold it" in lines
+        if name not in ("config", "fast") and not commented and written.get(name) != value:
             raise ValueError(
                 f"--{name} {value!r} cannot be kept in args.txt (it would read back as "
-                f"{getattr(written, name)!r}); use a value without quotes and brackets"
+                f"{written.get(name)!r}); use another value"
             )
-    return content
+    return "\n".join(lines) + "\n"
+
+
+def _read_back(content: str, parser) -> dict:
+    """The flags that a config file of this content gives; none if it is not one."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            given = {"config_file_contents": content + "\n", "env_vars": {}}
+            return vars(parser.parse_known_args([], **given)[0])
+    except (SystemExit, ValueError, configargparse.ConfigFileParserException):
+        return {}

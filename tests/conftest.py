@@ -55,10 +55,10 @@ def demo_linemod(tmp_path_factory) -> Path:
     return _demo(tmp_path_factory, "linemod")
 
 
-def run_script(args, launcher=(), **kw) -> subprocess.CompletedProcess:
-    """``python run_nerf.py *args`` in the repository's root, its text captured."""
+def run_script(args, launcher=(), script="run_nerf.py", **kw) -> subprocess.CompletedProcess:
+    """``python script *args`` in the repository's root, its text captured."""
     environment = {key: text for key, text in os.environ.items() if not key.startswith("NERF_")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     settings = {"cwd": REPOSITORY, "env": environment, "timeout": 120}
-    command = [sys.executable, *launcher, "run_nerf.py", *map(str, args)]
+    command = [sys.executable, *launcher, script, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **{**settings, **kw})

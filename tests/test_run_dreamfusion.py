@@ -1,0 +1,279 @@
+"""run_dreamfusion.py as a user runs it: make, resume, stop, render, export, refuse. Tiny runs."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, run_script
+from test_run_nerf import flat, newest
+from test_stable_diffusion import tiny_sd_folder
+
+import run_dreamfusion
+from guidance.gaussian import RADIUS, RGB
+from nerf.checkpoint import list_checkpoints
+
+TINY = (
+    "--guidance gaussian --prompt ball --device cpu --netdepth 2 --netwidth 16 --multires 2 "
+    "--train_res 12 --batch_views 2 --march_steps 24 --occ_res 16 --lrate 1e-2 --i_print 5 "
+    "--i_img 0 --ckpt_secs 0 --eval_res 16 --video_frames 3 --radius_range 2.5 3 --fov_range 38 44 "
+    "--guidance_scale 1 --mesh_res 24 --albedo_steps 4 --background random"
+).split()
+MODEL = REPOSITORY / "guidance" / "tiny" / "model"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return [*TINY, "--basedir", str(tmp_path)]
+
+
+def script(*arguments, launcher=(), **kw):
+    return run_script(arguments, launcher, "run_dreamfusion.py", timeout=240, **kw)
+
+
+def one_line(result) -> str:
+    """The only line of a mistake's answer, without a traceback."""
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    lines = [text for text in result.stderr.splitlines() if text.startswith("run_dreamfusion.py: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def assert_same_training(first: dict, second: dict) -> None:
+    names = "network_fn_state_dict background_state_dict optimizer_state_dict occupancy_state_dict"
+    for name in [*names.split(), "ema_state_dict", "scaler_state_dict", "global_step", "model"]:
+        one, other = flat(first.get(name)), flat(second.get(name))
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
+            assert same, f"{name}{key} differs"
+
+
+def test_a_run_leaves_everything_the_readme_names(tiny, tmp_path):
+    result = script(*tiny, "--N_iters", 10, "--i_img", 5, "--mesh")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "ball"
+    names = "args.json args.txt cmd.txt log.txt metrics.csv metrics.json mesh.glb 000010.tar"
+    for name in [*names.split(), "previews/000005.png", "previews/000010.png"]:
+        assert (run / name).stat().st_size > 0, name
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [5, 10]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert "not a measure of quality" in result.stderr
+    turntable = run / "render_path_000010"
+    for name in ("rgb", "lit", "normal", "depth", "opacity"):
+        assert iio.imread(turntable / f"{name}.mp4").shape == (3, 16, 16, 3)
+    assert iio.imread(run / "previews" / "000010.png").shape == (4 * 16, 4 * 16, 3)
+    assert json.loads((run / "metrics.json").read_text())["prompt"] == "ball"
+
+
+def test_the_known_ball_is_found(tiny, tmp_path):
+    """The whole loop against algebra: the scene becomes the ball that the closed form asks for."""
+    flags = ["--N_iters", 250, "--train_res", 20, "--netwidth", 32, "--march_steps", 48]
+    flags += ["--eval_res", 32, "--p_diffuse", 0, "--ema_decay", 0.9, "--lr_schedule", "cosine"]
+    assert script(*tiny, *flags).returncode == 0
+    seen = iio.imread(tmp_path / "ball" / "render_path_000250" / "000.png") / 255.0
+    middle = seen[12:20, 12:20].reshape(-1, 3).mean(0)
+    assert np.abs(middle - RGB).max() < 0.06
+    # From 2.75 away with a field of view of 41 degrees a ball of radius 0.6 covers 26 %.
+    focal = 0.5 / np.tan(np.radians(20.5))
+    disc = np.pi * (focal * RADIUS) ** 2 / (2.75**2 - RADIUS**2)
+    solid = np.abs(seen - 1).max(-1) > 0.5
+    assert solid.mean() == pytest.approx(disc, rel=0.15)
+
+
+MODES = {
+    "plain": [],
+    "learned background, EMA off": ["--background", "learned", "--ema_decay", "0"],
+    "fp16": ["--amp", "fp16"],
+    "tri-plane": ["--field", "triplane", "--grid_res", "16"],
+    "hash grid": ["--field", "hashgrid", "--grid_res", "16"],
+    "schedules": "--train_res 0:8,4:12 --t_max 0:0.98,8:0.4 --lambda_orient 0:0,8:9".split(),
+    "pictures": ["--space", "2d"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stop_and_resume_is_bit_exact(tiny, tmp_path, mode):
+    flags = [*tiny, *MODES[mode], "--video_frames", 1]
+    for name, steps in (("whole", [8]), ("parts", [3, 8])):
+        for count in steps:
+            given = [*flags, "--expname", name, "--N_iters", str(count)]
+            assert run_dreamfusion.main([str(word) for word in given]) == 0
+    assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def test_a_signal_saves_the_step_and_the_run_goes_on(tiny, tmp_path):
+    command = [sys.executable, "run_dreamfusion.py", *tiny, "--N_iters", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
+    table = tmp_path / "ball" / "metrics.csv"
+    deadline = time.monotonic() + 90
+    while not (table.exists() and len(table.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    step = newest(tmp_path / "ball")["global_step"]
+    assert step > 5 and "Traceback" not in process.stderr.read().decode()
+    result = script(*tiny, "--N_iters", step + 2)
+    assert result.returncode == 0 and f"at step {step}" in result.stderr
+
+
+def test_two_processes_give_the_same_object_as_one(tiny, tmp_path):
+    flags = [*tiny, "--N_iters", 4, "--video_frames", 2, "--background", "learned"]
+    flags += ["--lambda_opacity", 1]
+    single = script(*flags, "--expname", "one")
+    assert single.returncode == 0, single.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    double = script(*flags, "--expname", "two", launcher=launcher)
+    assert double.returncode == 0, double.stderr
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    for key in ("network_fn_state_dict", "background_state_dict"):
+        for name, value in one[key].items():
+            torch.testing.assert_close(two[key][name], value, atol=1e-4, rtol=1e-3)
+    assert len(list((tmp_path / "two" / "render_path_000004").glob("*.png"))) == 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to read from."""
+    base = tmp_path_factory.mktemp("runs")
+    assert run_dreamfusion.main([*TINY, "--basedir", str(base), "--N_iters", "20"]) == 0
+    return base
+
+
+@pytest.mark.parametrize("ending", ["glb", "obj", "ply"])
+def test_export_from_a_finished_run(finished, tmp_path, ending):
+    """Without a prompt it takes the newest run, and the flags that its weights were made with."""
+    out = tmp_path / f"out.{ending}"
+    flags = ["--basedir", finished, "--export", out, "--mesh_res", 24, "--mesh_level", 1]
+    result = script(*flags)
+    assert result.returncode == 0, result.stderr
+    import trimesh
+
+    surface = trimesh.load(out, force="mesh")
+    assert len(surface.faces) > 50 and surface.is_watertight
+
+
+def test_render_only_changes_nothing(finished):
+    run = finished / "ball"
+    before = list_checkpoints(run)[0].read_bytes()
+    result = script("--basedir", finished, "--prompt", "ball", "--render_only", "--video_frames", 2)
+    assert result.returncode == 0, result.stderr
+    assert list_checkpoints(run)[0].read_bytes() == before
+    assert (run / "render_path_000020" / "rgb.mp4").exists()
+
+
+def test_another_run_starts_from_a_finished_object(finished, tiny, tmp_path):
+    given = [*tiny, "--expname", "next", "--N_iters", "1", "--lrate", "1e-12"]
+    assert run_dreamfusion.main([*given, "--init_from", str(finished / "ball")]) == 0
+    old, new = newest(finished / "ball"), newest(tmp_path / "next")
+    for value, shadow in zip(
+        new["network_fn_state_dict"].values(), old["ema_state_dict"]["shadow"], strict=True
+    ):
+        torch.testing.assert_close(value, shadow, atol=1e-6, rtol=0)
+    assert new["global_step"] == 1
+
+
+def test_a_file_of_prompts_makes_a_run_each(tiny, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a first\na second one\n", encoding="utf-8")
+    flags = [*tiny, "--prompt_file", str(path), "--N_iters", "2", "--video_frames", "1"]
+    assert run_dreamfusion.main(flags) == 0
+    for name in ("a_first", "a_second_one"):
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["step"] == 2
+
+
+def test_pictures_instead_of_a_scene(tiny, tmp_path):
+    flags = [*tiny, "--space", "2d", "--N_iters", "150", "--lrate", "0.1", "--i_img", "150"]
+    flags += ["--p_random_bg", "0", "--background", "white"]
+    assert run_dreamfusion.main(flags) == 0
+    seen = iio.imread(tmp_path / "ball" / "previews" / "000150.png") / 255.0
+    assert seen.shape == (12, 24, 3)
+    middle = seen[5:7, 5:7].reshape(-1, 3).mean(0)
+    assert np.abs(middle - RGB).max() < 0.15 and seen[0, 0].min() > 0.8
+
+
+# ------------------------------------------------------------------------------ with a model
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    return tiny_sd_folder(tmp_path_factory.mktemp("sd") / "model")
+
+
+def with_model(tiny, folder, *flags):
+    return [*tiny, "--guidance", "sds", "--sd_model", str(folder), "--train_res", "16", *flags]
+
+
+def test_a_stable_diffusion_of_the_real_layout_runs_resumes_and_exports(tiny, sd_folder, tmp_path):
+    flags = with_model(tiny, sd_folder, "--prompt", "a cube", "--amp", "bf16")
+    for steps in (2, 4):
+        result = script(*flags, "--N_iters", steps)
+        assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stderr and "'a cube, side view'" in result.stderr
+    out = tmp_path / "out.glb"
+    result = script("--basedir", tmp_path, "--export", out, "--mesh_res", 24, "--mesh_level", 1)
+    assert result.returncode == 0 and out.stat().st_size > 1000, result.stderr
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="the embedded model is not there")
+def test_the_embedded_model_makes_a_step(tmp_path):
+    flags = ["--config", REPOSITORY / "configs" / "dream_tiny.txt", "--basedir", tmp_path]
+    flags += ["--prompt", "a red gizmo", "--N_iters", 2, "--video_frames", 1, "--no-mesh"]
+    result = script(*flags, "--eval_res", 16)
+    assert result.returncode == 0, result.stderr
+    assert "gizmo" in result.stderr.replace("a red gizmo", "")  # named as a word it never saw
+    assert "left side view" in result.stderr
+
+
+# ------------------------------------------------------------------------------ one clear line
+
+
+def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny, sd_folder, tmp_path):
+    base = with_model(tiny, sd_folder, "--expname", "mine", "--video_frames", "1")
+    assert run_dreamfusion.main([*base, "--prompt", "a cube", "--N_iters", "1"]) == 0
+    before = list_checkpoints(tmp_path / "mine")
+    line = one_line(script(*base, "--prompt", "a cone", "--N_iters", 2))
+    assert "prompt: a cube -> a cone" in line and "--expname" in line
+    other = tiny_sd_folder(tmp_path / "other", "v_prediction")
+    other_base = with_model(tiny, other, "--expname", "mine", "--prompt", "a cube")
+    assert "the model: " in one_line(script(*other_base, "--N_iters", 2))
+    assert list_checkpoints(tmp_path / "mine") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--guidance", "sds", "--prompt", ""], "--prompt is empty"),
+        (["--guidance", "sds", "--sd_model", "./no/such"], "no/such"),
+        (["--export", "out.stl"], "glb"),
+        (["--render_only", "--expname", "never"], "no checkpoint"),
+        (["--export", "out.glb", "--expname", "never"], "no checkpoint"),
+        (["--init_from", "nowhere.tar"], "nowhere.tar"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, flags, complaint):
+    assert complaint in one_line(script(*tiny, "--N_iters", 1, *flags))
+
+
+def test_a_model_whose_vae_cannot_divide_the_size(tiny, sd_folder):
+    line = one_line(script(*with_model(tiny, sd_folder, "--train_res", "15", "--N_iters", "1")))
+    assert "15" in line
+
+
+def test_collapse_is_said(tiny):
+    """With no guidance and a heavy wish for empty space nothing is left."""
+    flags = ["--lambda_sds", 0, "--lambda_opacity", 300, "--N_iters", 330, "--train_res", 8]
+    result = script(*tiny, *flags, "--lrate", 3e-2, "--video_frames", 1)
+    assert "the object has vanished; lower --lambda_opacity" in result.stderr
