@@ -319,13 +319,14 @@ def report(args, run, progress, step, values: dict, speed, seconds: float) -> No
 # ---------------------------------------------------------------------------------- training
 
 
-def shape_losses(args, step, out):
+def shape_losses(args, step, out, renderer):
     """The weighted sum of the losses on the object's shape (``nerf.losses``)."""
     terms = {
         "lambda_opacity": lambda: losses.opacity_loss(out.opacity),
         "lambda_entropy": lambda: losses.entropy_loss(out.opacity),
         "lambda_orient": lambda: losses.orientation_loss(out.backfacing),
         "lambda_spread": lambda: losses.spread_loss(out.spread, out.opacity),
+        "lambda_tv": lambda: renderer.field.encoding.variation(),
     }
     weights = {name: scheduled(getattr(args, name), step) for name in terms}
     return sum(weight * terms[name]() for name, weight in weights.items() if weight)
@@ -387,7 +388,7 @@ def train(args, world, run, priors: dict) -> int:
                 weighting=args.weighting,
             )
             loss = scheduled(args.lambda_sds, step) * distilled.loss
-            loss = loss + shape_losses(args, step, out)
+            loss = loss + shape_losses(args, step, out, renderer)
             scaler.scale(loss).backward()  # DDP averages the gradients here
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(

@@ -185,18 +185,17 @@ def main() -> None:
             rows.setdefault("nerf-pytorch", []).append(
                 run_peer(size, args.peer.resolve(), args.threads, start)
             )
-        print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
-    report(args, rows)
+        report(args, rows, number + 1)  # so that a run broken off has shown what it had
 
 
-def report(args, rows: dict[str, list[dict[str, float]]]) -> None:
+def report(args, rows: dict[str, list[dict[str, float]]], rounds: int) -> None:
     """Medians with their range, and ratios to nerf-pytorch where it ran."""
     keys = ("rays_per_second", "pixels_per_second", "memory_mb")
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in keys}
         for name, runs in rows.items()
     }
-    print(f"network {args.network}, {args.threads} threads, {args.rounds} rounds, step {args.warm}")
+    print(f"network {args.network}, {args.threads} threads, {rounds} rounds, step {args.warm}")
     print("| program | train rays/s (range) | render pixels/s (range) | peak MB |")
     print("|---|---|---|---|")
     for name, runs in rows.items():
@@ -207,7 +206,7 @@ def report(args, rows: dict[str, list[dict[str, float]]]) -> None:
             if "nerf-pytorch" in medians and name != "nerf-pytorch":
                 cell += f", **{medians[name][key] / medians['nerf-pytorch'][key]:.2f}x**"
             cells.append(cell)
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

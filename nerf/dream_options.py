@@ -142,6 +142,7 @@ def add_object_flags(parser) -> None:
     add("--lambda_entropy", type=schedule, default="0", help="no fog")
     add("--lambda_orient", type=schedule, default="0", help="normals face the camera")
     add("--lambda_spread", type=schedule, default="0", help="thin surfaces")
+    add("--lambda_tv", type=schedule, default="0", help="smooth tri-planes")
 
 
 def add_output_flags(parser) -> None:
@@ -206,6 +207,8 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
             "--normals analytic needs second derivatives, which --field triplane lacks; "
             "use --normals fd"
         )
+    if highest(args.lambda_tv) and args.field != "triplane":
+        raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
     if args.field != "mlp" and args.i_embed == -1:
         raise ValueError(f"--i_embed -1 is for --field mlp, not {args.field}; leave it out")
     for name in ("azimuth", "elevation", "radius", "fov"):
