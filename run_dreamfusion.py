@@ -110,6 +110,7 @@ def make_prior(args, world, run, priors: dict):
                 scheduler=args.scheduler,
                 warn=run.say,
             )
+    priors["prior"].warn = run.say  # of this run's log, where several share the model
     return priors["prior"]
 
 
@@ -334,11 +335,11 @@ def shape_losses(args, step, out, renderer):
 
 def train(args, world, run, priors: dict) -> int:
     """The loop: train until N_iters, --max_minutes or a signal."""
-    run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
     prior = make_prior(args, world, run, priors)
     conditions_of = make_conditions(args, prior, run)
     parts = renderer, optimizer, scaler, ema = prepare(args, world)
     step, clock = resume(args, world, run, parts, prior)
+    run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
         model = DistributedDataParallel(renderer, find_unused_parameters=True)

@@ -101,7 +101,6 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     if not found:
         return 0, best, Clock()
     path, state = found
-    check_flags(path, state, args)
     for change in options.other_changes(state.get("args", {}), args):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, renderer, optimizer, scaler, ema)
@@ -209,10 +208,12 @@ def render_only(args, world, run) -> int:
 
 def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
-    run.record(vars(args), options.as_config(args, options.nerf_parser()))
     scene = load_scene(args, run.say).to(world.device)
     run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
     found = find_checkpoint(args, world, run)
+    if found:
+        check_flags(*found, args)
+    run.record(vars(args), options.as_config(args, options.nerf_parser()))
     attempt = found[1].get("attempt", 0) if found else 0
     with runtime.StopSignal() as stop:
         while True:

@@ -82,7 +82,7 @@ class StableDiffusion:
         words = folder / "vocabulary.json"
         self.vocabulary = _read_json(words) if words.is_file() else None
         self.fingerprint = _fingerprint(folder, files)
-        self._warn, self._warned = warn, set()
+        self.warn, self._warned = warn, set()
 
     def embed(self, texts: list[str]) -> Tensor:
         """What the U-Net takes of each text: [N, L, D] float32. "" is the unconditional one.
@@ -179,7 +179,7 @@ class StableDiffusion:
         lost = self._lost_words(text)
         if lost and lost not in self._warned:
             self._warned.add(lost)
-            self._warn(
+            self.warn(
                 f'prompt "{text}": the text encoder reads {self._max_tokens} tokens; '
                 f'cut off: "{lost}"'
             )
@@ -187,7 +187,7 @@ class StableDiffusion:
         if unknown and not self._warned.issuperset(unknown):
             self._warned.update(unknown)
             names = ", ".join(self.vocabulary.get("objects") or self.vocabulary["words"])
-            self._warn(
+            self.warn(
                 f'prompt "{text}": the model never saw {", ".join(unknown)}; it knows {names}'
             )
 

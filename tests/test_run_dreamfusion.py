@@ -243,12 +243,14 @@ def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny, sd_folder, 
     base = with_model(tiny, sd_folder, "--expname", "mine", "--video_frames", "1")
     assert run_dreamfusion.main([*base, "--prompt", "a cube", "--N_iters", "1"]) == 0
     before = list_checkpoints(tmp_path / "mine")
+    record = (tmp_path / "mine" / "args.json").read_text()
     line = one_line(script(*base, "--prompt", "a cone", "--N_iters", 2))
     assert "prompt: a cube -> a cone" in line and "--expname" in line
     other = tiny_sd_folder(tmp_path / "other", "v_prediction")
     other_base = with_model(tiny, other, "--expname", "mine", "--prompt", "a cube")
     assert "the model: " in one_line(script(*other_base, "--N_iters", 2))
     assert list_checkpoints(tmp_path / "mine") == before
+    assert (tmp_path / "mine" / "args.json").read_text() == record
 
 
 @pytest.mark.parametrize(

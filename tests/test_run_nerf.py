@@ -328,11 +328,13 @@ def test_ft_path_starts_from_given_weights_and_the_run_resumes_its_own(tiny, tmp
     assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "fine_tuned"))
 
 
-def test_changed_structural_flags_are_refused_with_both_values(tiny, capsys):
+def test_changed_structural_flags_are_refused_with_both_values(tiny, tmp_path, capsys):
     assert run_nerf.main([*tiny, "--N_iters", "2"]) == 0
+    record = (tmp_path / "tiny" / "args.json").read_text()
     assert run_nerf.main([*tiny, "--N_iters", "4", "--netwidth", "32", "--multires", "5"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "netwidth: 16 -> 32" in error and "multires: 4 -> 5" in error
+    assert (tmp_path / "tiny" / "args.json").read_text() == record  # still that of the weights
     assert run_nerf.main([*tiny, "--N_iters", "4", "--lrate", "1e-3"]) == 0
     assert "lrate: 0.005 -> 0.001" in capsys.readouterr().err
 
