@@ -14,21 +14,23 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from guidance import sds
 from guidance.gaussian import Gaussian, ball
-from guidance.prompts import VIEW_WORDS, ViewPrompts, view_texts
+from guidance.prompts import ViewPrompts, view_texts
 from guidance.stable_diffusion import StableDiffusion
 from nerf import checkpoint, dream_options, losses, mesh, options, runtime, turntable
-from nerf.cameras import random_orbit_cameras
+from nerf.cameras import OrbitCameras, random_orbit_cameras
 from nerf.ema import EMA
 from nerf.health import Collapse
 from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.schedules import scheduled, stepped
-from nerf.shading import draw_look
+from nerf.shading import Look, draw_look
 
 
 def every(step: int, interval: int) -> bool:
@@ -135,9 +137,10 @@ def make_conditions(args, prior, run):
         overrides=own,
     )
     prompts = ViewPrompts(prior.embed, texts, args.negative_prompt)
-    said = ", ".join(dict.fromkeys(repr(text) for text in texts))
-    run.say(f"text: {said}; negative: {args.negative_prompt!r}")
-    assert len(texts) == len(VIEW_WORDS)
+    said = [repr(text) for text in dict.fromkeys(texts.values())]
+    if len(said) > 6:
+        said = [*said[:2], f"{len(said) - 2} more, by viewpoint"]
+    run.say(f"text: {', '.join(said)}; negative: {args.negative_prompt!r}")
     return lambda cameras, size, background: prompts.at(*cameras[2:])
 
 
@@ -320,6 +323,34 @@ def report(args, run, progress, step, values: dict, speed, seconds: float) -> No
 # ---------------------------------------------------------------------------------- training
 
 
+class Drawn(NamedTuple):
+    """Every random number of one step, a row per view."""
+
+    cameras: OrbitCameras
+    look: Look
+    jitter: Tensor  # [V, size * size] in [0, 1), of the samples along each ray
+    noise: sds.GuidanceNoise
+
+    def part(self, world, num_views: int) -> "Drawn":
+        """This process' views."""
+        share = world.share(num_views)
+        return Drawn(
+            self.cameras.part(share), self.look.part(share), self.jitter[share],
+            self.noise.part(share),
+        )  # fmt: skip
+
+
+def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
+    """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
+    cameras = random_orbit_cameras(args.batch_views, dream_options.orbit_ranges(args), generator)
+    settings, lit = dream_options.look_settings(args), step >= args.albedo_steps
+    look = draw_look(cameras.c2w[:, :, 3], settings, generator, lit=lit)
+    options = {"generator": generator, "device": generator.device}
+    jitter = torch.rand(args.batch_views * size * size, 1, **options)
+    noise = sds.draw_noise(args.batch_views, prior.latent_shape(size, size), generator)
+    return Drawn(cameras, look, jitter.view(args.batch_views, -1), noise)
+
+
 def shape_losses(args, step, out, renderer):
     """The weighted sum of the losses on the object's shape (``nerf.losses``)."""
     terms = {
@@ -343,12 +374,10 @@ def train(args, world, run, priors: dict) -> int:
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
-    ranges, looks = dream_options.orbit_ranges(args), dream_options.look_settings(args)
-    share = world.share(args.batch_views)
     if args.space == "2d":
-        renderer.first = share.start
+        renderer.first = world.share(args.batch_views).start
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
-    speed, said, saved_at = Speed(step, clock.seconds), None, time.monotonic()
+    speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     skipped, skipped_in_row, left_out = 0, 0, 0
 
     def save() -> None:
@@ -364,19 +393,13 @@ def train(args, world, run, priors: dict) -> int:
             generator = runtime.step_generator(args.seed, step, world.device)
             renderer.prepare_step(step, generator)
             size = stepped(args.train_res, step)
-            cameras = random_orbit_cameras(args.batch_views, ranges, generator)
-            lit = step >= args.albedo_steps
-            look = draw_look(cameras.c2w[:, :, 3], looks, generator, lit=lit)
-            jitter = torch.rand(
-                args.batch_views * size * size, 1, generator=generator, device=world.device
-            )
-            noise = sds.draw_noise(args.batch_views, prior.latent_shape(size, size), generator)
-            cameras, look, noise = cameras.part(share), look.part(share), noise.part(share)
+            drawn = draw_views(args, prior, step, size, generator).part(world, args.batch_views)
+            cameras, look, jitter, noise = drawn
             with runtime.autocast(world.device, args.amp):
                 out = model(
                     cameras.rays(size, size),
                     look.per_pixel(size * size),
-                    jitter.view(args.batch_views, -1, 1)[share].reshape(-1, 1),
+                    jitter.view(-1, 1),
                 )
             images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
             distilled = sds.distill(
@@ -408,10 +431,8 @@ def train(args, world, run, priors: dict) -> int:
             runtime.give_up_on_skipping(skipped_in_row, step)
             left_out += int(distilled.skipped)
             opacity = out.opacity.detach().mean().item()
-            complaint = collapse.diagnosis(opacity) if args.space == "3d" else None
-            if complaint and complaint != said:
-                run.say(f"step {step}: {complaint}")
-                said = complaint
+            if args.space == "3d":
+                collapse.watch(opacity, step, run.say)
             time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
             number, time_up = world.largest(stop.number, time_up)
             if number:

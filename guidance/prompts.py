@@ -13,6 +13,12 @@ from torch import Tensor, cat
 VIEW_WORDS = ("front", "right side", "back", "left side", "overhead")
 FRONT_DEG = 45.0  # half the width of "front"; "back" is as wide
 OVERHEAD_DEG = 60.0
+DIRECTIONS = (  # of 45 degrees each, around multiples of 45
+    "front", "front right", "right side", "back right",
+    "back", "back left", "left side", "front left",
+)  # fmt: skip
+HEIGHTS = {"low": 10.0, "raised": 40.0, "high": OVERHEAD_DEG, "overhead": 90.0}  # up to, degrees
+FINE_VIEW_WORDS = tuple(f"{where} {height}" for height in HEIGHTS for where in DIRECTIONS)
 
 
 def view_word(azimuth_deg: float, elevation_deg: float) -> str:
@@ -33,6 +39,19 @@ def view_word(azimuth_deg: float, elevation_deg: float) -> str:
     return "right side" if turned > 0 else "left side"
 
 
+def fine_view_word(azimuth_deg: float, elevation_deg: float) -> str:
+    """The one of FINE_VIEW_WORDS that names this viewpoint, for a model that was taught them.
+
+    A word stands for all viewpoints that share it, and score distillation averages over those: with
+    a quarter of the circle to a word, the corners of a cube wash out. A height ends with the
+    degrees in HEIGHTS; a direction begins 22.5 degrees before its middle.
+    """
+    view_word(azimuth_deg, elevation_deg)  # refuses what is no number
+    direction = DIRECTIONS[math.floor(((azimuth_deg + 22.5) % 360.0) / 45.0) % 8]
+    below = [height for height, end in HEIGHTS.items() if elevation_deg <= end]
+    return f"{direction} {below[0] if below else 'overhead'}"
+
+
 PLAIN_WORDS = {"right side": "side", "left side": "side"}  # what models trained on photos know
 
 
@@ -42,42 +61,39 @@ def view_texts(
     *,
     known_views: list[str] | None = None,
     overrides: dict[str, str] | None = None,
-) -> list[str]:
-    """The text for each of VIEW_WORDS.
+) -> dict[str, str]:
+    """The text for each view word: FINE_VIEW_WORDS if the model knows them all, else VIEW_WORDS.
 
     placement: suffix ("a cone, front view"), prefix ("front view of a cone") or none. known_views:
     the words a model was trained on; None says "side" for both sides. overrides: whole texts, by
-    view word.
+    word of VIEW_WORDS; they come before the fine words, which they replace.
     """
-    texts = []
-    for word in VIEW_WORDS:
-        if known_views is None or word not in known_views:
-            word_said = PLAIN_WORDS.get(word, word)
-        else:
-            word_said = word
+    known, texts = set(known_views or ()), {}
+    for word in FINE_VIEW_WORDS if known.issuperset(FINE_VIEW_WORDS) else VIEW_WORDS:
+        word_said = word if word in known else PLAIN_WORDS.get(word, word)
         forms = {
             "suffix": f"{prompt}, {word_said} view",
             "prefix": f"{word_said} view of {prompt}",
             "none": prompt,
         }
-        texts.append((overrides or {}).get(word) or forms[placement])
-    return texts
+        texts[word] = forms[placement]
+    return texts | {word: text for word, text in (overrides or {}).items() if text}
 
 
 class ViewPrompts:
     """Embedded texts, picked by where a camera stands."""
 
-    def __init__(self, embed: Callable[[list[str]], Tensor], texts: list[str], negative: str):
-        """texts: one per VIEW_WORDS. embed: N texts -> [N, L, D]."""
-        self.texts = texts
-        *tables, self.negative = embed([*texts, negative]).split(1)
-        self.tables = tables
+    def __init__(self, embed: Callable[[list[str]], Tensor], texts: dict[str, str], negative: str):
+        """texts: as ``view_texts`` gives them. embed: N texts -> [N, L, D]."""
+        said = list(dict.fromkeys(texts.values()))
+        *tables, self.negative = embed([*said, negative]).split(1)
+        self.tables = {word: tables[said.index(text)] for word, text in texts.items()}
 
     def at(self, azimuth_deg: Tensor, elevation_deg: Tensor) -> tuple[Tensor, Tensor]:
         """(negative, text) for V cameras at [V]: each [V, L, D]."""
-        words = [
-            view_word(azimuth, elevation)
-            for azimuth, elevation in zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True)
-        ]
-        chosen = cat([self.tables[VIEW_WORDS.index(word)] for word in words])
+        chosen = []
+        for view in zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True):
+            word = view_word(*view)
+            chosen.append(self.tables[word if word in self.tables else fine_view_word(*view)])
+        chosen = cat(chosen)
         return self.negative.expand_as(chosen), chosen

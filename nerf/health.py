@@ -47,7 +47,14 @@ class Collapse:
     EMPTY, FULL = 0.01, 0.99  # mean opacity of a step's views
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps, self._said = 0, None
+
+    def watch(self, opacity: float, step: int, say) -> None:
+        """``say`` the diagnosis, when there is a new one."""
+        complaint = self.diagnosis(opacity)
+        if complaint and complaint != self._said:
+            say(f"step {step}: {complaint}")
+            self._said = complaint
 
     def diagnosis(self, opacity: float) -> str | None:
         """What to say after a step whose views have mean ``opacity``; None while all is well."""

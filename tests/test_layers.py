@@ -23,7 +23,7 @@ MIDDLE = {
     "datasets",
     "media",
 }
-MIDDLE |= {"stable_diffusion", "gaussian"}
+MIDDLE |= {"model_files", "stable_diffusion", "gaussian"}
 SEE_ARGS = {"nerf/options.py", "nerf/dream_options.py", "nerf/datasets/__init__.py"}
 
 

@@ -3,8 +3,16 @@
 import math
 
 import pytest
+import torch
 
-from guidance.prompts import VIEW_WORDS, view_word
+from guidance.prompts import (
+    FINE_VIEW_WORDS,
+    VIEW_WORDS,
+    ViewPrompts,
+    fine_view_word,
+    view_texts,
+    view_word,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +67,64 @@ def test_a_viewpoint_that_is_no_number_is_refused(bad):
         view_word(bad, 0.0)
     with pytest.raises(ValueError, match="expected numbers"):
         view_word(0.0, bad)
+
+
+@pytest.mark.parametrize(
+    "azimuth, direction",
+    [
+        (0, "front"), (22.4, "front"), (22.5, "front right"), (67.4, "front right"),
+        (67.5, "right side"), (90, "right side"), (112.5, "back right"), (157.5, "back"),
+        (180, "back"), (-180, "back"), (-157.6, "back"), (-157.5, "back left"),
+        (-112.5, "left side"), (-90, "left side"), (-67.5, "front left"), (-22.6, "front left"),
+        (-22.5, "front"),
+    ],
+)  # fmt: skip
+def test_fine_words_name_eighths_of_the_circle(azimuth, direction):
+    for turn in (-720, 0, 360):
+        assert fine_view_word(azimuth + turn, 20.0) == f"{direction} raised"
+
+
+@pytest.mark.parametrize(
+    "elevation, height",
+    [(-90, "low"), (0, "low"), (10, "low"), (10.01, "raised"), (40, "raised"), (40.01, "high"),
+     (60, "high"), (60.01, "overhead"), (90, "overhead"), (90.1, "overhead")],
+)  # fmt: skip
+def test_fine_words_name_the_height(elevation, height):
+    assert fine_view_word(0.0, elevation) == f"front {height}"
+    assert (view_word(0.0, elevation) == "overhead") == (height == "overhead")
+
+
+def test_every_fine_word_is_used_and_mirrored():
+    swap = {"right": "left", "left": "right"}
+    seen = set()
+    for azimuth in range(-180, 180):
+        for elevation in (0, 20, 50, 80):
+            word = fine_view_word(azimuth + 0.1, elevation)
+            mirrored = " ".join(swap.get(part, part) for part in word.split())
+            assert fine_view_word(-azimuth - 0.1, elevation) == mirrored
+            seen.add(word)
+    assert seen == set(FINE_VIEW_WORDS)
+
+
+def embed(texts):
+    """Each text's length and its last word's, as a stand-in for an embedding [N, 1, 2]."""
+    return torch.tensor([[[float(len(text)), float(hash(text) % 97)]] for text in texts])
+
+
+def test_a_model_that_knows_fine_words_hears_them():
+    coarse = view_texts("a cup", "suffix", known_views=list(VIEW_WORDS))
+    assert coarse["left side"] == "a cup, left side view" and set(coarse) == set(VIEW_WORDS)
+    fine = view_texts("a cup", "suffix", known_views=[*VIEW_WORDS, *FINE_VIEW_WORDS])
+    assert fine["back left high"] == "a cup, back left high view"
+    assert set(fine) == set(FINE_VIEW_WORDS)
+    assert view_texts("a cup", "prefix")["left side"] == "side view of a cup"
+
+
+def test_an_own_text_for_a_side_comes_before_the_fine_words():
+    known = [*VIEW_WORDS, *FINE_VIEW_WORDS]
+    texts = view_texts("a cup", "suffix", known_views=known, overrides={"back": "B", "front": ""})
+    prompts = ViewPrompts(embed, texts, "")
+    azimuth = torch.tensor([180.0, 140.0, 130.0, 0.0])
+    _, chosen = prompts.at(azimuth, torch.full((4,), 20.0))
+    wanted = ["B", "B", "a cup, back right raised view", "a cup, front raised view"]
+    assert torch.equal(chosen, embed(wanted))

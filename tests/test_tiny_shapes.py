@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from guidance.prompts import VIEW_WORDS, view_word
+from guidance.prompts import FINE_VIEW_WORDS, VIEW_WORDS, fine_view_word, view_word
 from guidance.tiny import pictures
 from guidance.tiny.shapes import (
     BOUND,
@@ -166,8 +166,9 @@ def test_pictures_follow_from_their_seed():
 def test_view_words_are_those_of_the_camera():
     facts, camera = pictures.draw_facts(torch.Generator().manual_seed(0), 400)
     for number in range(400):
-        word = view_word(camera["azimuth_deg"][number], camera["elevation_deg"][number])
-        assert VIEW_WORDS[facts.view[number]] == word
+        at = camera["azimuth_deg"][number].item(), camera["elevation_deg"][number].item()
+        assert VIEW_WORDS[facts.view[number]] == view_word(*at)
+        assert FINE_VIEW_WORDS[facts.fine[number]] == fine_view_word(*at)
     assert camera["elevation_deg"].min() >= -15 and camera["elevation_deg"].max() <= 85
     assert camera["scale"].min() >= 0.6 and camera["scale"].max() <= 1.1
     assert len(facts.view.unique()) == len(VIEW_WORDS)
@@ -185,12 +186,14 @@ def test_captions_tell_the_facts_in_known_words_only():
         empty += not text
         if not text:
             continue
-        shape, color, second, view = row
+        shape, color, second, view, fine = row
         assert pictures.NAMES[shape] in words
         named = [word for word in words if word in pictures.COLORS]
         expected = [pictures.COLOR_NAMES[n] for n in (color, second) if n >= 0]
         assert [word for word in named] == expected
-        assert f", {VIEW_WORDS[view]} view" in text or "view" not in words
+        said = re.search(r", (.*) view$", text)
+        assert said is None or said[1] in (VIEW_WORDS[view], FINE_VIEW_WORDS[fine])
+        assert said or "view" not in words
         assert ("an" in words) == bool(re.search(r"\ban [aeiou]", text))
     assert empty / 2000 == pytest.approx(pictures.DROPOUT_RATE, abs=0.03)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guidance.prompts import VIEW_WORDS, view_word
+from guidance.prompts import FINE_VIEW_WORDS, VIEW_WORDS, fine_view_word, view_word
 from guidance.tiny.shapes import DETAIL_RGB, SHAPES, orbit_cameras, view_shape
 
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -33,7 +33,7 @@ PHRASES = (
 )  # fmt: skip
 NAMES, COLOR_NAMES = tuple(SHAPES), tuple(COLORS)
 TEXTURELESS_RGB = 0.8
-VIEW_RATE, DROPOUT_RATE = 0.65, 0.12
+VIEW_RATE, FINE_VIEW_RATE, DROPOUT_RATE = 0.2, 0.55, 0.12
 TEXTURELESS_RATE, TWO_COLOR_RATE, ALBEDO_RATE = 0.08, 0.4, 0.2
 CHUNK = 512  # pictures drawn from one generator
 BOX = 2  # rays per pixel side
@@ -45,7 +45,8 @@ class Facts(NamedTuple):
     shape: Tensor
     color: Tensor  # -1: textureless
     second: Tensor  # colour of the second part, -1: as the rest
-    view: Tensor
+    view: Tensor  # of VIEW_WORDS
+    fine: Tensor  # of FINE_VIEW_WORDS
 
 
 def article(words: str) -> str:
@@ -63,8 +64,8 @@ def describe(shape: str, color: str | None, second: str | None = None) -> str:
 
 
 def caption(facts, draws) -> str:
-    """The caption of one picture: facts, four whole numbers; draws, three numbers in [0, 1)."""
-    shape, color, second, view = facts
+    """The caption of one picture: facts, five whole numbers; draws, three numbers in [0, 1)."""
+    shape, color, second, view, fine = facts
     phrase, with_view, dropped = draws
     if dropped < DROPOUT_RATE:
         return ""
@@ -76,18 +77,21 @@ def caption(facts, draws) -> str:
     if color < 0 and int(phrase * 1000) % 2:
         words = f"textureless {words}"
     text = PHRASES[int(phrase * len(PHRASES))].format(article(words), bare=words)
-    return f"{text}, {VIEW_WORDS[view]} view" if with_view < VIEW_RATE else text
+    if with_view < FINE_VIEW_RATE:
+        return f"{text}, {FINE_VIEW_WORDS[fine]} view"
+    return f"{text}, {VIEW_WORDS[view]} view" if with_view < FINE_VIEW_RATE + VIEW_RATE else text
 
 
 def vocabulary() -> dict:
     """All that a caption can hold: objects with their second part, colours, views, words."""
     texts = [text.format("a", bare="") for text in PHRASES] + ["an", "with", "view", "textureless"]
-    texts += [*SHAPES, *COLORS, *VIEW_WORDS, *(s.second for s in SHAPES.values() if s.second)]
+    texts += [*SHAPES, *COLORS, *VIEW_WORDS, *FINE_VIEW_WORDS]
+    texts += [shape.second for shape in SHAPES.values() if shape.second]
     words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
     return {
         "objects": {name: shape.second for name, shape in SHAPES.items()},
         "colors": list(COLORS),
-        "views": list(VIEW_WORDS),
+        "views": [*VIEW_WORDS, *FINE_VIEW_WORDS],
         "phrases": sorted({text.format("...", bare="...") for text in PHRASES}),
         "words": words,
     }
@@ -120,17 +124,15 @@ def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str,
         # The larger of two draws: 0.6 to 1.1, mostly large enough for thin parts to be seen.
         "scale": torch.maximum(*_uniform(generator, 2 * count, 0.6, 1.1).view(2, count)),
     }
-    words = [
-        VIEW_WORDS.index(view_word(a, e))
-        for a, e in zip(
-            *(camera[k].tolist() for k in ("azimuth_deg", "elevation_deg")), strict=True
-        )
-    ]
+    seen = (camera["azimuth_deg"].tolist(), camera["elevation_deg"].tolist())
+    views = [VIEW_WORDS.index(view_word(*view)) for view in zip(*seen, strict=True)]
+    fine = [FINE_VIEW_WORDS.index(fine_view_word(*view)) for view in zip(*seen, strict=True)]
     facts = Facts(
         shape,
         torch.where(plain, -1, color),
         torch.where(two & ~plain, other, -1),
-        torch.tensor(words),
+        torch.tensor(views),
+        torch.tensor(fine),
     )
     return facts, camera
 

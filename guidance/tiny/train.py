@@ -204,7 +204,7 @@ def make_pictures(args) -> dict:
         for chunk in range(args.pictures // pictures.CHUNK):
             generator = step_generator(args.seed * 8 + STAGES["pictures"], chunk, "cpu")
             parts.append(pictures.draw_pictures(generator, pictures.CHUNK, args.size))
-        facts = torch.stack([torch.cat([part[1][n] for part in parts]) for n in range(4)], -1)
+        facts = torch.stack([torch.cat([part[1][n] for part in parts]) for n in range(5)], -1)
         save(path, {"pictures": torch.cat([part[0] for part in parts]), "facts": facts})
         print(f"{args.pictures} pictures, cpu {time.process_time() - began:.0f} s", flush=True)
     return torch.load(path, weights_only=True)

