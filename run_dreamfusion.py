@@ -16,19 +16,33 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from guidance import sds
+from guidance import memory, sds
+from guidance.attention import attention_sheet, picked_tokens
 from guidance.gaussian import Gaussian, ball
-from guidance.prompts import ViewPrompts, view_texts
+from guidance.lora import load_lora, save_lora
+from guidance.prompts import VIEW_WORDS, ViewPrompts, view_texts
 from guidance.stable_diffusion import StableDiffusion
-from nerf import checkpoint, dream_options, losses, mesh, options, runtime, turntable
+from guidance.vsd import RenderCopy
+from nerf import (
+    checkpoint,
+    dream_options,
+    guidance_options,
+    losses,
+    mesh,
+    options,
+    runtime,
+    turntable,
+)
 from nerf.cameras import OrbitCameras, random_orbit_cameras
 from nerf.ema import EMA
 from nerf.health import Collapse
 from nerf.logs import Clock, Progress, RunFolder, Speed
+from nerf.particles import objects
 from nerf.schedules import scheduled, stepped
 from nerf.shading import Look, draw_look
 
@@ -73,6 +87,9 @@ def run_prompt(args, world, priors: dict) -> int:
         code = read_run(args, world, run) if reading else train(args, world, run, priors)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return code
+    except torch.OutOfMemoryError as error:
+        advice = guidance_options.next_saving(args, world.device.type)
+        raise ValueError(f"out of memory ({str(error).splitlines()[0]}); {advice}") from None
     except ValueError:
         if run.is_main:
             with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
@@ -96,28 +113,36 @@ def prepare(args, world):
     return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
 
 
+def open_model(args, world, run, path: str, priors: dict):
+    """The frozen diffusion model at ``path``; ``priors`` keeps it for the next prompt."""
+    if path not in priors:
+        saving = memory.Memory(**guidance_options.memory_fields(args))
+        trains = args.guidance == "vsd"
+        saving.check(world.device, trains_unet=trains, wants_maps=bool(args.i_attn))
+        beside = Path(__file__).parent / path  # the embedded model, from anywhere
+        priors[path] = StableDiffusion(
+            str(beside) if beside.is_dir() else path,
+            world.device,
+            dtype=args.guidance_dtype,
+            local_files_only=args.local_files_only,
+            allow_pickle=args.allow_pickle,
+            scheduler=args.scheduler,
+            memory=saving,
+            warn=run.say,
+        )
+    priors[path].warn = run.say  # of this run's log, where several share the model
+    return priors[path]
+
+
 def make_prior(args, world, run, priors: dict):
-    """The frozen diffusion model that says what the text looks like."""
-    if "prior" not in priors:
-        if args.guidance == "gaussian":
-            priors["prior"] = Gaussian(world.device)
-        else:
-            beside = Path(__file__).parent / args.sd_model  # the embedded model, from anywhere
-            priors["prior"] = StableDiffusion(
-                str(beside) if beside.is_dir() else args.sd_model,
-                world.device,
-                dtype=args.guidance_dtype,
-                local_files_only=args.local_files_only,
-                allow_pickle=args.allow_pickle,
-                scheduler=args.scheduler,
-                warn=run.say,
-            )
-    priors["prior"].warn = run.say  # of this run's log, where several share the model
-    return priors["prior"]
+    """What says how the text looks: the model, or the closed form that tests the loop."""
+    if args.guidance == "gaussian":
+        return Gaussian(world.device)
+    return open_model(args, world, run, args.sd_model, priors)
 
 
 def make_conditions(args, prior, run):
-    """(cameras, size, background) -> (negative, text) as ``prior.predict`` takes them."""
+    """(cameras, size, background) -> ``sds.Conditions``."""
     if args.guidance == "gaussian":
 
         def target(cameras, size, background):
@@ -125,23 +150,53 @@ def make_conditions(args, prior, run):
             behind = background.repeat_interleave(size * size, dim=0)
             picture = ball(rays.origins, rays.directions, behind)
             picture = picture.view(num_views, size, size, 3).permute(0, 3, 1, 2)
-            return picture, picture
+            return sds.Conditions(picture, picture)
 
         return target
-    own = {"right side": args.prompt_right, "left side": args.prompt_left}
-    own |= {word: getattr(args, f"prompt_{word}") for word in ("front", "back", "overhead")}
+    flags = dict(zip(VIEW_WORDS, guidance_options.VIEWS, strict=True))
+    own = {word: getattr(args, f"prompt_{view}") for word, view in flags.items()}
+    known, placement = prior.vocabulary and prior.vocabulary["views"], args.view_text
     texts = view_texts(
         args.prompt,
-        "none" if args.space == "2d" else args.view_text,
-        known_views=prior.vocabulary and prior.vocabulary["views"],
+        "none" if args.space == "2d" else placement,
+        known_views=known,
         overrides=own,
     )
-    prompts = ViewPrompts(prior.embed, texts, args.negative_prompt)
+    negatives = {
+        word: getattr(args, f"negative_{view}") or args.negative_prompt
+        for word, view in flags.items()
+    }
+    coarse = [word for word in known or () if word in VIEW_WORDS]
+    coarse = view_texts(args.prompt, placement, known_views=coarse, overrides=own)
+    prompts = ViewPrompts(prior.embed, texts, negatives, coarse if args.perp_neg else None)
     said = [repr(text) for text in dict.fromkeys(texts.values())]
     if len(said) > 6:
         said = [*said[:2], f"{len(said) - 2} more, by viewpoint"]
     run.say(f"text: {', '.join(said)}; negative: {args.negative_prompt!r}")
     return lambda cameras, size, background: prompts.at(*cameras[2:])
+
+
+def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
+    """The copy that learns how the renders look, for variational score distillation."""
+    if args.guidance != "vsd":
+        return None
+    base = open_model(args, world, run, args.lora_model, priors) if args.lora_model else prior
+    if base.latent_shape(64, 64) != prior.latent_shape(64, 64):
+        raise ValueError(
+            f"--lora_model {args.lora_model}: latents {base.latent_shape(64, 64)} of a 64 x 64 "
+            f"picture, --sd_model {args.sd_model} has {prior.latent_shape(64, 64)}; use one family"
+        )
+    runtime.seed_everything(args.seed)  # the same on all ranks: same first adapters
+    copy = RenderCopy(
+        base,
+        base.embed([args.prompt]),
+        rank=args.lora_rank,
+        lrate=args.lrate_lora,
+        camera_dropout=args.camera_dropout,
+    )
+    if args.lora_file:
+        load_lora(Path(args.lora_file), copy.lora)
+    return copy
 
 
 def check_resume(path, state, args, prior) -> None:
@@ -157,8 +212,8 @@ def check_resume(path, state, args, prior) -> None:
         )
 
 
-def resume(args, world, run, parts, prior) -> tuple[int, Clock]:
-    """Finished updates and the training clock of the newest checkpoint, restored into ``parts``."""
+def resume(args, world, run, parts, prior, copy) -> tuple[int, Clock]:
+    """Finished updates and the training clock of the newest checkpoint, restored into all parts."""
     found = checkpoint.find_checkpoint(
         run.folder, args.ft_path, world, run.say, reload=not args.no_reload
     )
@@ -171,6 +226,8 @@ def resume(args, world, run, parts, prior) -> tuple[int, Clock]:
     for change in options.other_changes(state.get("args", {}), args, dream_options.STRUCTURAL):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, *parts)
+    if copy is not None:
+        copy.restore(state.get("copy"), str(path))
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
     run.say(f"resumed from {path} at step {step}{done}")
@@ -231,30 +288,50 @@ def write_preview(args, world, run, renderer, ema, step) -> None:
     if args.space == "3d":
         size, num_views = min(args.eval_res, 2 * size), 4
     cameras = eval_cameras(args, world, num_views)
+    look = (cameras, size, args.eval_background, depth_bounds(args))
     with ema.swap():
-        view = make_viewer(args, world, renderer)
-        sheet = turntable.preview(
-            view, cameras, size, args.eval_background, depth_bounds(args), flat=args.space == "2d"
-        )
-    run.picture(step, "preview", sheet)
+        sheets = [
+            turntable.preview(make_viewer(args, world, shown), *look, flat=args.space == "2d")
+            for _, shown in objects(renderer)
+        ]
+    run.picture(step, "preview", np.concatenate(sheets))
+
+
+def write_attention(args, run, prior, images, distilled, noise, conditions, step) -> None:
+    """attentions/STEP.png: each view, and where each word of the prompt is looked at in it."""
+    if not run.is_main:
+        return
+    words = prior.tokens(args.prompt)
+    places = picked_tokens(words, args.attn_tokens)
+    noisy = sds.add_noise(distilled.latents, noise.epsilon, prior.alphas_cumprod[distilled.t])
+    maps = prior.attention(noisy, distilled.t, conditions.text)
+    maps = maps[:, [place + 1 for place in places]]  # place 0 is the start of the text
+    sheet = attention_sheet(images.detach(), maps, [words[place] for place in places])
+    run.picture(step, "attention", sheet)
 
 
 def write_turntable(args, world, run, renderer, ema, step) -> None:
-    folder = run.folder / f"render_path_{step:06d}"
-    cameras = eval_cameras(args, world, args.video_frames)
+    cameras, videos = eval_cameras(args, world, args.video_frames), []
     with ema.swap():
-        view = make_viewer(args, world, renderer)
-        videos = turntable.render_turntable(
-            view, cameras, args.eval_res, args.eval_background, depth_bounds(args), folder, world,
-            run.say,
-        )  # fmt: skip
-    run.say("turntable: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+        for ending, shown in objects(renderer):
+            folder = run.folder / f"render_path{ending}_{step:06d}"
+            view = make_viewer(args, world, shown)
+            videos += turntable.render_turntable(
+                view, cameras, args.eval_res, args.eval_background, depth_bounds(args), folder,
+                world, run.say,
+            ) or [f"frames only, in {folder}/"]  # fmt: skip
+    run.say("turntable: " + ", ".join(map(str, videos)))
 
 
 def write_mesh(args, world, run, renderer, ema, path: Path) -> None:
-    """The object as a mesh with coloured vertices, of the weights that its pictures show."""
+    """Each object as a mesh with coloured vertices, of the weights that its pictures show."""
     if not run.is_main:
         return
+    for ending, shown in objects(renderer):
+        write_one_mesh(args, world, run, shown, ema, path.with_stem(path.stem + ending))
+
+
+def write_one_mesh(args, world, run, renderer, ema, path: Path) -> None:
     box, cameras = renderer.space, eval_cameras(args, world, 8)
     with ema.swap(), torch.no_grad():
         solid = renderer.surface_density(cameras.rays(args.eval_res // 2, args.eval_res // 2))
@@ -368,8 +445,11 @@ def train(args, world, run, priors: dict) -> int:
     """The loop: train until N_iters, --max_minutes or a signal."""
     prior = make_prior(args, world, run, priors)
     conditions_of = make_conditions(args, prior, run)
+    copy = make_copy(args, world, run, prior, priors)
+    if not args.prompt_file and args.guidance != "gaussian":
+        prior.free_text_encoder()
     parts = renderer, optimizer, scaler, ema = prepare(args, world)
-    step, clock = resume(args, world, run, parts, prior)
+    step, clock = resume(args, world, run, parts, prior, copy)
     run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
@@ -382,6 +462,7 @@ def train(args, world, run, priors: dict) -> int:
 
     def save() -> None:
         extra = {"args": vars(args), "model": prior.fingerprint, "train_seconds": clock.seconds}
+        extra |= {"copy": copy.checkpoint()} if copy is not None else {}
         checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     with runtime.StopSignal() as stop:
@@ -402,15 +483,10 @@ def train(args, world, run, priors: dict) -> int:
                     jitter.view(-1, 1),
                 )
             images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
-            distilled = sds.distill(
-                prior,
-                images,
-                conditions_of(cameras, size, look.background),
-                noise,
-                t_range=(scheduled(args.t_min, step), scheduled(args.t_max, step)),
-                scale=scheduled(args.guidance_scale, step),
-                weighting=args.weighting,
-            )
+            conditions = conditions_of(cameras, size, look.background)
+            recipe = sds.Recipe(**guidance_options.recipe_fields(args, step))
+            seen = copy.at(cameras.c2w) if copy is not None else None
+            distilled = sds.distill(prior, images, conditions, noise, recipe, seen)
             loss = scheduled(args.lambda_sds, step) * distilled.loss
             loss = loss + shape_losses(args, step, out, renderer)
             scaler.scale(loss).backward()  # DDP averages the gradients here
@@ -424,6 +500,7 @@ def train(args, world, run, priors: dict) -> int:
                 ema.update()
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            copy_loss = copy.learn(distilled.latents, cameras.c2w, noise, world) if copy else 0.0
             step += 1  # updates finished, also when one was skipped
 
             # After the update: signals, health, and everything periodic.
@@ -450,6 +527,7 @@ def train(args, world, run, priors: dict) -> int:
                     "lr": rate,
                     "views_left_out": left_out,
                     "skipped": skipped,
+                    **({"copy_loss": copy_loss} if copy is not None else {}),
                     "memory_mb": runtime.peak_memory_mb(world.device),
                     "train_seconds": clock.seconds,
                     **renderer.report(),
@@ -459,6 +537,9 @@ def train(args, world, run, priors: dict) -> int:
             if every(step, args.i_img) or last:
                 with clock:
                     write_preview(args, world, run, renderer, ema, step)
+            if every(step, args.i_attn):
+                with clock:
+                    write_attention(args, run, prior, images, distilled, noise, conditions, step)
             due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs
             if every(step, args.i_weights) or due or last:
                 with clock:
@@ -471,6 +552,8 @@ def train(args, world, run, priors: dict) -> int:
                 break
     progress.close()
     finish(args, world, run, parts, step, clock)
+    if copy is not None and run.is_main:
+        save_lora(run.folder / "lora.safetensors", copy.lora)
     return 0
 
 

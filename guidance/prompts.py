@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor, cat
 
+from guidance.sds import Conditions
+
 VIEW_WORDS = ("front", "right side", "back", "left side", "overhead")
 FRONT_DEG = 45.0  # half the width of "front"; "back" is as wide
 OVERHEAD_DEG = 60.0
@@ -80,20 +82,67 @@ def view_texts(
     return texts | {word: text for word, text in (overrides or {}).items() if text}
 
 
+def perp_neg_weights(azimuth_deg: float) -> tuple[float, float]:
+    """Weights, not positive, of what a view should not be: threestudio's decaying exponentials.
+
+    On the front half of front and side, on the back half of side and front. A word weighs nearly
+    nothing where it is right, and more the further the camera is from there.
+    """
+    around = abs((azimuth_deg + 180.0) % 360.0 - 180.0) / 90.0  # 0 front, 1 side, 2 back
+
+    def decay(height: float, shift: float, share: float) -> float:
+        return -max(0.0, height * math.exp(-0.5 * share) + shift)
+
+    if around < 1.0:
+        return decay(4.0, -2.426, 1.0 - around), decay(4.0, -2.426, around)
+    return decay(1.0, -0.606, 2.0 - around), decay(1.0, 0.967, 2.0 - around)
+
+
 class ViewPrompts:
     """Embedded texts, picked by where a camera stands."""
 
-    def __init__(self, embed: Callable[[list[str]], Tensor], texts: dict[str, str], negative: str):
-        """texts: as ``view_texts`` gives them. embed: N texts -> [N, L, D]."""
-        said = list(dict.fromkeys(texts.values()))
-        *tables, self.negative = embed([*said, negative]).split(1)
-        self.tables = {word: tables[said.index(text)] for word, text in texts.items()}
+    def __init__(
+        self,
+        embed: Callable[[list[str]], Tensor],
+        texts: dict[str, str],
+        negatives: dict[str, str],
+        coarse: dict[str, str] | None = None,
+    ):
+        """texts: as ``view_texts`` gives them. embed: N texts -> [N, L, D].
 
-    def at(self, azimuth_deg: Tensor, elevation_deg: Tensor) -> tuple[Tensor, Tensor]:
-        """(negative, text) for V cameras at [V]: each [V, L, D]."""
-        chosen = []
-        for view in zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True):
-            word = view_word(*view)
-            chosen.append(self.tables[word if word in self.tables else fine_view_word(*view)])
-        chosen = cat(chosen)
-        return self.negative.expand_as(chosen), chosen
+        negatives: the negative prompt for each of VIEW_WORDS. coarse: the text for each of
+        VIEW_WORDS, to be kept apart by Perp-Neg; None: without it.
+        """
+        tables = (texts, negatives, coarse or {})
+        said = list(dict.fromkeys(text for table in tables for text in table.values()))
+        embedded = dict(zip(said, embed(said).split(1), strict=True))
+        self.texts, self.negatives, self.coarse = (
+            {word: embedded[text] for word, text in table.items()} for table in tables
+        )
+
+    def at(self, azimuth_deg: Tensor, elevation_deg: Tensor) -> Conditions:
+        """What V cameras at [V] are asked for: [V, L, D] each."""
+        views = list(zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True))
+        words = [view_word(*view) for view in views]
+        text = cat(
+            [
+                self.texts[word if word in self.texts else fine_view_word(*view)]
+                for word, view in zip(words, views, strict=True)
+            ]
+        )
+        negative = cat([self.negatives[word] for word in words])
+        if not self.coarse:
+            return Conditions(negative, text)
+        rows = [self._not_to_be(*view) for view in views]
+        others = tuple(cat([row[0][n] for row in rows]) for n in range(2))
+        weights = tuple(text.new_tensor([row[1][n] for row in rows]) for n in range(2))
+        return Conditions(negative, text, others, weights)
+
+    def _not_to_be(self, azimuth_deg: float, elevation_deg: float):
+        """The two words that Perp-Neg pushes a view away from, and their weights, 0 overhead."""
+        turned = (azimuth_deg + 180.0) % 360.0 - 180.0
+        side = self.coarse["right side" if turned > 0 else "left side"]
+        front = self.coarse["front"]
+        words = (front, side) if abs(turned) < 90.0 else (side, front)
+        overhead = view_word(azimuth_deg, elevation_deg) == "overhead"
+        return words, (0.0, 0.0) if overhead else perp_neg_weights(azimuth_deg)

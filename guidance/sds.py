@@ -1,4 +1,4 @@
-"""Score distillation sampling: the maths, for any prior (Poole et al. 2022, DreamFusion).
+"""Score distillation: the maths, for any prior (Poole et al. 2022, DreamFusion, and after it).
 
 Notation: x0 clean latents; x_t = sqrt(a) x0 + sqrt(1 - a) eps noisy ones; a = alphas_cumprod[t]
 in (0, 1), falling in t = 0 ... T - 1; eps standard normal. Views come first: latents [V, C, h, w].
@@ -6,6 +6,8 @@ A prior has ``alphas_cumprod`` [T], ``prediction_type`` (a key of TO_EPSILON), `
 ``encode`` and ``predict``; see ``guidance.stable_diffusion`` and ``guidance.gaussian``.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,10 +20,45 @@ class GuidanceNoise(NamedTuple):
     u: Tensor  # [V] uniform: place of t in its range
     epsilon: Tensor  # [V, C, h, w] normal: the noise that is added
     posterior: Tensor  # [V, C, h, w] normal: of the encoder's sample
+    follow_u: Tensor  # [V] uniform, [V, C, h, w] normal and [V] uniform: t, noise and dropped
+    follow_epsilon: Tensor  # cameras where guidance.vsd teaches its copy
+    follow_drop: Tensor
 
     def part(self, index) -> "GuidanceNoise":
         """The rows at ``index``."""
         return GuidanceNoise(*(member[index] for member in self))
+
+
+class Conditions(NamedTuple):
+    """What V views are asked for, each as the prior's ``predict`` takes it: [V, ...]."""
+
+    negative: Tensor
+    text: Tensor
+    others: tuple[Tensor, ...] = ()  # what the views should not be, for ``perp_neg``
+    weights: tuple[Tensor, ...] = ()  # [V] of each of those, not positive
+
+
+class Scores(NamedTuple):
+    """The noise in x_t as each side sees it, [V, C, h, w]."""
+
+    epsilon: Tensor  # what was added
+    negative: Tensor  # the model, told the negative prompt
+    text: Tensor  # the model, told the prompt
+    others: tuple[Tensor, ...] = ()  # the model, told ``Conditions.others``
+    weights: tuple[Tensor, ...] = ()
+    copy: Tensor | None = None  # the copy that has learnt how the renders look (guidance.vsd)
+
+
+class Recipe(NamedTuple):
+    """How views are guided at one step."""
+
+    kind: str = "sds"  # of RESIDUALS
+    scale: float = 100.0  # guidance scale
+    weighting: str = "sds"  # of WEIGHTINGS
+    t_range: tuple[float, float] = (0.02, 0.98)  # parts of T
+    t_anneal: str = "none"  # of ANNEALS
+    progress: float = 0.0  # part of the run that is done, in [0, 1]
+    clip: float = 0.0  # largest number in the latents' gradient, 0: no limit
 
 
 class Distilled(NamedTuple):
@@ -29,6 +66,8 @@ class Distilled(NamedTuple):
 
     loss: Tensor  # [] whose gradient is the SDS gradient; its value is no measure of quality
     t: Tensor  # [V] timesteps
+    latents: Tensor  # [V, C, h, w] of the images, without a graph
+    gradient: Tensor  # [V, C, h, w] that the latents received
     skipped: Tensor  # [] views left out because their gradient was not finite
 
 
@@ -36,8 +75,11 @@ def draw_noise(num_views: int, latent_shape, generator: torch.Generator) -> Guid
     """The random numbers for ``num_views`` views, from ``generator`` alone."""
     options = {"generator": generator, "device": generator.device}
     size = (num_views, *latent_shape)
-    u = torch.rand(num_views, **options)
-    return GuidanceNoise(u, torch.randn(size, **options), torch.randn(size, **options))
+    rows = {"u": torch.rand(num_views, **options)}
+    rows["epsilon"], rows["posterior"] = (torch.randn(size, **options) for _ in range(2))
+    rows["follow_u"] = torch.rand(num_views, **options)
+    rows["follow_epsilon"] = torch.randn(size, **options)
+    return GuidanceNoise(**rows, follow_drop=torch.rand(num_views, **options))
 
 
 def timesteps(u: Tensor, t_range: tuple[float, float], num_timesteps: int) -> Tensor:
@@ -47,13 +89,48 @@ def timesteps(u: Tensor, t_range: tuple[float, float], num_timesteps: int) -> Te
     return (low + (u * (high - low)).long()).clamp(max=num_timesteps - 1)
 
 
-def _like(alpha_bar: Tensor, latents: Tensor) -> Tensor:
+def falling_timestep(part: float, num_timesteps: int, alphas_cumprod: Tensor) -> int:
+    """DreamTime's t: non-increasing, and longest where content forms (Huang et al. 2023).
+
+    t is where the weights sqrt((1 - a) / a) x prior(t), summed from the top, reach ``part`` of
+    their whole. The prior is 1 from 0.5 T to 0.8 T with Gaussian ends of deviation 0.1 T, 0.3 T.
+    """
+    place = torch.arange(num_timesteps, device=alphas_cumprod.device) / num_timesteps
+    above, below = (place - 0.8).clamp(min=0) / 0.3, (place - 0.5).clamp(max=0) / 0.1
+    prior = torch.exp(-0.5 * (above**2 + below**2))
+    weight = ((1 - alphas_cumprod) / alphas_cumprod).sqrt() * prior
+    reached = weight.flip(0).cumsum(0) / weight.sum()
+    return num_timesteps - 1 - int((reached < part).sum().clamp(max=num_timesteps - 1))
+
+
+ANNEALS = ("none", "linear", "sqrt", "falling")
+
+
+def pick_timesteps(u: Tensor, recipe: Recipe, alphas_cumprod: Tensor) -> Tensor:
+    """Timesteps [V] by ``recipe``: drawn with u [V], or one that falls as the run goes on.
+
+    linear and sqrt: t_max - (t_max - t_min) p, p the progress or its root (HiFA, Zhu and Zhuang
+    2023). falling: ``falling_timestep``, kept inside the range.
+    """
+    num_timesteps = len(alphas_cumprod)
+    if recipe.t_anneal == "none":
+        return timesteps(u, recipe.t_range, num_timesteps)
+    low, high = recipe.t_range
+    part = math.sqrt(recipe.progress) if recipe.t_anneal == "sqrt" else recipe.progress
+    t = int((high - (high - low) * part) * num_timesteps)
+    if recipe.t_anneal == "falling":
+        t = falling_timestep(part, num_timesteps, alphas_cumprod)
+        t = min(max(t, int(low * num_timesteps)), int(high * num_timesteps))
+    return torch.full_like(u, min(t, num_timesteps - 1), dtype=torch.long)
+
+
+def like(alpha_bar: Tensor, latents: Tensor) -> Tensor:
     return alpha_bar.view(-1, *[1] * (latents.dim() - 1))
 
 
 def add_noise(clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t = sqrt(a) x0 + sqrt(1 - a) eps (DDPM eq. 4); alpha_bar [V]."""
-    a = _like(alpha_bar, clean)
+    a = like(alpha_bar, clean)
     return a.sqrt() * clean + (1 - a).sqrt() * epsilon
 
 
@@ -75,12 +152,12 @@ TO_EPSILON = {
 
 def to_epsilon(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """The noise that a network's ``output`` for x_t says is in it."""
-    return TO_EPSILON[prediction_type](output, noisy, _like(alpha_bar, noisy))
+    return TO_EPSILON[prediction_type](output, noisy, like(alpha_bar, noisy))
 
 
 def predict_x0(epsilon: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
     """The clean latents if ``epsilon`` is the noise in x_t (DDIM eq. 9)."""
-    a = _like(alpha_bar, noisy)
+    a = like(alpha_bar, noisy)
     return (noisy - (1 - a).sqrt() * epsilon) / a.sqrt()
 
 
@@ -89,10 +166,63 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-WEIGHTINGS = {
-    "sds": lambda alpha_bar: 1 - alpha_bar,  # sigma_t^2, DreamFusion's
-    "uniform": torch.ones_like,  # "performed similarly" (DreamFusion, section 3)
-    "fantasia3d": lambda alpha_bar: alpha_bar.sqrt() * (1 - alpha_bar),  # Chen et al. 2023
+def perpendicular(vector: Tensor, axis: Tensor) -> Tensor:
+    """``vector`` [V, ...] without its part along ``axis``, view by view."""
+    dims = tuple(range(1, vector.dim()))
+    along = (vector * axis).sum(dims, keepdim=True)
+    return vector - along / (axis * axis).sum(dims, keepdim=True).clamp(min=1e-12) * axis
+
+
+def perp_neg(scores: Scores, scale: float) -> Tensor:
+    """u + s (d + sum_i w_i perp(n_i - u, d)), d = c - u (Armandpour et al. 2023, Perp-Neg).
+
+    The w_i are not positive. Only what another view has and this one lacks is pushed away; what
+    both share lies along d and stays.
+    """
+    direction = scores.text - scores.negative
+    total = direction
+    for other, weight in zip(scores.others, scores.weights, strict=True):
+        away = perpendicular(other - scores.negative, direction)
+        total = total + like(weight, away) * away
+    return scores.negative + scale * total
+
+
+def guided(scores: Scores, scale: float) -> Tensor:
+    """The noise that the model sees, guided by its text, and by Perp-Neg where it is asked for."""
+    if scores.others:
+        return perp_neg(scores, scale)
+    return guide(scores.negative, scores.text, scale)
+
+
+def sds_residual(scores: Scores, scale: float) -> Tensor:
+    """eps_guided - eps: score distillation sampling (Poole et al. 2022, eq. 3)."""
+    return guided(scores, scale) - scores.epsilon
+
+
+def csd_residual(scores: Scores, scale: float) -> Tensor:
+    """s (c - u): the text's part alone, without the noise (Yu et al. 2023)."""
+    return guided(scores, scale) - scores.negative
+
+
+def vsd_residual(scores: Scores, scale: float) -> Tensor:
+    """eps_guided - eps_copy: variational score distillation (Wang et al. 2023).
+
+    The copy has learnt what the renders look like; where it agrees with the model nothing pulls.
+    """
+    return guided(scores, scale) - scores.copy
+
+
+RESIDUALS: dict[str, Callable[[Scores, float], Tensor]] = {
+    "sds": sds_residual,
+    "csd": csd_residual,
+    "vsd": vsd_residual,
+}
+# w(t) from alpha_bar and the run's progress
+WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sds": lambda a, progress: 1 - a,  # sigma_t^2, DreamFusion's
+    "uniform": lambda a, progress: torch.ones_like(a),  # "performed similarly" (section 3 there)
+    "annealed": lambda a, progress: (1 - a).pow(1 - progress),  # from the first to the second
+    "fantasia3d": lambda a, progress: a.sqrt() * (1 - a),  # Chen et al. 2023
 }
 
 
@@ -117,37 +247,48 @@ class SpecifyGradient(torch.autograd.Function):
         return (arriving * gradient).to(ctx.dtype), None
 
 
+def score(prior, noisy: Tensor, t: Tensor, epsilon: Tensor, conditions: Conditions) -> Scores:
+    """What the prior sees in ``noisy`` under each condition, in one call."""
+    asked = [conditions.negative, conditions.text, *conditions.others]
+    count, alpha_bar = len(asked), prior.alphas_cumprod[t]
+    output = prior.predict(noisy.repeat(count, 1, 1, 1), t.repeat(count), torch.cat(asked))
+    negative, text, *others = (
+        to_epsilon(part, noisy, alpha_bar, prior.prediction_type)
+        for part in output.float().chunk(count)
+    )
+    return Scores(epsilon, negative, text, tuple(others), conditions.weights)
+
+
 def distill(
     prior,
     images: Tensor,
-    conditions: tuple[Tensor, Tensor],
+    conditions: Conditions,
     noise: GuidanceNoise,
-    *,
-    t_range: tuple[float, float],
-    scale: float,
-    weighting: str,
+    recipe: Recipe,
+    copy: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Distilled:
-    """w(t) (eps_guided - eps), handed to the images through the encoder (DreamFusion eq. 3).
+    """w(t) x residual, handed to the images through the encoder (DreamFusion eq. 3 and kin).
 
-    images [V, 3, H, W] in [0, 1]. conditions: (negative, text), each [V, ...] as the prior's
-    ``predict`` takes them. The loss is a mean over views and a sum over latents. The prior is never
-    differentiated: only the encoder is, with respect to its input.
+    images [V, 3, H, W] in [0, 1]. copy: (x_t, t) -> noise, for ``vsd``. The loss is a mean over
+    views and a sum over latents. The prior is never differentiated: only the encoder is, with
+    respect to its input.
     """
     latents = prior.encode(images, noise.posterior)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        t = timesteps(noise.u, t_range, len(prior.alphas_cumprod))
+        t = pick_timesteps(noise.u, recipe, prior.alphas_cumprod)
         alpha_bar = prior.alphas_cumprod[t]
         noisy = add_noise(latents.detach(), noise.epsilon, alpha_bar)
-        output = prior.predict(torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat(conditions))
-        negative, text = (
-            to_epsilon(half, noisy, alpha_bar, prior.prediction_type)
-            for half in output.float().chunk(2)
-        )
-        weight = _like(WEIGHTINGS[weighting](alpha_bar), noisy)
-        gradient = weight * (guide(negative, text, scale) - noise.epsilon)
+        scores = score(prior, noisy, t, noise.epsilon, conditions)
+        if copy is not None:
+            scores = scores._replace(copy=copy(noisy, t))
+        weight = like(WEIGHTINGS[recipe.weighting](alpha_bar, recipe.progress), noisy)
+        gradient = weight * RESIDUALS[recipe.kind](scores, recipe.scale)
         # A view that overflowed teaches nothing; turning its infinities into huge numbers, as
         # nan_to_num would, makes one step that ruins the scene.
         finite = gradient.flatten(1).isfinite().all(1)
-        gradient = torch.where(_like(finite, gradient), gradient, 0.0) / len(gradient)
+        gradient = torch.where(like(finite, gradient), gradient, 0.0)
+        if recipe.clip:  # as D-SDS does (Hong et al. 2023)
+            gradient = gradient.clamp(-recipe.clip, recipe.clip)
+        gradient = gradient / len(gradient)
     loss = SpecifyGradient.apply(latents, gradient)
-    return Distilled(loss, t, (~finite).sum())
+    return Distilled(loss, t, latents.detach(), gradient, (~finite).sum())

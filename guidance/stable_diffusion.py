@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from guidance.attention import recorded_attention, token_maps
+from guidance.memory import PLAIN, Memory, on_device
 from guidance.model_files import (
     MODELS,
     check_fit,
@@ -49,10 +51,13 @@ class StableDiffusion:
         local_files_only: bool = False,
         allow_pickle: bool = False,
         scheduler: str | None = None,
+        memory: Memory = PLAIN,
         warn: Callable[[str], None] = print,
     ):
         """Open ``path``, a folder or hub id. dtype: auto (fp16 on cuda, else fp32) or of DTYPES."""
-        self.device, self.dtype = torch.device(device), _choose_dtype(dtype, torch.device(device))
+        self.warn, self._warned = warn, set()
+        self.device, self.memory = torch.device(device), memory
+        self.dtype = _choose_dtype(dtype, self.device, warn)
         require_libraries()
         folder = find_folder(str(path), local_files_only, allow_pickle)
         files = check_folder(folder, str(path), allow_pickle)
@@ -61,7 +66,14 @@ class StableDiffusion:
         self.tokenizer = load_tokenizer(folder)
         parts = {part: load_part(folder, part, files[part], self.dtype) for part in MODELS}
         check_fit(str(path), **parts)
-        self.text_encoder, self.vae, self.unet = (p.to(self.device) for p in parts.values())
+        home = torch.device("cpu") if memory.offload == "model" else self.device
+        self.text_encoder, self.vae, self.unet = (part.to(home) for part in parts.values())
+        memory.apply(self.unet, self.vae)
+        self._max_tokens = _max_tokens(self.tokenizer, self.text_encoder)
+        self._load_text_encoder = lambda: load_part(
+            folder, "text_encoder", files["text_encoder"], self.dtype
+        ).to(home)
+        self._embedded: dict[str, Tensor] = {}
         self._vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         sample_size = self.unet.config.sample_size
         size = sample_size if isinstance(sample_size, int) else max(sample_size)
@@ -69,18 +81,24 @@ class StableDiffusion:
         words = folder / "vocabulary.json"
         self.vocabulary = read_json(words) if words.is_file() else None
         self.fingerprint = fingerprint(folder, files)
-        self.warn, self._warned = warn, set()
 
     def embed(self, texts: list[str]) -> Tensor:
         """What the U-Net takes of each text: [N, L, D] float32. "" is the unconditional one.
 
         Warns, once for each, of words that the text encoder cuts off or never saw.
         """
-        assert self.text_encoder is not None, "embed after free_text_encoder"
         for text in texts:
-            self._warn_about(text)
+            if text not in self._embedded:
+                self._warn_about(text)
+                self._embedded[text] = self._embed_one(text)
+        return torch.cat([self._embedded[text] for text in texts])
+
+    def _embed_one(self, text: str) -> Tensor:
+        # Texts go through one by one, so that a text's numbers never hang on its neighbours.
+        if self.text_encoder is None:
+            self.text_encoder = self._load_text_encoder()
         tokens = self.tokenizer(
-            texts,
+            text,
             padding="max_length",
             max_length=self._max_tokens,
             truncation=True,
@@ -89,12 +107,18 @@ class StableDiffusion:
         config, mask = self.text_encoder.config, None
         if getattr(config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.device)
-        with torch.no_grad(), self._no_autocast():
-            output = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)
-        return output[0].float()  # [N, L, D]
+        with torch.no_grad(), self._no_autocast(), self._here(self.text_encoder) as encoder:
+            output = encoder(tokens.input_ids.to(self.device), attention_mask=mask)
+        return output[0].float()  # [1, L, D]
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces that the text encoder reads, words mostly, from its second place on."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        pieces = self.tokenizer.convert_ids_to_tokens(ids[: self._max_tokens - 2])
+        return [piece.removesuffix("</w>") for piece in pieces]
 
     def free_text_encoder(self) -> None:
-        """Give its memory back, once every prompt is embedded."""
+        """Give its memory back; a text that was not embedded yet loads it again."""
         self.text_encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,7 +142,8 @@ class StableDiffusion:
         self.latent_shape(*images.shape[-2:])
         with self._no_autocast():
             pictures = images.float() * 2 - 1
-            posterior = self.vae.encode(pictures.to(self.dtype)).latent_dist
+            # With --offload too it stays: the way back comes after the U-Net's turn.
+            posterior = self.vae.to(self.device).encode(self._form(pictures)).latent_dist
             latents = posterior.mean.float()  # [V, C, h, w]
             if noise is not None:
                 latents = latents + posterior.std.float() * noise
@@ -129,9 +154,9 @@ class StableDiffusion:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [V, C, h, w] -> pictures [V, 3, H, W] in [0, 1], without a graph."""
-        with torch.no_grad(), self._no_autocast():
-            latents = latents.float() / self.vae.config.scaling_factor + self._shift
-            images = self.vae.decode(latents.to(self.dtype)).sample.float()  # [V, 3, H, W]
+        with torch.no_grad(), self._no_autocast(), self._here(self.vae) as vae:
+            latents = latents.float() / vae.config.scaling_factor + self._shift
+            images = vae.decode(self._form(latents)).sample.float()  # [V, 3, H, W]
             return (images / 2 + 0.5).clamp(0, 1)
 
     def predict(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
@@ -142,9 +167,9 @@ class StableDiffusion:
         # inference_mode saves 4 to 7 % of a call of the embedded model on a CPU (batch 8, one core:
         # 62.5 ms, no_grad 65.3). channels_last, unfused attention and fused q, k, v save nothing.
         # dtype bf16 saves 27 % there, but c - u is then 5 % off at t = 100 (0.7 % at t = 800).
-        with torch.inference_mode(), self._no_autocast():
-            output = self.unet(
-                noisy.to(self.dtype), t, encoder_hidden_states=embeddings.to(self.dtype)
+        with torch.inference_mode(), self._no_autocast(), self._here(self.unet) as unet:
+            output = unet(
+                self._form(noisy), t, encoder_hidden_states=embeddings.to(self.dtype)
             ).sample
         # A copy made out here may be saved for a backward pass, an inference tensor may not.
         return output.to(torch.float32, copy=True)
@@ -153,11 +178,19 @@ class StableDiffusion:
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor") or 0.0
 
-    @property
-    def _max_tokens(self) -> int:
-        # A tokenizer whose config gives no length says 1e30.
-        positions = self.text_encoder.config.max_position_embeddings
-        return min(self.tokenizer.model_max_length, positions)
+    def attention(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        """Cross-attention maps [B, L, side, side] of one pass, see ``guidance.attention``."""
+        with recorded_attention(self.unet) as kept:
+            self.predict(noisy, t, embeddings)
+        return token_maps({name: value.clone() for name, value in kept.items()}, len(noisy))
+
+    def _form(self, x: Tensor) -> Tensor:
+        """As the networks take it: their precision and their order in memory."""
+        layout = torch.channels_last if self.memory.channels_last else torch.contiguous_format
+        return x.to(self.dtype, memory_format=layout)
+
+    def _here(self, part):
+        return on_device(part, self.device, self.memory.offload)
 
     def _no_autocast(self):
         return torch.autocast(self.device.type, enabled=False)
@@ -194,14 +227,20 @@ class StableDiffusion:
         return " ".join(words[count:])
 
 
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str, device: torch.device, warn) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise ValueError(f"--guidance_dtype {name}: expected auto, {', '.join(DTYPES)}")
     if name == "fp16" and device.type == "cpu":  # 531 ms a call of the embedded model, fp32 22
-        raise ValueError("--guidance_dtype fp16: 20 times slower on a CPU; use auto, fp32 or bf16")
+        warn("--guidance_dtype fp16 is 20 times slower on a CPU: using fp32 there")
+        return torch.float32
     return DTYPES[name]
+
+
+def _max_tokens(tokenizer, text_encoder) -> int:
+    # A tokenizer whose config gives no length says 1e30.
+    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
 def _keep_gradient_in_range(pictures: Tensor, latents: Tensor) -> None:

@@ -10,82 +10,30 @@ import math
 import re
 from pathlib import Path
 
-from nerf import options
+from nerf import guidance_options, options
 from nerf.cameras import OrbitRanges
 from nerf.encodings import ENCODINGS
 from nerf.field import ACTIVATIONS, FeatureField, NeRFField
 from nerf.mesh import FORMATS
 from nerf.object_renderer import ObjectRenderer, Picture
 from nerf.occupancy import OccupancyGrid
-from nerf.schedules import highest, parse_schedule
+from nerf.particles import Particles
+from nerf.schedules import highest, parse_schedule, schedule
 from nerf.shading import LookSettings
 
 # A checkpoint fits a run only where these agree; the model's fingerprint is compared too.
 STRUCTURAL = (
-    "prompt negative_prompt prompt_front prompt_right prompt_back prompt_left prompt_overhead "
-    "view_text guidance "
-    "space field activation netdepth netwidth multires i_embed grid_res occ_res bound blob_scale "
-    "blob_std density_scale background"
-).split()
+    *guidance_options.STRUCTURAL,
+    *"space field activation netdepth netwidth multires i_embed grid_res occ_res bound".split(),
+    *"blob_scale blob_std density_scale background n_particles".split(),
+)
 MAX_NAME = 80  # characters of a run folder's name made from a prompt
-
-
-def schedule(text: str) -> str:
-    """A schedule, kept as text: that is what config files and args.json hold."""
-    try:
-        parse_schedule(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1]")
-    return value
 
 
 def slug(prompt: str) -> str:
     """A prompt as a folder's name: "a red cone" -> "a_red_cone"."""
     words = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")
     return words[:MAX_NAME].rstrip("_") or "dream"
-
-
-def add_prompt_flags(parser) -> None:
-    """Flags of the text and of the model that reads it."""
-    group = parser.add_argument_group("text")
-    add = group.add_argument
-    add("--prompt", "--text", help="what to make; quote it where it holds a #")
-    add("--negative_prompt", default="", help="what it should not look like")
-    add("--prompt_file", help="one prompt a line: makes them all, one after the other")
-    for view in ("front", "right", "back", "left", "overhead"):
-        add(f"--prompt_{view}", help=f"the whole text for {view} views, instead of view words")
-    add(
-        "--view_text",
-        choices=("suffix", "prefix", "none"),
-        default="suffix",
-        help='where words such as "front view" go',
-    )
-    group = parser.add_argument_group("guidance")
-    add = group.add_argument
-    add(
-        "--guidance",
-        choices=("sds", "gaussian"),
-        default="sds",
-        help="score distillation, or a closed-form prior around an orange ball, to test the loop",
-    )
-    add("--sd_model", default="guidance/tiny/model", help="folder or hub id of a Stable Diffusion")
-    options.add_switch(group, "local_files_only", "never ask the hub")
-    options.add_switch(group, "allow_pickle", "open .bin weights, which can run code")
-    add("--scheduler", help="noise schedule instead of the model's own: ddim, ddpm, pndm ...")
-    add("--guidance_dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="precision of the model; auto: fp16 on a GPU, else fp32")  # fmt: skip
-    add("--guidance_scale", type=schedule, default="100", help="u + s (c - u); a schedule")
-    add("--weighting", choices=("sds", "uniform", "fantasia3d"), default="sds", help="w(t)")
-    add("--t_min", type=schedule, default="0.02", help="least noise, part of all; a schedule")
-    add("--t_max", type=schedule, default="0.98", help="most noise, part of all; a schedule")
-    add("--lambda_sds", type=schedule, default="1", help="weight of the guidance; a schedule")
 
 
 def add_object_flags(parser) -> None:
@@ -119,23 +67,33 @@ def add_object_flags(parser) -> None:
         ("fov", 40.0, 70.0),
     ):
         add(f"--{name}_range", type=float, nargs=2, default=[low, high], help="of random cameras")
-    add("--sphere_rate", type=share, default=0.5, help="elevations even by area, not by angle")
+    add(
+        "--sphere_rate",
+        type=options.part,
+        default=0.5,
+        help="elevations even by area",
+    )
     add("--jitter_pos", type=options.amount, default=0.1, help="largest shift of a camera")
     add("--jitter_target", type=options.amount, default=0.2, help="deviation of its aim")
     add("--jitter_up", type=options.amount, default=0.02, help="deviation of its up direction")
     group = parser.add_argument_group("light")
     add = group.add_argument
     add("--albedo_steps", type=options.not_negative, default=1000, help="first steps without light")
-    add("--p_diffuse", type=share, default=0.75, help="later views that are lit")
-    add("--p_textureless", type=share, default=0.5, help="of those, shown white")
-    add("--ambient", type=share, default=0.1, help="light from everywhere on lit views")
+    add("--p_diffuse", type=options.part, default=0.75, help="later views that are lit")
+    add("--p_textureless", type=options.part, default=0.5, help="of those, shown white")
+    add("--ambient", type=options.part, default=0.1, help="light from everywhere on lit views")
     add(
         "--background",
         choices=("random", "learned", "white", "black"),
         default="learned",
         help="behind the object while training",
     )
-    add("--p_random_bg", type=share, default=0.5, help="views before a random colour all the same")
+    add(
+        "--p_random_bg",
+        type=options.part,
+        default=0.5,
+        help="views before a random colour",
+    )
     group = parser.add_argument_group("shape losses (schedules)")
     add = group.add_argument
     add("--lambda_opacity", type=schedule, default="0", help="empty space")
@@ -167,7 +125,9 @@ def dream_parser():
     """The flags of run_dreamfusion.py."""
     parser = options.new_parser("Make a 3-D object from a text by score distillation.")
     options.add_run_flags(parser)
-    add_prompt_flags(parser)
+    guidance_options.add_text_flags(parser)
+    guidance_options.add_guidance_flags(parser)
+    guidance_options.add_model_flags(parser)
     add_object_flags(parser)
     options.add_network_flags(parser)
     options.add_grid_flags(parser)
@@ -190,9 +150,6 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(
             f"--export {args.export}: expected a name that ends in {' '.join(FORMATS)}"
         )
-    reading = args.render_only or args.export
-    if args.guidance == "sds" and not reading and not (args.prompt or "").strip():
-        raise ValueError('--prompt is empty; say what to make: --prompt "a red cone"')
     if args.batch_views % num_ranks:
         raise ValueError(
             f"--batch_views {args.batch_views} does not divide by {num_ranks} processes; "
@@ -219,11 +176,9 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError("--radius_range has to lie above 0, --fov_range within 0 and 180 degrees")
     if not -90 <= args.elevation_range[0] <= args.elevation_range[1] <= 90:
         raise ValueError(f"--elevation_range {args.elevation_range}; expected -90 to 90")
-    for name in ("t_min", "t_max"):
-        if not all(0 <= value <= 1 for value in parse_schedule(getattr(args, name))[1]):
-            raise ValueError(f"--{name} {getattr(args, name)}; expected parts from 0 to 1")
     if min(parse_schedule(args.train_res)[1]) < 8:
         raise ValueError(f"--train_res {args.train_res}; expected at least 8 pixels")
+    guidance_options.check_guidance_flags(args)
     options.check_run_flags(args)
 
 
@@ -231,6 +186,11 @@ def object_renderer(args: argparse.Namespace):
     """The module that ``args`` asks for, with weights from torch's global seed."""
     if args.space == "2d":
         return Picture(args.batch_views, int(highest(args.train_res)))
+    members = [_one_object(args) for _ in range(args.n_particles)]
+    return members[0] if args.n_particles == 1 else Particles(members)
+
+
+def _one_object(args: argparse.Namespace) -> ObjectRenderer:
     if args.field == "mlp":
         field = NeRFField(
             args.netdepth,
@@ -320,6 +280,8 @@ def adopt(args: argparse.Namespace, saved: dict, say) -> None:
     """Take over from a checkpoint's flags what its weights were made for."""
     for name in (*STRUCTURAL, "bound", "march_steps", "normals"):
         if name in saved and saved[name] != getattr(args, name):
-            if name not in ("prompt", "negative_prompt") and not name.startswith("prompt_"):
+            if name not in ("prompt", "negative_prompt") and not name.startswith(
+                ("prompt_", "negative_")
+            ):
                 say(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
             setattr(args, name, saved[name])

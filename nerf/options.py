@@ -70,6 +70,13 @@ def amount(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1]")
+    return value
+
+
 def positive_number(text: str) -> float:
     value = amount(text)
     if value == 0.0:
@@ -427,8 +434,11 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
 
 def parameter_groups(renderer, args: argparse.Namespace) -> list[dict]:
     """Adam's groups: features on grids learn at their own rate ("scale" times the others')."""
-    field = getattr(renderer, "field", None)
-    tables = list(field.encoding.parameters()) if field is not None and args.field != "mlp" else []
+    tables = []
+    for member in getattr(renderer, "members", [renderer]):
+        field = getattr(member, "field", None)
+        if field is not None and args.field != "mlp":
+            tables += field.encoding.parameters()
     others = set(renderer.parameters()) - set(tables)
     groups = [{"params": [p for p in renderer.parameters() if p in others], "scale": 1.0}]
     if tables:

@@ -57,6 +57,18 @@ class World:
         dist.all_reduce(number)
         return number.item()
 
+    def average_gradients(self, parameters) -> None:
+        """Replace every gradient by its mean over all ranks, in one message."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.size
+        dist.all_reduce(flat)
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

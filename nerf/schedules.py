@@ -1,5 +1,6 @@
 """Numbers that change during training, written as text: "0.1" or "0:1e-3,5000:1e-1"."""
 
+import argparse
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +26,15 @@ def parse_schedule(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if any(late <= early for early, late in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"{text!r}: the steps have to ascend")
     return steps, values
+
+
+def schedule(text: str) -> str:
+    """A schedule of a flag, kept as text: that is what config files and args.json hold."""
+    try:
+        parse_schedule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def scheduled(text: str, step: int) -> float:

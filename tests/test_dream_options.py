@@ -5,7 +5,11 @@ from conftest import REPOSITORY
 
 from nerf import dream_options, options
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("dream*.txt"))
+CONFIGS = [
+    path
+    for path in sorted((REPOSITORY / "configs").glob("*.txt"))
+    if "sd_model" in path.read_text(encoding="utf-8")
+]
 
 
 def parse(*argv):
@@ -33,7 +37,7 @@ def test_every_flag_is_read_somewhere():
         for path in [*(REPOSITORY / "nerf").rglob("*.py"), *REPOSITORY.glob("run_dream*.py")]
     )
     for name in vars(parse("--prompt", "x")):
-        view = name.removeprefix("prompt_") if name.startswith("prompt_") else None
+        view = name.partition("_")[2] if name.startswith(("prompt_", "negative_")) else None
         ranged = name.removesuffix("_range")
         assert (
             f"args.{name}" in sources

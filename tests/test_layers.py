@@ -23,8 +23,14 @@ MIDDLE = {
     "datasets",
     "media",
 }
-MIDDLE |= {"model_files", "stable_diffusion", "gaussian"}
-SEE_ARGS = {"nerf/options.py", "nerf/dream_options.py", "nerf/datasets/__init__.py"}
+BOTTOM |= {"attention", "lora", "memory", "particles"}
+MIDDLE |= {"model_files", "stable_diffusion", "gaussian", "vsd"}
+SEE_ARGS = {
+    "nerf/options.py",
+    "nerf/dream_options.py",
+    "nerf/guidance_options.py",
+    "nerf/datasets/__init__.py",
+}
 
 
 def name_of(path):

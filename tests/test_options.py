@@ -9,7 +9,9 @@ from conftest import REPOSITORY
 from nerf import options
 
 CONFIGS = sorted(
-    path for path in (REPOSITORY / "configs").glob("*.txt") if not path.name.startswith("dream")
+    path
+    for path in (REPOSITORY / "configs").glob("*.txt")
+    if "sd_model" not in path.read_text(encoding="utf-8")
 )
 
 # nerf-pytorch's config_parser, by hand: flag, type, default.

@@ -10,6 +10,7 @@ from guidance.prompts import (
     VIEW_WORDS,
     ViewPrompts,
     fine_view_word,
+    perp_neg_weights,
     view_texts,
     view_word,
 )
@@ -123,8 +124,46 @@ def test_a_model_that_knows_fine_words_hears_them():
 def test_an_own_text_for_a_side_comes_before_the_fine_words():
     known = [*VIEW_WORDS, *FINE_VIEW_WORDS]
     texts = view_texts("a cup", "suffix", known_views=known, overrides={"back": "B", "front": ""})
-    prompts = ViewPrompts(embed, texts, "")
+    prompts = ViewPrompts(embed, texts, dict.fromkeys(VIEW_WORDS, ""))
     azimuth = torch.tensor([180.0, 140.0, 130.0, 0.0])
-    _, chosen = prompts.at(azimuth, torch.full((4,), 20.0))
+    chosen = prompts.at(azimuth, torch.full((4,), 20.0)).text
     wanted = ["B", "B", "a cup, back right raised view", "a cup, front raised view"]
     assert torch.equal(chosen, embed(wanted))
+
+
+def test_each_view_has_its_negative_prompt():
+    negatives = {word: f"no {word}" for word in VIEW_WORDS}
+    prompts = ViewPrompts(embed, view_texts("a cup", "suffix"), negatives)
+    told = prompts.at(torch.tensor([0.0, 180.0, -90.0]), torch.tensor([20.0, 20.0, 70.0]))
+    assert torch.equal(told.negative, embed(["no front", "no back", "no overhead"]))
+    assert told.others == () and told.weights == ()
+
+
+@pytest.mark.parametrize(
+    "azimuth, first, second",
+    [  # of the word nearer to the front, then of the other; from the exponentials at their ends
+        (0, 0.0, -1.574),  # all front: nothing against front, most against the side
+        (89.999, -1.574, 0.0),  # all side
+        (90, 0.0, -1.5735),  # the back half: against side, and against front
+        (180, -0.394, -1.967),
+        (-180, -0.394, -1.967),
+        (45, -0.6892, -0.6892),
+        (-45, -0.6892, -0.6892),
+    ],
+)
+def test_perp_neg_weights_at_every_border(azimuth, first, second):
+    assert perp_neg_weights(azimuth) == pytest.approx((first, second), abs=1e-3)
+    assert perp_neg_weights(azimuth + 360) == pytest.approx(perp_neg_weights(azimuth), abs=1e-9)
+
+
+def test_perp_neg_pushes_away_from_front_and_the_side_that_is_near():
+    texts = view_texts("a cup", "suffix", known_views=list(VIEW_WORDS))
+    none = dict.fromkeys(VIEW_WORDS, "")
+    prompts = ViewPrompts(embed, texts, none, coarse=texts)
+    azimuth, elevation = torch.tensor([30.0, -150.0, 30.0]), torch.tensor([20.0, 20.0, 80.0])
+    told = prompts.at(azimuth, elevation)
+    front, right, left = (texts[word] for word in ("front", "right side", "left side"))
+    assert torch.equal(told.others[0], embed([front, left, front]))
+    assert torch.equal(told.others[1], embed([right, front, right]))
+    assert told.weights[0][2] == told.weights[1][2] == 0.0  # overhead avoids nothing
+    assert (torch.stack(told.weights)[:, :2] < 0).all()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_script
+from safetensors.torch import load_file
 from test_run_nerf import flat, newest
 from test_stable_diffusion import tiny_sd_folder
 
@@ -279,3 +280,125 @@ def test_collapse_is_said(tiny):
     flags = ["--lambda_sds", 0, "--lambda_opacity", 300, "--N_iters", 330, "--train_res", 8]
     result = script(*tiny, *flags, "--lrate", 3e-2, "--video_frames", 1)
     assert "the object has vanished; lower --lambda_opacity" in result.stderr
+
+
+# ------------------------------------------------------------------------- the guidance family
+
+
+def inside(capsys, *arguments):
+    """(exit code, what was said) of the script in this process: sooner than a new one."""
+    code = run_dreamfusion.main([str(each) for each in arguments])
+    return code, capsys.readouterr().err
+
+
+GUIDED = ["--prompt", "a red cube", "--video_frames", 1, "--ema_decay", 0.9]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--guidance", "vsd"],
+        ["--guidance", "vsd", "--n_particles", 2],
+        ["--guidance", "csd", "--perp_neg", "--negative_front", "a green sphere"],
+        ["--t_anneal", "falling", "--weighting", "annealed", "--latent_clip", "0:1,4:2"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_each_guidance_resumes_to_the_bit(tiny, sd_folder, tmp_path, capsys, flags):
+    common = [*with_model(tiny, sd_folder, *GUIDED), *flags]
+    assert inside(capsys, *common, "--N_iters", 4, "--expname", "whole")[0] == 0
+    # A schedule that ends with the run would differ: stop the same run half way instead.
+    halves = [*common, "--N_iters", 4, "--expname", "halves", "--i_weights", 2]
+    assert inside(capsys, *halves)[0] == 0
+    (tmp_path / "halves" / "000004.tar").unlink()
+    code, said = inside(capsys, *halves)
+    assert code == 0 and "resumed from" in said and "at step 2" in said
+    first, second = (torch.load(tmp_path / name / "000004.tar") for name in ("whole", "halves"))
+    for name in ("network_fn_state_dict", "particles", "copy", "optimizer_state_dict"):
+        one, other = flat(first.get(name)), flat(second.get(name))
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
+            assert same, f"{name}{key} differs"
+    if "vsd" in flags:
+        assert first["copy"]["weights"]["steps"] == 4
+        assert (tmp_path / "whole" / "lora.safetensors").stat().st_size > 1000
+
+
+def test_particles_are_shown_and_exported_one_by_one(tiny, sd_folder, tmp_path, capsys):
+    flags = with_model(tiny, sd_folder, *GUIDED, "--n_particles", 2, "--N_iters", 2, "--mesh")
+    code, said = inside(capsys, *flags, "--mesh_level", 1)
+    assert code == 0, said
+    run = tmp_path / "a_red_cube"
+    assert (run / "mesh.glb").exists() and (run / "mesh_1.glb").exists()
+    assert (run / "render_path_000002").is_dir() and (run / "render_path_1_000002").is_dir()
+    assert iio.imread(run / "previews" / "000002.png").shape == (8 * 16, 4 * 16, 3)
+    kept = torch.load(run / "000002.tar")
+    one, other = (flat(e["network_fn_state_dict"]) for e in (kept, *kept["particles"]))
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+    flags[flags.index("--n_particles") + 1] = 3
+    code, said = inside(capsys, *flags)
+    assert code == 2 and "n_particles: 2 -> 3" in said
+
+
+def test_where_each_word_is_looked_at(tiny, sd_folder, tmp_path, capsys):
+    flags = with_model(tiny, sd_folder, *GUIDED, "--N_iters", 2, "--i_attn", 2)
+    assert inside(capsys, *flags, "--attn_tokens", "red,cube")[0] == 0
+    sheet = iio.imread(tmp_path / "a_red_cube" / "attentions" / "000002.png")
+    assert sheet.shape == (2 * 128 + 16, 3 * 128, 3)  # two views; the render and two words
+    code, said = inside(capsys, *flags, "--attn_tokens", "cone", "--no_reload")
+    assert code == 2 and "--attn_tokens cone: not in the prompt" in said
+
+
+def test_a_lora_file_starts_the_copy(tiny, sd_folder, tmp_path, capsys):
+    flags = with_model(tiny, sd_folder, *GUIDED, "--guidance", "vsd", "--N_iters", 2)
+    assert inside(capsys, *flags, "--lrate_lora", 0.1)[0] == 0
+    file = tmp_path / "a_red_cube" / "lora.safetensors"
+    again = [*flags, "--expname", "again", "--lrate_lora", 1e-12, "--lora_file", file]
+    assert inside(capsys, *again)[0] == 0
+    copies = [load_file(path) for path in (file, tmp_path / "again" / "lora.safetensors")]
+    for name, value in copies[0].items():
+        torch.testing.assert_close(copies[1][name], value, atol=1e-6, rtol=0)
+    code, said = inside(capsys, *flags, "--expname", "third", "--lora_file", file, "--lora_rank", 2)
+    assert code == 2 and "expected" in said and "--lora_rank" in said
+
+
+def test_out_of_memory_names_a_flag_and_keeps_what_is_saved(
+    tiny, sd_folder, tmp_path, capsys, monkeypatch
+):
+    flags = with_model(tiny, sd_folder, *GUIDED, "--N_iters", 4)
+    assert inside(capsys, *flags, "--N_iters", 2)[0] == 0
+
+    def full(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+
+    monkeypatch.setattr(run_dreamfusion.sds, "distill", full)
+    code, said = inside(capsys, *flags)
+    assert code == 2 and "out of memory" in said and "try --vae_checkpointing" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "a_red_cube" / "000002.tar").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--guidance", "vsd", "--lora_rank", 0], "--lora_rank"),
+        (["--guidance", "vsd", "--offload", "sequential"], "use --offload model"),
+        (["--guidance", "vsd", "--offload", "model"], "leave one out"),
+        (["--offload", "model"], "there is no GPU"),
+        (["--attention_slicing", "auto", "--i_attn", 1], "--i_attn draws; leave one out"),
+        (["--lora_file", "x.safetensors"], "--lora_file is for --guidance vsd"),
+        (["--guidance", "vsd", "--lora_file", "x.safetensors"], "x.safetensors: cannot read it"),
+        (["--scheduler", "flow_match_euler_discrete"], "no alphas_cumprod"),
+        (["--perp_neg", "--space", "2d"], "--perp_neg tells views apart"),
+        (["--latent_clip", -1], "--latent_clip"),
+        (["--n_particles", 2, "--space", "2d"], "leave out --n_particles"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_contradictory_guidance_is_one_line(tiny, sd_folder, capsys, flags, complaint):
+    try:
+        code, said = inside(capsys, *with_model(tiny, sd_folder, *GUIDED, "--N_iters", 2, *flags))
+    except SystemExit as stop:  # of the parser
+        code, said = stop.code, capsys.readouterr().err
+    assert code == 2 and complaint in said and "Traceback" not in said

@@ -55,9 +55,18 @@ def test_timesteps_fill_their_range_and_never_leave_it(limits):
 
 def test_weightings_at_both_ends():
     a = torch.tensor([1.0, 0.0])
-    assert sds.WEIGHTINGS["sds"](a).tolist() == [0, 1]
-    assert sds.WEIGHTINGS["uniform"](a).tolist() == [1, 1]
-    assert sds.WEIGHTINGS["fantasia3d"](a).tolist() == [0, 0]
+    for progress in (0.0, 1.0):
+        assert sds.WEIGHTINGS["sds"](a, progress).tolist() == [0, 1]
+        assert sds.WEIGHTINGS["uniform"](a, progress).tolist() == [1, 1]
+        assert sds.WEIGHTINGS["fantasia3d"](a, progress).tolist() == [0, 0]
+
+
+def test_the_annealed_weighting_goes_from_sds_to_uniform():
+    a = torch.linspace(0.01, 0.99, 9)
+    annealed = sds.WEIGHTINGS["annealed"]
+    torch.testing.assert_close(annealed(a, 0.0), sds.WEIGHTINGS["sds"](a, 0.0))
+    torch.testing.assert_close(annealed(a, 1.0), sds.WEIGHTINGS["uniform"](a, 1.0))
+    assert (annealed(a, 0.5) > annealed(a, 0.0)).all()
 
 
 @pytest.mark.parametrize("factor", [1.0, 1024.0, 0.5])
@@ -79,9 +88,8 @@ def test_one_sds_step_against_algebra():
     images = torch.full((2048, 3, SIZE, SIZE), 0.5, requires_grad=True)
     noise = sds.draw_noise(2048, prior.latent_shape(SIZE, SIZE), generator(4))
     noise = noise._replace(epsilon=torch.cat([noise.epsilon[:1024], -noise.epsilon[:1024]]))
-    out = sds.distill(
-        prior, images, (mu, mu), noise, t_range=(0.4, 0.4), scale=7.0, weighting="sds"
-    )
+    recipe = sds.Recipe(t_range=(0.4, 0.4), scale=7.0)
+    out = sds.distill(prior, images, sds.Conditions(mu, mu), noise, recipe)
     out.loss.backward()
     a = prior.alphas_cumprod[400]
     assert (out.t == 400).all() and out.skipped == 0
@@ -100,8 +108,8 @@ def test_pictures_under_sds_become_the_known_picture():
     optimizer = torch.optim.Adam([images], lr=0.03)
     for step in range(300):
         noise = sds.draw_noise(2, prior.latent_shape(SIZE, SIZE), generator(step))
-        settings = {"t_range": (0.02, 0.5), "scale": 1.0, "weighting": "sds"}
-        sds.distill(prior, images, (mu, mu), noise, **settings).loss.backward()
+        recipe = sds.Recipe(t_range=(0.02, 0.5), scale=1.0)
+        sds.distill(prior, images, sds.Conditions(mu, mu), noise, recipe).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 300)
@@ -120,13 +128,13 @@ class Broken(Gaussian):
 def test_a_view_that_overflows_is_left_out_and_counted():
     images = torch.rand(3, 3, SIZE, SIZE, generator=generator(7), requires_grad=True)
     noise = sds.draw_noise(3, (3, SIZE, SIZE), generator(8))
-    settings = {"t_range": (0.1, 0.9), "scale": 2.0, "weighting": "uniform"}
-    conditions = (torch.zeros_like(images), torch.ones_like(images))
-    out = sds.distill(Broken(torch.device("cpu")), images, conditions, noise, **settings)
+    recipe = sds.Recipe(t_range=(0.1, 0.9), scale=2.0, weighting="uniform")
+    conditions = sds.Conditions(torch.zeros_like(images), torch.ones_like(images))
+    out = sds.distill(Broken(torch.device("cpu")), images, conditions, noise, recipe)
     out.loss.backward()
     assert out.skipped == 1 and images.grad[0].abs().max() == 0
     whole = images.detach().clone().requires_grad_()
-    sds.distill(Gaussian(torch.device("cpu")), whole, conditions, noise, **settings).loss.backward()
+    sds.distill(Gaussian(torch.device("cpu")), whole, conditions, noise, recipe).loss.backward()
     torch.testing.assert_close(images.grad[1:], whole.grad[1:])
 
 
@@ -134,14 +142,94 @@ def test_the_loss_is_a_mean_over_views():
     prior = Gaussian(torch.device("cpu"))
     images = torch.rand(4, 3, SIZE, SIZE, generator=generator(9), requires_grad=True)
     mu, noise = torch.zeros(4, 3, SIZE, SIZE), sds.draw_noise(4, (3, SIZE, SIZE), generator(10))
-    settings = {"t_range": (0.02, 0.98), "scale": 1.0, "weighting": "sds"}
-    sds.distill(prior, images, (mu, mu), noise, **settings).loss.backward()
+    recipe = sds.Recipe(scale=1.0)
+    sds.distill(prior, images, sds.Conditions(mu, mu), noise, recipe).loss.backward()
     halves = []
     for part in (slice(0, 2), slice(2, 4)):
         own = images.detach()[part].requires_grad_()
-        sds.distill(prior, own, (mu[part], mu[part]), noise.part(part), **settings).loss.backward()
+        conditions = sds.Conditions(mu[part], mu[part])
+        sds.distill(prior, own, conditions, noise.part(part), recipe).loss.backward()
         halves.append(own.grad / 2)  # as DDP averages
     torch.testing.assert_close(images.grad, torch.cat(halves))
+
+
+def scores(**others):
+    """Random scores of two views, the noise first."""
+    shape = (2, 4, SIZE, SIZE)
+    made = [torch.randn(shape, generator=generator(n)) for n in range(3)]
+    return sds.Scores(*made, **others)
+
+
+def test_residuals_differ_by_what_they_subtract():
+    """sds - csd is u - eps; vsd with a copy that sees the noise is sds, with u it is csd."""
+    seen = scores()
+    pulls = {kind: residual(seen._replace(copy=seen.epsilon), 7.5)
+             for kind, residual in sds.RESIDUALS.items()}  # fmt: skip
+    torch.testing.assert_close(pulls["sds"] - pulls["csd"], seen.negative - seen.epsilon)
+    torch.testing.assert_close(pulls["vsd"], pulls["sds"])
+    own = sds.vsd_residual(seen._replace(copy=seen.negative), 7.5)
+    torch.testing.assert_close(own, pulls["csd"])
+    torch.testing.assert_close(sds.csd_residual(seen, 3.0), 3.0 * (seen.text - seen.negative))
+
+
+def test_the_perpendicular_part_is_perpendicular_and_the_rest_is_parallel():
+    vector, axis = (torch.randn(3, 4, 5, 6, generator=generator(n)) for n in (1, 2))
+    away = sds.perpendicular(vector, axis)
+    assert (away * axis).sum((1, 2, 3)).abs().max() < 1e-4
+    parallel = (vector - away).flatten(1)
+    cosine = F.cosine_similarity(parallel, axis.flatten(1)).abs()
+    torch.testing.assert_close(cosine, torch.ones(3))
+    torch.testing.assert_close(
+        sds.perpendicular(axis, axis), torch.zeros_like(axis), atol=1e-5, rtol=0
+    )
+
+
+def test_perp_neg_leaves_alone_what_both_texts_share():
+    seen = scores()
+    direction = seen.text - seen.negative
+    plain = sds.guide(seen.negative, seen.text, 7.5)
+    alike = seen.negative + 2.0 * direction
+    weight = torch.tensor([-1.0, -0.3])
+    told = seen._replace(others=(alike,), weights=(weight,))
+    torch.testing.assert_close(sds.guided(told, 7.5), plain, atol=1e-4, rtol=1e-4)
+    off = seen._replace(others=(seen.epsilon,), weights=(torch.zeros(2),))
+    torch.testing.assert_close(sds.guided(off, 7.5), plain)
+    pushed = sds.guided(seen._replace(others=(seen.epsilon,), weights=(weight,)), 7.5)
+    other = seen.epsilon - seen.negative
+    # It moves against the other text, and not along the prompt's own direction.
+    moved = pushed - plain
+    assert ((moved * other).sum((1, 2, 3)) < 0).all()
+    assert (moved * direction).sum((1, 2, 3)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["linear", "sqrt", "falling"])
+def test_annealed_timesteps_fall_from_end_to_end(kind):
+    a = Gaussian(torch.device("cpu")).alphas_cumprod
+    u, limits = torch.rand(3, generator=generator(1)), (0.02, 0.98)
+    fell = [
+        sds.pick_timesteps(u, sds.Recipe(t_range=limits, t_anneal=kind, progress=p / 50), a)
+        for p in range(51)
+    ]
+    assert all((t == t[0]).all() for t in fell)
+    values = [int(t[0]) for t in fell]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == 980 and values[-1] <= 60
+    if kind == "sqrt":
+        assert values[25] < 500  # sooner down than along a line
+    if kind == "linear":
+        assert values[25] == 500
+
+
+def test_clipping_bounds_every_number_of_the_gradient():
+    prior = Gaussian(torch.device("cpu"))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=generator(9), requires_grad=True)
+    mu, noise = torch.zeros(2, 3, SIZE, SIZE), sds.draw_noise(2, (3, SIZE, SIZE), generator(10))
+    out = [
+        sds.distill(prior, images, sds.Conditions(mu, mu), noise, sds.Recipe(clip=clip)).gradient
+        for clip in (0.0, 0.05)
+    ]
+    assert out[0].abs().max() > 0.05 / 2
+    torch.testing.assert_close(out[1], out[0].clamp(-0.025, 0.025))  # a mean over two views
 
 
 def test_the_ball_covers_what_a_ball_covers():

@@ -355,14 +355,22 @@ def test_float16_encoder_keeps_gradients_of_any_size(sd_folder, size):
     assert (images.grad - whole.grad).norm() < 0.02 * whole.grad.norm()
 
 
+def test_float16_on_a_cpu_becomes_float32_and_is_said(sd_folder):
+    said = []
+    model = StableDiffusion(sd_folder, CPU, dtype="fp16", warn=said.append)
+    assert model.dtype == torch.float32 and "20 times slower on a CPU" in said[0]
+
+
 def test_freed_text_encoder_leaves_the_rest(sd_folder):
     model = StableDiffusion(sd_folder, CPU)
     embeddings = model.embed(["a red cube"])
     model.free_text_encoder()
     assert model.text_encoder is None
     model.predict(draw(1, 4, SIDE, SIDE), torch.tensor([1]), embeddings)
-    with pytest.raises(AssertionError):
-        model.embed(["a red cube"])
+    assert model.embed(["a red cube"]) is not None and model.text_encoder is None  # remembered
+    assert torch.equal(model.embed(["a red cube"]), embeddings)
+    other = model.embed(["a blue cone"])  # loads it again
+    assert torch.equal(other, StableDiffusion(sd_folder, CPU).embed(["a blue cone"]))
 
 
 # ----------------------------------------------------------------------------------------- warnings
@@ -542,7 +550,6 @@ def test_wrong_options_are_refused(sd_folder):
     said = refusal(sd_folder, scheduler="dimm")
     assert re.fullmatch("--scheduler dimm: no scheduler dimm; expected ddim, ddpm, .*", said)
     assert "no alphas_cumprod" in refusal(sd_folder, scheduler="flow_match_euler_discrete")
-    assert "--guidance_dtype fp16: 20 times slower on a CPU" in refusal(sd_folder, dtype="fp16")
     assert "expected auto, fp32, bf16, fp16" in refusal(sd_folder, dtype="half")
 
 

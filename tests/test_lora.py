@@ -1,0 +1,305 @@
+"""guidance/lora and guidance/vsd: an exact zero, a frozen base, and a copy that learns."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_stable_diffusion import CPU, SIDE, draw, sd2_folder, sd_folder  # noqa: F401
+
+from guidance import sds
+from guidance.lora import LoRA, attention_layers, load_lora, save_lora
+from guidance.stable_diffusion import StableDiffusion
+from guidance.vsd import (
+    RenderCopy,
+    disable_unet_class_embedding,
+    flat_cameras,
+    unet_class_embedding,
+)
+from nerf.runtime import World
+
+WORLD = World(0, 1, CPU)
+
+
+@pytest.fixture
+def model(sd_folder):  # noqa: F811
+    return StableDiffusion(sd_folder, CPU)
+
+
+def make_copy(model, **changes):
+    settings = {"rank": 4, "lrate": 1e-2, "camera_dropout": 0.1} | changes
+    torch.manual_seed(0)
+    return RenderCopy(model, model.embed(["a red cube"]), **settings)
+
+
+def noisy(count: int = 2):
+    return draw(count, 4, SIDE, SIDE), torch.tensor([7, 500][:count])
+
+
+def cameras(count: int = 2):
+    return draw(count, 3, 4, seed=3)
+
+
+def teach(copy, steps: int = 3):
+    latents = draw(2, 4, SIDE, SIDE, seed=5)
+    for step in range(steps):
+        noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(step))
+        copy.learn(latents, cameras(), noise, WORLD)
+
+
+def test_a_fresh_adapter_changes_nothing_to_the_bit(model):
+    x, t = noisy()
+    text = model.embed(["a red cube"] * 2)
+    before = model.predict(x, t, text)
+    lora = LoRA(model.unet, 4)
+    with lora.switched():
+        assert torch.equal(model.predict(x, t, text), before)
+    with torch.no_grad():
+        for adapter in lora.adapters:
+            adapter.b.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.predict(x, t, text), before)  # off outside the block
+    with lora.switched():
+        changed = model.predict(x, t, text)
+    with lora.switched(0.5):
+        halfway = model.predict(x, t, text)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    assert not torch.equal(halfway, changed) and not torch.equal(halfway, before)
+    lora.remove()
+    with lora.switched():
+        assert torch.equal(model.predict(x, t, text), before)
+
+
+def test_an_adapter_adds_b_a_x(model):
+    """Against the merged weight W + s B A, layer by layer."""
+    lora = LoRA(model.unet, 3)
+    name, layer = next(iter(attention_layers(model.unet).items()))
+    adapter = lora.adapters[lora.names.index(name)]
+    with torch.no_grad():
+        adapter.b.normal_(generator=torch.Generator().manual_seed(1))
+    x = draw(5, layer.in_features)
+    with lora.switched(0.7), torch.no_grad():
+        found = layer(x)
+    merged = layer.weight + 0.7 * adapter.b @ adapter.a
+    wanted = torch.nn.functional.linear(x, merged, layer.bias)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_every_attention_layer_is_adapted_and_sizes_come_from_the_layers(model):
+    lora = LoRA(model.unet, 2)
+    count = len([n for n in model.unet.attn_processors])
+    assert len(lora.adapters) == 4 * count
+    for name, adapter in zip(lora.names, lora.adapters, strict=True):
+        layer = model.unet.get_submodule(name)
+        assert adapter.a.shape == (2, layer.in_features)
+        assert adapter.b.shape == (layer.out_features, 2)
+
+
+def test_rank_0_is_refused(model):
+    with pytest.raises(ValueError, match="--lora_rank 0"):
+        LoRA(model.unet, 0)
+
+
+def test_switching_survives_an_exception(model):
+    lora = LoRA(model.unet, 2)
+    with pytest.raises(RuntimeError), lora.switched():
+        raise RuntimeError
+    assert lora.lora_scale == 0.0
+
+
+def test_train_and_eval_modes_decide_who_takes_gradients(model):
+    lora = LoRA(model.unet, 2)
+    assert all(p.requires_grad for p in lora.parameters())
+    lora.eval()
+    assert not any(p.requires_grad for p in lora.parameters())
+    lora.train()
+    assert all(p.requires_grad for p in lora.parameters())
+    assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_class_embedding_is_put_back_even_after_an_exception(model):
+    own, other = torch.nn.Identity(), torch.nn.Identity()
+    model.unet.class_embedding = own
+    with pytest.raises(RuntimeError), unet_class_embedding(model.unet, other):
+        assert model.unet.class_embedding is other
+        raise RuntimeError
+    assert model.unet.class_embedding is own
+    with disable_unet_class_embedding(model.unet):
+        assert model.unet.class_embedding is None
+    assert model.unet.class_embedding is own
+
+
+# -------------------------------------------------------------------------------------- the copy
+
+
+def test_the_copy_begins_as_the_model_and_leaves_it_alone(model):
+    x, t = noisy()
+    plain = model.predict(x, t, model.embed(["a red cube"] * 2))
+    weights = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    copy = make_copy(model)
+    assert torch.equal(copy.epsilon(x, t, cameras()), plain)  # epsilon model: the output itself
+    teach(copy)
+    assert not torch.allclose(copy.epsilon(x, t, cameras()), plain, atol=1e-4)
+    assert torch.equal(model.predict(x, t, model.embed(["a red cube"] * 2)), plain)
+    for name, value in model.unet.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert all(p.grad is None for p in model.unet.parameters())
+    assert copy.steps == 3
+
+
+def test_the_copy_hears_the_camera_after_it_has_learnt(model):
+    x, t = noisy()
+    copy = make_copy(model, camera_dropout=0.0)
+    assert torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
+    teach(copy)
+    assert not torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
+
+
+def test_dropped_cameras_are_zeros(model):
+    """With every camera dropped, learning cannot tell two sets of cameras apart."""
+    both = []
+    for sign in (1.0, -1.0):
+        copy = make_copy(model, camera_dropout=1.0)
+        noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
+        copy.learn(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
+        both.append([p.clone() for p in copy.parameters()])
+    assert all(map(torch.equal, *both))
+
+
+@pytest.mark.parametrize("folder", ["sd_folder", "sd2_folder"])
+def test_the_copy_learns_to_denoise_the_renders(folder, request):
+    """Its loss on one picture falls, for models that predict the noise and for v."""
+    model = StableDiffusion(request.getfixturevalue(folder), CPU)
+    copy = make_copy(model, camera_dropout=0.0)
+    latents, losses = draw(2, 4, SIDE, SIDE, seed=5), []
+    noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
+    for _ in range(30):
+        losses.append(copy.learn(latents, cameras(), noise, WORLD))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_vsd_begins_at_the_guidance_alone(model):
+    """While the copy is the model, eps_guided - eps_copy is (s - 1)(c - u) for one prompt."""
+    copy, images = make_copy(model), draw(2, 3, 8 * SIDE, 8 * SIDE).sigmoid()
+    text, none = model.embed(["a red cube"] * 2), model.embed([""] * 2)
+    noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
+    found = {}
+    for kind, scale in (("vsd", 7.5), ("csd", 6.5)):
+        recipe = sds.Recipe(kind=kind, scale=scale)
+        conditions = sds.Conditions(none, text)
+        found[kind] = sds.distill(model, images, conditions, noise, recipe, copy.at(cameras()))
+    torch.testing.assert_close(found["vsd"].gradient, found["csd"].gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_two_bases_guide_and_follow(model, sd2_folder):  # noqa: F811
+    other = StableDiffusion(sd2_folder, CPU)
+    copy = make_copy(other)
+    x, t = noisy()
+    wanted = sds.to_epsilon(
+        other.predict(x, t, other.embed(["a red cube"] * 2)), x, other.alphas_cumprod[t],
+        "v_prediction",
+    )  # fmt: skip
+    torch.testing.assert_close(copy.epsilon(x, t, cameras()), wanted)
+
+
+def test_a_half_precision_base_keeps_float32_masters(sd_folder):  # noqa: F811
+    model = StableDiffusion(sd_folder, CPU, dtype="bf16")
+    copy = make_copy(model, lrate=1e-4)
+    before = [p.clone() for p in copy.parameters()]
+    teach(copy, 1)
+    assert all(p.dtype == torch.float32 for p in copy.parameters())
+    assert any(not torch.equal(p, old) for p, old in zip(copy.parameters(), before, strict=True))
+
+
+def test_a_copy_goes_on_to_the_bit_from_its_checkpoint(model):
+    whole = make_copy(model)
+    teach(whole, 2)
+    state = whole.checkpoint()
+    state = {"weights": {k: v.clone() for k, v in state["weights"].items()}} | {
+        name: torch.load(_through_a_file(state[name])) for name in ("optimizer", "scaler")
+    }
+    teach(whole, 2)
+    resumed = make_copy(model)
+    resumed.restore(state, "here")
+    teach(resumed, 2)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    assert resumed.steps == 4
+    with pytest.raises(ValueError, match="here: its copy of the model"):
+        make_copy(model, rank=2).restore(state, "here")
+    with pytest.raises(ValueError, match="keep --guidance"):
+        make_copy(model).restore(None, "here")
+
+
+def _through_a_file(value):
+    import io
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def test_gradients_that_are_not_finite_are_left_out(model):
+    copy = make_copy(model)
+    noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
+    before = [p.clone() for p in copy.parameters()]
+    copy.learn(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
+    assert all(map(torch.equal, copy.parameters(), before)) and copy.steps == 0
+
+
+def test_flat_cameras_are_rows_of_a_4_by_4_matrix():
+    c2w = draw(1, 3, 4)
+    whole = flat_cameras(c2w).view(4, 4)
+    assert torch.equal(whole[:3], c2w[0]) and whole[3].tolist() == [0, 0, 0, 1]
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def no_change(lora):
+    before = [p.clone() for p in lora.parameters()]
+    yield
+    assert all(map(torch.equal, lora.parameters(), before))
+
+
+def test_the_file_holds_the_adapters_alone_and_comes_back(model, tmp_path):
+    copy, path = make_copy(model), tmp_path / "lora.safetensors"
+    teach(copy, 1)
+    save_lora(path, copy.lora)
+    kept = load_file(path)
+    assert kept.keys() == copy.lora.tensors().keys()
+    assert all(name.startswith("unet.") for name in kept)
+    other = make_copy(model)
+    load_lora(path, other.lora)
+    assert all(map(torch.equal, other.lora.parameters(), copy.lora.parameters()))
+
+
+def test_files_that_do_not_fit_are_refused_and_nothing_is_lost(model, tmp_path):
+    path, lora = tmp_path / "lora.safetensors", LoRA(model.unet, 4)
+    save_lora(path, LoRA(model.unet, 2))
+    with no_change(lora):
+        with pytest.raises(ValueError, match="expected .*--lora_rank"):
+            load_lora(path, lora)
+        save_file({"unet.other.lora_A.weight": torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match="a LoRA of another model"):
+            load_lora(path, lora)
+        path.write_bytes(b"no safetensors")
+        with pytest.raises(ValueError, match="cannot read it as safetensors"):
+            load_lora(path, lora)
+        with pytest.raises(ValueError, match="cannot read it"):
+            load_lora(tmp_path / "missing", lora)
+
+
+def test_peft_reads_the_file_as_we_do(model, tmp_path):
+    pytest.importorskip("peft")
+    copy, path = make_copy(model, camera_dropout=0.0), tmp_path / "lora.safetensors"
+    teach(copy)
+    save_lora(path, copy.lora)
+    x, t = noisy()
+    text = model.embed(["a red cube"] * 2)
+    with copy.lora.switched():
+        wanted = model.predict(x, t, text)
+    copy.lora.remove()
+    tensors = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+    model.unet.load_lora_adapter(tensors, prefix=None)
+    torch.testing.assert_close(model.predict(x, t, text), wanted, atol=1e-5, rtol=1e-4)
