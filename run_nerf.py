@@ -25,8 +25,9 @@ from nerf.ema import EMA
 from nerf.health import DeadStart
 from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.losses import squared_error
-from nerf.metrics import psnr_from_mse
+from nerf.metrics import load_lpips, psnr_from_mse
 from nerf.renderer import block_size, compile_fields
+from nerf.report import try_report
 
 
 def every(step: int, interval: int) -> bool:
@@ -134,16 +135,25 @@ def measure_test(args, run, painter, ema, step) -> None:
         run.say("there are no test views: no metrics.json")
         return
     name = f"render_test_{step:06d}"
+    lpips, missing = load_lpips(painter.world.device)
+    settings = {"lpips": lpips, "metres_per_unit": args.metres_per_unit}
+    settings["true_depth"] = Path(args.datadir) / "depth"
     with ema.swap():
-        metrics = evaluation.measure_views(painter, "test", run.folder / name, args.render_factor)
+        metrics = evaluation.measure_views(
+            painter, "test", run.folder / name, args.render_factor, **settings
+        )
     metrics.update(step=step, weights=ema.kind, args=vars(args))
     run.write_json(f"{name}/metrics.json", metrics)
     run.write_json("metrics.json", metrics)
-    ssim = "" if metrics["ssim"] is None else f", SSIM {metrics['ssim']:.4f}"
+    others = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}
+    found = [f", {said} {metrics[key]:.4f}" for key, said in others.items() if metrics.get(key)]
     run.say(
-        f"test: PSNR {metrics['psnr']:.2f} dB{ssim} over {metrics['num_views']} views, "
+        f"test: PSNR {metrics['psnr']:.2f} dB{''.join(found)} over {metrics['num_views']} views, "
         f"{metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
+        + (f"; no LPIPS ({missing})" if missing else "")
     )
+    if run.is_main:
+        try_report(run.folder, run.say)
 
 
 def validate(world, run, painter, ema, step) -> float:
@@ -178,9 +188,9 @@ def warn_once(run, step, complaint: str | None, said: tuple[str, ...]) -> tuple[
 
 
 def render_camera_path(args, run, painter, ema, step) -> None:
-    folder = run.folder / f"render_path_{step:06d}"
+    folder, scale = run.folder / f"render_path_{step:06d}", args.metres_per_unit
     with ema.swap():
-        videos = evaluation.render_path(painter, folder, args.render_factor, run.say)
+        videos = evaluation.render_path(painter, folder, args.render_factor, run.say, scale)
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
 
 
@@ -232,6 +242,8 @@ def train(args, world, run) -> int:
     if found:
         check_flags(*found, args)
     run.record(vars(args), options.as_config(args, options.nerf_parser()))
+    if args.wandb:
+        run.start_wandb(vars(args))
     attempt = found[1].get("attempt", 0) if found else 0
     with runtime.StopSignal() as stop:
         while True:

@@ -152,6 +152,7 @@ def add_run_flags(parser) -> None:
     add("--i_video", type=not_negative, default=50000, help="steps between videos; 0: never")
     add("--ckpt_secs", type=amount, default=60.0, help="seconds between checkpoints; 0: by step")
     add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
+    add_switch(group, "wandb", "log to Weights & Biases as well (pip install wandb)")
 
 
 def add_scene_flags(parser) -> None:
@@ -275,6 +276,7 @@ def add_nerf_flags(parser) -> None:
     add_switch(group, "render_only", "render from the newest checkpoint instead of training")
     add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
     add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
+    add("--metres_per_unit", type=amount, default=0.0, help="scene's scale, for depth; 0: unknown")
     group = parser.add_argument_group("export (reads a finished run)")
     add_export_flags(group)
     add = group.add_argument
