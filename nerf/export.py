@@ -104,6 +104,11 @@ def box_of(capture: Capture, seen: Seen) -> tuple[Box, object]:
     of alpha masks; what the pictures show. A grid's own box is never left.
     """
     renderer, scene = capture.renderer, capture.scene
+    if scene.ndc and capture.bound:
+        raise ValueError(
+            "--export_bound is in world units, and an NDC scene is cut where its pictures end; "
+            "leave it out, or train with --no_ndc"
+        )
     space = getattr(renderer, "space", None)
 
     def anywhere(points: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ FIGURES = {
 }
 # Columns of metrics.csv in one diagram, and whether its axis is logarithmic.
 DIAGRAMS = {
-    "loss": (("loss", "sds"), True),
+    "loss": (("loss",), True),
+    "sds, not a measure of quality": (("sds",), True),
     "PSNR, dB": (("psnr", "val_psnr"), False),
     "learning rate": (("lr",), True),
     "gradient norm": (("grad_norm",), True),
@@ -148,6 +149,8 @@ def views(run: Run) -> list[str]:
     """The test views beside target, error and depth, worst first."""
     rows = run.views
     if not rows:
+        if "prompt" in run.args:  # text to 3D has none
+            return [f"<p>Text: {pages.text(run.args['prompt'])}</p>"]
         return ["<p>No test views have been measured yet.</p>"]
     parts = [f"<h2>Test views, worst first (step {run.metrics.get('step')})</h2>"]
     unit = _json(run.test_folder / "depth" / "unit.json")

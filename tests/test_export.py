@@ -131,6 +131,12 @@ def test_ndc_scene_comes_back_to_the_world_the_right_way_out():
     assert (outwards[rim] > 0).mean() > 0.9
 
 
+def test_a_cube_of_an_ndc_scene_is_refused():
+    capture, _ = ahead()
+    with pytest.raises(ValueError, match="--export_bound is in world units.*leave it out"):
+        export.scene_mesh(capture._replace(bound=1.0), resolution=32, level=0.0)
+
+
 def test_ndc_to_world_is_the_inverse_of_rays_to_ndc():
     generator = torch.Generator().manual_seed(0)
     x, y = 64 * torch.rand(2, 50, generator=generator)
