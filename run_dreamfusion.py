@@ -43,6 +43,7 @@ from nerf.ema import EMA
 from nerf.health import Collapse
 from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.particles import objects
+from nerf.report import try_report
 from nerf.schedules import scheduled, stepped
 from nerf.shading import Look, draw_look
 
@@ -378,6 +379,8 @@ def finish(args, world, run, parts, step, clock) -> None:
         if args.mesh:
             write_mesh(args, world, run, renderer, ema, run.folder / "mesh.glb")
     run.write_json("metrics.json", metrics)
+    if run.is_main:
+        try_report(run.folder, run.say)
     run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
 
 
@@ -451,6 +454,8 @@ def train(args, world, run, priors: dict) -> int:
     parts = renderer, optimizer, scaler, ema = prepare(args, world)
     step, clock = resume(args, world, run, parts, prior, copy)
     run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
+    if args.wandb:
+        run.start_wandb(vars(args))
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
         model = DistributedDataParallel(renderer, find_unused_parameters=True)

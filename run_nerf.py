@@ -2,6 +2,7 @@
 
     python run_nerf.py --config configs/lego.txt
     python run_nerf.py --config configs/lego.txt --render_only --render_test --render_factor 4
+    python run_nerf.py --config configs/lego.txt --export lego.glb --export_points lego.ply
     torchrun --nproc_per_node=2 run_nerf.py --config configs/lego.txt
 
 Exit codes: 0 done; 2 a mistake in flags or data; 130 / 143 stopped by SIGINT / SIGTERM, with the
@@ -18,14 +19,15 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nerf import checkpoint, evaluation, options, runtime
+from nerf import checkpoint, evaluation, export, options, runtime
 from nerf.datasets import load_scene
 from nerf.ema import EMA
 from nerf.health import DeadStart
 from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.losses import squared_error
-from nerf.metrics import psnr_from_mse
+from nerf.metrics import load_lpips, psnr_from_mse
 from nerf.renderer import block_size, compile_fields
+from nerf.report import try_report
 
 
 def every(step: int, interval: int) -> bool:
@@ -39,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         world = runtime.setup(args.device)
         options.check_nerf_flags(args, world.size)
         folder = Path(args.basedir) / args.expname
-        run = RunFolder(folder, is_main=world.is_main, lock=not args.render_only)
-        code = render_only(args, world, run) if args.render_only else train(args, world, run)
+        reading = args.render_only or args.export or args.export_points
+        run = RunFolder(folder, is_main=world.is_main, lock=not reading)
+        code = read_run(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return code
     except ValueError as error:
@@ -78,7 +81,7 @@ def find_checkpoint(args, world, run):
         world,
         run.say,
         reload=not args.no_reload,
-        prefer_given=args.render_only,
+        prefer_given=bool(args.render_only or args.export or args.export_points),
     )
 
 
@@ -132,16 +135,25 @@ def measure_test(args, run, painter, ema, step) -> None:
         run.say("there are no test views: no metrics.json")
         return
     name = f"render_test_{step:06d}"
+    lpips, missing = load_lpips(painter.world.device)
+    settings = {"lpips": lpips, "metres_per_unit": args.metres_per_unit}
+    settings["true_depth"] = Path(args.datadir) / "depth"
     with ema.swap():
-        metrics = evaluation.measure_views(painter, "test", run.folder / name, args.render_factor)
+        metrics = evaluation.measure_views(
+            painter, "test", run.folder / name, args.render_factor, **settings
+        )
     metrics.update(step=step, weights=ema.kind, args=vars(args))
     run.write_json(f"{name}/metrics.json", metrics)
     run.write_json("metrics.json", metrics)
-    ssim = "" if metrics["ssim"] is None else f", SSIM {metrics['ssim']:.4f}"
+    others = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}
+    found = [f", {said} {metrics[key]:.4f}" for key, said in others.items() if metrics.get(key)]
     run.say(
-        f"test: PSNR {metrics['psnr']:.2f} dB{ssim} over {metrics['num_views']} views, "
+        f"test: PSNR {metrics['psnr']:.2f} dB{''.join(found)} over {metrics['num_views']} views, "
         f"{metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
+        + (f"; no LPIPS ({missing})" if missing else "")
     )
+    if run.is_main:
+        try_report(run.folder, run.say)
 
 
 def validate(world, run, painter, ema, step) -> float:
@@ -176,18 +188,32 @@ def warn_once(run, step, complaint: str | None, said: tuple[str, ...]) -> tuple[
 
 
 def render_camera_path(args, run, painter, ema, step) -> None:
-    folder = run.folder / f"render_path_{step:06d}"
+    folder, scale = run.folder / f"render_path_{step:06d}", args.metres_per_unit
     with ema.swap():
-        videos = evaluation.render_path(painter, folder, args.render_factor, run.say)
+        videos = evaluation.render_path(painter, folder, args.render_factor, run.say, scale)
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
 
 
-def render_only(args, world, run) -> int:
-    """``--render_only``: the camera path, or the test views with metrics, from a checkpoint."""
+def write_exports(args, run, painter, renderer, ema) -> None:
+    """The mesh and the point cloud that are asked for, of the weights that pictures show."""
+    if not run.is_main:
+        return
+    render, scene, block = painter.render, painter.scene, painter.block
+    with ema.swap():
+        capture = export.Capture(renderer, scene, render, block, args.export_bound, run.say)
+        if args.export:
+            settings = {"resolution": args.mesh_res, "level": args.mesh_level}
+            export.export_mesh(capture, Path(args.export), **settings)
+        if args.export_points:
+            export.export_points(capture, Path(args.export_points), args.num_points)
+
+
+def read_run(args, world, run) -> int:
+    """``--export``, ``--render_only``: mesh, points, camera path or test views of a checkpoint."""
     found = find_checkpoint(args, world, run)
     if found is None:
         raise ValueError(
-            f"{run.folder}: no checkpoint to render; train first, or name one with --ft_path"
+            f"{run.folder}: no checkpoint to render or export; train first, or name one: --ft_path"
         )
     path, state = found
     scene = load_scene(args, run.say).to(world.device)
@@ -197,9 +223,11 @@ def render_only(args, world, run) -> int:
     check_flags(path, state, args)
     checkpoint.restore(path, state, run.say, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
-    run.say(f"rendering {path} (step {step}, {ema.kind} weights); {scene.describe()}")
+    run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
     painter = make_painter(args, world, renderer, scene)
-    (measure_test if args.render_test else render_camera_path)(args, run, painter, ema, step)
+    write_exports(args, run, painter, renderer, ema)
+    if args.render_only:
+        (measure_test if args.render_test else render_camera_path)(args, run, painter, ema, step)
     return 0
 
 
@@ -214,6 +242,8 @@ def train(args, world, run) -> int:
     if found:
         check_flags(*found, args)
     run.record(vars(args), options.as_config(args, options.nerf_parser()))
+    if args.wandb:
+        run.start_wandb(vars(args))
     attempt = found[1].get("attempt", 0) if found else 0
     with runtime.StopSignal() as stop:
         while True:

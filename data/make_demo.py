@@ -316,11 +316,15 @@ def _over_white(picture: np.ndarray) -> np.ndarray:
 
 
 def write_blender(out: Path, size: int, counts: dict[str, int], progress) -> None:
+    """With depth/test/*.npy: exact z [H, W] float32, scene units, infinite where nothing is."""
     for split, poses in cameras(counts).items():
         frames = []
         for number, c2w in enumerate(poses):
-            picture, _ = render_view(c2w, size)
+            picture, depth = render_view(c2w, size)
             write_png(out / split / f"r_{number}.png", _rgba(picture))
+            if split == "test":
+                (out / "depth" / split).mkdir(parents=True, exist_ok=True)
+                np.save(out / "depth" / split / f"r_{number}.npy", depth)
             matrix = np.vstack([c2w, [0, 0, 0, 1]]).tolist()
             frames.append({"file_path": f"./{split}/r_{number}", "transform_matrix": matrix})
             progress()

@@ -108,10 +108,8 @@ def add_output_flags(parser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
     options.add_switch(group, "render_only", "render the turntable from the newest checkpoint")
-    add("--export", help="write the mesh of the newest checkpoint: out.glb, out.obj or out.ply")
+    options.add_export_flags(group)
     options.add_switch(group, "mesh", "write mesh.glb into the run folder at the end of training")
-    add("--mesh_res", type=options.grid_side, default=128, help="cells of the mesh's longer side")
-    add("--mesh_level", type=options.amount, default=0.0, help="density of the surface; 0: auto")
     add("--init_from", help="run folder or checkpoint whose object to start from")
     add(
         "--eval_res", type=options.positive, default=128, help="pixels per side of what is rendered"
@@ -146,10 +144,7 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(f"{' and '.join(given)} exclude one another; use one at a time")
     if args.no_reload and (args.render_only or args.export):
         raise ValueError(f"--no_reload and {given[0]} contradict each other; leave one out")
-    if args.export and Path(args.export).suffix not in FORMATS:
-        raise ValueError(
-            f"--export {args.export}: expected a name that ends in {' '.join(FORMATS)}"
-        )
+    options.check_export_name("export", args.export, FORMATS)
     if args.batch_views % num_ranks:
         raise ValueError(
             f"--batch_views {args.batch_views} does not divide by {num_ranks} processes; "

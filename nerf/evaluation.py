@@ -4,6 +4,7 @@ Views are split over the ranks and metrics gathered, so no rank waits at a barri
 renders. Everything here runs under the weights that the caller has put in place.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from nerf.datasets.scene import Scene
 from nerf.media import colorize, nearness, write_png, write_video
-from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
-from nerf.rays import Rays
+from nerf.metrics import depth_error, psnr, psnr_from_mse, ssim, to_8bit
+from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered, render_view
 from nerf.runtime import StopSignal, World
 
@@ -52,6 +53,19 @@ class Painter:
         rays_of = scene.view_rays(c2w, intrinsics)
         return render_view(self.render, rays_of, size, self.block, self.world.device)
 
+    def z_depth(self, rendered: Rendered, scene: Scene, c2w: Tensor, intrinsics) -> np.ndarray:
+        """Depth [H, W] along the camera's axis in scene units, also of NDC rays; 0: nothing hit."""
+        if not scene.ndc:  # t is that, see nerf.rays
+            return rendered.depth.numpy()
+        pixels = torch.arange(scene.height * scene.width, device=c2w.device)
+        rays = scene.view_rays(c2w, intrinsics)(pixels)
+        # Short of infinity, so that what lies there keeps a number.
+        t = rendered.depth.flatten().to(c2w.device).clamp(max=1 - 1e-4)
+        points = rays.origins + rays.directions * t[:, None]
+        points = ndc_to_world(points, scene.height, scene.width, intrinsics)
+        z = -((points - c2w[:, 3]) * c2w[:, 2]).sum(-1).cpu().view(rendered.depth.shape)
+        return torch.where(rendered.opacity > 0, z, 0.0).numpy()
+
     def depth_map(self, rendered: Rendered) -> np.ndarray:
         """Depth in colour [H, W, 3]; near is bright, nothing is dark."""
         scene = self.scene
@@ -69,11 +83,21 @@ def target_at(scene: Scene, view: int, factor: int) -> np.ndarray:
     return blocks.reshape(height, factor, width, factor, 3).mean((1, 3))
 
 
-def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -> dict:
+def measure_views(
+    painter: Painter,
+    split: str,
+    folder: Path,
+    factor: int = 0,
+    *,
+    lpips=None,
+    true_depth: Path | None = None,
+    metres_per_unit: float = 0.0,
+) -> dict:
     """Render and measure every view of ``split``; pictures and depth go to ``folder``.
 
-    Returns the metrics on every rank (see README for the schema). PSNR and SSIM are means over
-    views; ``psnr_8bit`` is measured on the pictures as saved.
+    Returns the metrics on every rank (see README for the schema): means over views; ``psnr_8bit``
+    is measured on the pictures as saved. lpips: of ``metrics.load_lpips``. true_depth: folder of
+    exact depth, <view's name>.npy [H, W], see ``depth_unit``. metres_per_unit: 0: not known.
     """
     scene = painter.scene.resized(factor)
     world, views = painter.world, painter.scene.splits[split]
@@ -84,25 +108,31 @@ def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -
         seconds = time.perf_counter() - start
         picture = rendered.rgb.clamp(0, 1).numpy()
         target = target_at(painter.scene, view, factor)[: scene.height, : scene.width]
-        write_png(folder / f"{number:03d}.png", picture)
+        depth = painter.z_depth(rendered, scene, scene.c2w[view], scene.intrinsics[view])
+        write_view(folder, number, picture, target)
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+        np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
         saved = to_8bit(picture) / 255.0
-        mine.append(
-            {
-                "name": scene.names[view],
-                "psnr": psnr(picture, target),
-                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0),
-                "ssim": ssim(picture, target),
-                "seconds": seconds,
-                "number": number,
-            }
-        )
+        row = {
+            "name": scene.names[view],
+            "psnr": psnr(picture, target),
+            "psnr_8bit": psnr(saved, to_8bit(target) / 255.0),
+            "ssim": ssim(picture, target),
+            "seconds": seconds,
+            "number": number,
+        }
+        if lpips is not None:
+            row["lpips"] = lpips(picture, target)
+        mine.append(row | _against_truth(depth, true_depth, scene.names[view]))
+    if world.is_main and views:
+        write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=True)
     rows = sorted((row for part in world.gather(mine) for row in part), key=lambda r: r["number"])
     seconds = [row.pop("seconds") for row in rows]
     for row in rows:
         row.pop("number")
+    names = [name for name in rows[0] if name != "name"]
     return {
-        **{name: _mean([row[name] for row in rows]) for name in ("psnr", "psnr_8bit", "ssim")},
+        **{name: _mean([row.get(name) for row in rows]) for name in names},
         "split": split,
         "num_views": len(rows),
         "resolution": [scene.width, scene.height],
@@ -112,11 +142,53 @@ def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -
     }
 
 
+def write_view(folder: Path, number: int, picture: np.ndarray, target: np.ndarray) -> None:
+    """A view as rendered, target/ and error/: the mean absolute difference, times 4, in colour."""
+    write_png(folder / f"{number:03d}.png", picture)
+    write_png(folder / "target" / f"{number:03d}.png", target)
+    error = np.abs(picture - target).mean(-1) * 4
+    write_png(folder / "error" / f"{number:03d}.png", colorize(error))
+
+
+def _against_truth(depth: np.ndarray, folder: Path | None, name: str) -> dict[str, float]:
+    """The depth's error, in scene units, where the exact one of the same size is known."""
+    path = folder / f"{name}.npy" if folder is not None else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        truth = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no depth, a numpy array [H, W] ({error})") from None
+    return depth_error(depth, truth) if truth.shape == depth.shape else {}
+
+
+def write_depth_unit(folder: Path, scene: Scene, metres_per_unit: float, *, values: bool) -> None:
+    """unit.json beside depth files: what their numbers and colours mean."""
+    scale = metres_per_unit or 1.0
+    content = {
+        "depth": "z: along the camera's axis, not the distance to the camera",
+        "unit": "metres" if metres_per_unit else "scene units; their length in metres is not known",
+        "metres_per_scene_unit": metres_per_unit or None,
+        "png": "colour: bright is near, black nothing; even in "
+        + ("NDC depth" if scene.ndc else "1 / z" if scene.near > 0 else "z")
+        + f" from {scene.near * (1 if scene.ndc else scale):g}"
+        + f" to {scene.far * (1 if scene.ndc else scale):g}",
+    }
+    if values:
+        content["npy"] = (
+            "float32 [height, width] in that unit, mean over what the ray met; 0: nothing"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "unit.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
 def _mean(values: list[float | None]) -> float | None:
     return None if None in values else float(np.mean(values))
 
 
-def render_path(painter: Painter, folder: Path, factor: int = 0, warn=print) -> list[Path]:
+def render_path(
+    painter: Painter, folder: Path, factor: int = 0, warn=print, metres_per_unit: float = 0.0
+) -> list[Path]:
     """Render the scene's camera path: 000.png ..., depth/, rgb.mp4, depth.mp4 in ``folder``.
 
     Returns the videos that were made.
@@ -129,7 +201,10 @@ def render_path(painter: Painter, folder: Path, factor: int = 0, warn=print) -> 
         write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
     world.barrier()
-    return make_videos(folder, len(poses), warn) if world.is_main else []
+    if not world.is_main:
+        return []
+    write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=False)
+    return make_videos(folder, len(poses), warn)
 
 
 def make_videos(folder: Path, num_frames: int, warn=print) -> list[Path]:

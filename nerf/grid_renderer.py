@@ -63,6 +63,22 @@ class GridRenderer(nn.Module):
         """The network."""
         return [self.field]
 
+    def density(self, points: Tensor) -> Tensor:
+        """Density [N] per scene unit at points [N, 3] in the rays' coordinates; 0 in empty cells.
+
+        What the field says there was never seen by training, nor is it by pictures.
+        """
+        unit = self.space.to_unit(points)
+        index = self.grid.occupied_at(unit).nonzero()[:, 0]
+        found = density_of(density_packed(self.field, unit.index_select(0, index)))
+        return found.new_zeros(len(points)).index_copy_(0, index, found)
+
+    def color(self, points: Tensor, viewdirs: Tensor) -> Tensor:
+        """RGB [N, 3] in [0, 1] at points [N, 3] seen along viewdirs [N, 3]."""
+        number = torch.arange(len(points), device=points.device)
+        unit = self.space.to_unit(points)
+        return torch.sigmoid(query_packed(self.field, unit, viewdirs, number)[1])
+
     def draw_noise(self, num_rays: int, generator: torch.Generator) -> RayNoise:
         """One shift per ray, and its background colour where that is random."""
 

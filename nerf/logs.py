@@ -30,7 +30,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, *, is_main: bool, lock: bool):
         self.folder, self.is_main = folder, is_main
-        self._lock = self._writer = self._csv = self._val = None
+        self._lock = self._writer = self._csv = self._val = self._wandb = None
         if not is_main:
             return
         try:
@@ -82,6 +82,31 @@ class RunFolder:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
         temporary.replace(path)
 
+    def start_wandb(self, flags: dict) -> None:
+        """Log to Weights & Biases as well, from now on; a run that is resumed goes on there.
+
+        ValueError without the package, or where it cannot start.
+        """
+        if not self.is_main:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb needs one more package: pip install wandb") from None
+        id_file = self.folder / "wandb_id.txt"
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        try:
+            self._wandb = wandb.init(
+                project="nerf", name=self.folder.name, dir=str(self.folder), config=flags,
+                id=known, resume="allow",
+            )  # fmt: skip
+        except Exception as error:  # no key, no network, and whatever else it may raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"--wandb: it does not start ({reason}); `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+        id_file.write_text(self._wandb.id, encoding="utf-8")
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One row of metrics.csv and its TensorBoard points. Keys must be the same every time."""
         if not self.is_main:
@@ -93,6 +118,8 @@ class RunFolder:
         self._csv.flush()
         for name, value in values.items():
             self.tensorboard(step).add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def validation(self, step: int, score: float, strip: np.ndarray) -> None:
         """Validation PSNR and picture: TensorBoard, and val_strip.png (the latest)."""
@@ -101,6 +128,8 @@ class RunFolder:
         write_png(self.folder / "val_strip.png", strip)
         self.tensorboard(step).add_scalar("val_psnr", score, step)
         self.tensorboard(step).add_image("validation", strip, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({"val_psnr": score}, step=step)
         path = self.folder / "val.csv"
         if self._val is None:
             self._val = _open_table(path, step, ["step", "val_psnr"])
@@ -132,6 +161,9 @@ class RunFolder:
     def close(self) -> None:
         """Flush and release everything; safe to call twice."""
         self.close_tables()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None

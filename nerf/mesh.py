@@ -19,12 +19,12 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nerf.mesh_grid import Grid, heights_near_surface, sample_density
 from nerf.metrics import to_8bit
 
 FORMATS = (".glb", ".obj", ".ply")
@@ -37,44 +37,6 @@ ON_SURFACE = 1e-4  # of opacity
 RIM = -1e3
 
 
-class _Grid(NamedTuple):
-    """Points in a box, its sides included, about equally far apart along all axes."""
-
-    low: Tensor  # [3]
-    high: Tensor  # [3]
-    counts: tuple[int, int, int]
-
-    @classmethod
-    def over(cls, low: Tensor, high: Tensor, resolution: int) -> "_Grid":
-        """``resolution`` points along the longest side, as many on the others as that spacing."""
-        sides = (high - low).tolist()
-        spacing = max(sides) / (resolution - 1)
-        return cls(low, high, tuple(max(1, round(side / spacing)) + 1 for side in sides))
-
-    @property
-    def spacing(self) -> Tensor:
-        return (self.high - self.low) / (self.low.new_tensor(self.counts) - 1)
-
-    def around(self, solid: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The corners [3] of the box around solid points, a cell wider, inside this grid."""
-        low, high = self.low.clone(), self.high.clone()
-        for axis, used in enumerate(_used(solid)):
-            first, last = used[0] - 1, used[-1] + 1
-            if first > 0:
-                low[axis] += first * self.spacing[axis]
-            if last < self.counts[axis] - 1:
-                high[axis] = self.low[axis] + last * self.spacing[axis]
-        return low, high
-
-    def touched(self, solid: np.ndarray) -> Tensor:
-        """Whether solid points lie on the grid's lower and upper sides, [2, 3] bool."""
-        ends = [
-            (used[0] == 0, used[-1] == n - 1)
-            for used, n in zip(_used(solid), self.counts, strict=True)
-        ]
-        return torch.tensor(ends, device=self.low.device).T
-
-
 def surface_level(step: float) -> float:
     """The density at which one rendering step of this length has opacity 0.5."""
     return math.log(2.0) / step
@@ -83,7 +45,7 @@ def surface_level(step: float) -> float:
 @torch.no_grad()
 def extract_mesh(
     density_at: Callable[[Tensor], Tensor],
-    color_at: Callable[[Tensor], Tensor],
+    color_at: Callable[[Tensor], Tensor] | None,
     low: Tensor,
     high: Tensor,
     *,
@@ -91,47 +53,57 @@ def extract_mesh(
     level: float,
     chunk: int = 1 << 16,
     keep_largest: bool = True,
+    smallest_piece: float = 1.0,
+    near_surface: bool = False,
     warn=print,
 ) -> "trimesh.Trimesh":  # noqa: F821
     """The closed surface of a density field, faces outwards, with an sRGB colour per vertex.
 
     density_at: scene points [M, 3] -> density [M] >= 0, per scene unit; color_at: scene points
-    [M, 3] -> RGB [M, 3] in [0, 1]; at most ``chunk`` points a call. low, high: corners [3] of the
-    box. resolution: points along the longest side of the grid, which is fitted to what the box
-    holds. level: the surface's density; where nothing reaches it, a percentile of what there is.
-    keep_largest: only the piece with the most solid volume. Not the largest area, which crumpled
-    fog has, nor the largest enclosed volume, which a thin shell of fog around the scene has.
-    Cavities without a way out are filled with it. ValueError where there is no object.
+    [M, 3] -> RGB [M, 3] in [0, 1], None: no colours; at most ``chunk`` points a call. low, high:
+    corners [3] of the box. resolution: points along the longest side of the grid, which is fitted
+    to what the box holds. level: the surface's density; where nothing reaches it, a percentile of
+    what there is. keep_largest: only the piece with the most solid volume. Not the largest area,
+    which crumpled fog has, nor the largest enclosed volume, which a thin shell of fog around the
+    scene has. Cavities without a way out are filled with it. smallest_piece: with it stay pieces of
+    at least this part of its volume. near_surface: ask for the density near the surface alone, for
+    slow fields (``heights_near_surface``). ValueError where there is no object.
     """
     trimesh, measure = _libraries()
     assert resolution >= 2 and level > 0 and bool((high > low).all())
-    sample = partial(_sample, density_at, chunk)
+    sample = partial(sample_density, density_at, chunk)
     box = low, high
     survey, height, level = _survey(sample, box, resolution, level, warn)
 
-    def look(grid: _Grid) -> np.ndarray:
+    def look(grid: Grid) -> np.ndarray:
+        if near_surface:
+            return heights_near_surface(lambda numbers: _height(sample(grid, numbers), level), grid)
         return _height(sample(grid), level)
 
     grid, height = _fit(look, survey, height, resolution, box)
     if keep_largest:
-        piece, num_pieces, dropped = _largest_piece(height, measure)
-        if num_pieces > 1:
+        piece, num_kept, num_pieces, dropped = _large_pieces(height, measure, smallest_piece)
+        if num_kept < num_pieces:
+            kept = "the largest" if num_kept == 1 else f"the {num_kept} largest"
             warn(
-                f"the largest of {num_pieces} pieces is kept; the others, {dropped:.2%} of the "
-                "solid volume, are left out"
+                f"{kept} of {num_pieces} pieces {'is' if num_kept == 1 else 'are'} kept; the "
+                f"others, {dropped:.2%} of the solid volume, are left out"
             )
             # The grid was fitted to all of them.
             piece_low, piece_high = grid.around(piece > 0)
             if (piece_high - piece_low).max() < 0.8 * (grid.high - grid.low).max():
                 grid, height = _fit(look, grid, piece, resolution, box)
-                piece, _, _ = _largest_piece(height, measure)
+                piece = _large_pieces(height, measure, smallest_piece)[0]
         height = piece
     _warn_cut(grid, height > 0, box, warn)
     padded = np.pad(height, 1, constant_values=RIM)
     # "ascent": the inside is higher than the outside. It decides which way the faces look.
     places, faces, _, _ = measure.marching_cubes(padded, 0.0, gradient_direction="ascent")
     vertices = grid.low.cpu().numpy() + (places.astype(np.float64) - 1) * grid.spacing.cpu().numpy()
-    colors = _colors(color_at, torch.from_numpy(vertices).to(low), chunk)
+    colors = None
+    if color_at is not None:
+        parts = torch.from_numpy(vertices).to(low).split(chunk)
+        colors = rgba(torch.cat([color_at(part).float().cpu() for part in parts]))
     # process=True would merge vertices that nearly coincide, and open holes where they touch.
     return trimesh.Trimesh(vertices, faces, vertex_colors=colors, process=False)
 
@@ -150,6 +122,11 @@ def write_mesh(path: Path, mesh) -> None:
         content = mesh.export(file_type="obj", include_normals=True).encode()
     else:
         content = mesh.export(file_type="ply", vertex_normal=True)
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that the old one or the new is whole; its folder is made."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,25 +151,6 @@ def _libraries():
     return trimesh, measure
 
 
-def _sample(density_at, chunk: int, grid: _Grid) -> np.ndarray:
-    """The density at a grid's points [X, Y, Z]."""
-    size_y, size_z = grid.counts[1:]
-    total, spacing, parts = math.prod(grid.counts), grid.spacing, []
-    for start in range(0, total, chunk):
-        number = torch.arange(start, min(start + chunk, total), device=grid.low.device)
-        place = [number // (size_y * size_z), number // size_z % size_y, number % size_z]
-        density = density_at(grid.low + torch.stack(place, dim=-1) * spacing)  # [M]
-        assert density.shape == number.shape, density.shape
-        parts.append(density.float().cpu())
-    density = torch.cat(parts)
-    if bad := int((~density.isfinite()).sum()):
-        raise ValueError(
-            f"the density is NaN or infinite at {bad} of {total} points: the field is broken, "
-            "export an earlier checkpoint"
-        )
-    return density.view(grid.counts).numpy()
-
-
 def _height(density: np.ndarray, level: float) -> np.ndarray:
     """The opacity of a step for which ``level`` means 0.5, less 0.5: positive inside."""
     height = 0.5 - np.exp2(-density / np.float32(level))
@@ -202,11 +160,11 @@ def _height(density: np.ndarray, level: float) -> np.ndarray:
 
 def _survey(sample, box, resolution: int, level: float, warn):
     """A look at the whole box: its grid, heights on it, and the level that shows something."""
-    grid = _Grid.over(*box, min(COARSE, resolution))
+    grid = Grid.over(*box, min(COARSE, resolution))
     density = sample(grid)
     height = _height(density, level)
     if not (height > 0).any() and resolution > COARSE:  # it may lie between the points
-        grid = _Grid.over(*box, resolution)
+        grid = Grid.over(*box, resolution)
         density = sample(grid)
         height = _height(density, level)
     smallest, middle, largest = density.min(), np.median(density), density.max()
@@ -238,7 +196,7 @@ def _lower_level(density: np.ndarray) -> tuple[float, str]:
     return float(density.min() + density.max()) / 2, "midway between the least and the most"
 
 
-def _fit(look, grid: _Grid, height: np.ndarray, resolution: int, box):
+def _fit(look, grid: Grid, height: np.ndarray, resolution: int, box):
     """The fine grid around what is solid on another grid, and heights on it.
 
     A side that cuts through something solid goes outwards, at most to the box's: the first look
@@ -246,7 +204,7 @@ def _fit(look, grid: _Grid, height: np.ndarray, resolution: int, box):
     """
     low, high = grid.around(height > 0)
     while True:
-        fine = _Grid.over(low, high, resolution)
+        fine = Grid.over(low, high, resolution)
         fine_height = look(fine)
         solid = fine_height > 0
         if not solid.any():  # a speck between the points of the new grid, too
@@ -260,22 +218,26 @@ def _fit(look, grid: _Grid, height: np.ndarray, resolution: int, box):
         low, high = grown_low, grown_high
 
 
-def _largest_piece(height: np.ndarray, measure) -> tuple[np.ndarray, int, float]:
-    """Heights with one piece only, the number there were, and the volume of the others in all.
+def _large_pieces(height: np.ndarray, measure, smallest: float):
+    """Heights with the large pieces only, how many of how many, and the others' part of the volume.
 
-    Pieces hang together along the grid's lines. Cavities in the one that is kept are filled.
+    Pieces hang together along the grid's lines. smallest: volume of those kept, as a part of the
+    largest one's. Cavities in them are filled.
     """
     pieces = measure.label(height > 0, connectivity=1)
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    kept = pieces == sizes.argmax()
+    large = sizes >= max(1, smallest * sizes.max())
+    if smallest == 1.0:  # one, also where two are the same size
+        large = np.arange(len(sizes)) == sizes.argmax()
+    kept = large[pieces]
     outside = measure.label(np.pad(~kept, 1, constant_values=True), connectivity=3)
     outside = (outside == outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
     height = np.where(kept, height, np.where(outside, np.minimum(height, -ON_SURFACE), 0.5))
-    return height, len(sizes) - 1, 1 - sizes.max() / sizes.sum()
+    return height, int(large.sum()), len(sizes) - 1, 1 - sizes[large].sum() / sizes.sum()
 
 
-def _warn_cut(grid: _Grid, solid: np.ndarray, box, warn) -> None:
+def _warn_cut(grid: Grid, solid: np.ndarray, box, warn) -> None:
     """Say at which of the box's sides the surface is cut."""
     at_box = torch.stack([grid.low == box[0], grid.high == box[1]])  # [2, 3]
     cut = (grid.touched(solid) & at_box).tolist()
@@ -284,24 +246,14 @@ def _warn_cut(grid: _Grid, solid: np.ndarray, box, warn) -> None:
         warn(f"the object reaches the box's side {', '.join(sides)}: it is cut and closed there")
 
 
-def _used(solid: np.ndarray) -> list[np.ndarray]:
-    """For each axis the numbers of the slices that hold a solid point."""
-    axes = range(3)
-    return [
-        solid.any(tuple(other for other in axes if other != axis)).nonzero()[0] for axis in axes
-    ]
-
-
-def _colors(color_at, vertices: Tensor, chunk: int) -> np.ndarray:
-    """RGBA [V, 4] uint8 of vertices [V, 3]."""
-    rgb = torch.cat([color_at(part).float().cpu() for part in vertices.split(chunk)])  # [V, 3]
-    assert rgb.shape == vertices.shape, rgb.shape
+def rgba(rgb: Tensor) -> np.ndarray:
+    """RGBA [V, 4] uint8 of vertices' RGB [V, 3] in [0, 1]. ValueError where it is NaN."""
     if bad := int(rgb.isnan().any(-1).sum()):
         raise ValueError(
             f"the colour is NaN at {bad} of {len(rgb)} vertices: the field is broken, "
             "export an earlier checkpoint"
         )
-    return np.pad(to_8bit(rgb.numpy()), ((0, 0), (0, 1)), constant_values=255)
+    return np.pad(to_8bit(rgb.float().cpu().numpy()), ((0, 0), (0, 1)), constant_values=255)
 
 
 def _glb(mesh) -> bytes:

@@ -1,6 +1,8 @@
-"""Picture quality: PSNR and SSIM of float pictures in [0, 1]."""
+"""Picture quality: PSNR, SSIM and, where installed, LPIPS of float pictures in [0, 1]; depth."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +37,46 @@ def ssim(picture: np.ndarray, target: np.ndarray) -> float | None:
             use_sample_covariance=False,
         )
     )
+
+
+def load_lpips(device) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
+    """LPIPS with VGG (Zhang et al. 2018) of pictures [H, W, 3] and "", or None and what it lacks.
+
+    Nothing is downloaded: VGG must be in torch's folder of weights. Smaller is better.
+    """
+    import torch
+
+    try:
+        import lpips
+        import torchvision  # noqa: F401, lpips takes VGG from it
+    except ImportError as error:
+        return None, f"{error}: pip install lpips==0.1.4 torchvision"
+    weights = Path(torch.hub.get_dir()) / "checkpoints"
+    if not list(weights.glob("vgg16-*.pth")):
+        return (
+            None,
+            f"no VGG weights in {weights}: python -c \"import lpips; lpips.LPIPS(net='vgg')\"",
+        )
+    model = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
+
+    def distance(picture: np.ndarray, target: np.ndarray) -> float:
+        pair = [
+            torch.from_numpy(np.ascontiguousarray(each)).float().permute(2, 0, 1)[None].to(device)
+            for each in (picture, target)
+        ]
+        with torch.no_grad():
+            return float(model(*pair, normalize=True))  # from [0, 1]
+
+    return distance, ""
+
+
+def depth_error(depth: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Mean and median of |depth - truth| over pixels [H, W] where the truth is finite, its unit."""
+    known = np.isfinite(truth)
+    error = np.abs(depth[known] - truth[known])
+    if not error.size:
+        return {}
+    return {"depth_error": float(error.mean()), "depth_error_median": float(np.median(error))}
 
 
 def to_8bit(picture: np.ndarray) -> np.ndarray:

@@ -175,6 +175,12 @@ class OccupancyGrid(nn.Module):
         self.occupied.copy_((self.density > threshold) & self.possible)
         self._tighten()
 
+    def occupied_at(self, unit: Tensor) -> Tensor:
+        """Whether unit points [N, 3] lie in occupied cells, [N]; outside the cube nothing does."""
+        inside = (unit.abs() <= 1).all(-1)
+        places = ((unit.clamp(-1, 1) + 1) * (self.resolution / 2)).unbind(-1)
+        return self._occupied_at(list(places)) & inside
+
     @torch.no_grad()
     def carve(self, possible: Tensor) -> None:
         """Rule cells out for good: possible [R^3] bool."""

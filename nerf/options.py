@@ -21,6 +21,7 @@ from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, NeRFField
 from nerf.grid_renderer import GridRenderer
+from nerf.mesh import FORMATS
 from nerf.occupancy import OccupancyGrid
 from nerf.renderer import NeRFRenderer
 from nerf.volume import PACKED_WEIGHTS
@@ -158,6 +159,7 @@ def add_run_flags(parser) -> None:
     add("--i_video", type=not_negative, default=50000, help="steps between videos; 0: never")
     add("--ckpt_secs", type=amount, default=60.0, help="seconds between checkpoints; 0: by step")
     add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
+    add_switch(group, "wandb", "log to Weights & Biases as well (pip install wandb)")
 
 
 def add_scene_flags(parser) -> None:
@@ -248,6 +250,20 @@ def add_field_flags(parser) -> None:
     add("--netchunk", type=positive, default=1024 * 64, help="most points in one network call")
 
 
+def add_export_flags(group) -> None:
+    """Flags of the mesh that a finished run gives, for any script."""
+    add = group.add_argument
+    add("--export", help="write the mesh of the newest checkpoint: out.glb, out.obj or out.ply")
+    add("--mesh_res", type=grid_side, default=128, help="cells of the mesh's longer side")
+    add("--mesh_level", type=amount, default=0.0, help="density of the surface; 0: auto")
+
+
+def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> None:
+    """ValueError unless a file to be written has one of the endings."""
+    if name and Path(name).suffix.lower() not in endings:
+        raise ValueError(f"--{flag} {name}: expected a name that ends in {' '.join(endings)}")
+
+
 def add_nerf_flags(parser) -> None:
     """Flags of run_nerf.py alone."""
     group = parser.add_argument_group("ray batches")
@@ -267,6 +283,14 @@ def add_nerf_flags(parser) -> None:
     add_switch(group, "render_only", "render from the newest checkpoint instead of training")
     add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
     add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
+    add("--metres_per_unit", type=amount, default=0.0, help="scene's scale, for depth; 0: unknown")
+    group = parser.add_argument_group("export (reads a finished run)")
+    add_export_flags(group)
+    add = group.add_argument
+    parser.set_defaults(mesh_res=256)
+    add("--export_points", help="write a point cloud with colours and normals: out.ply")
+    add("--num_points", type=positive, default=200_000, help="of the point cloud, about")
+    add("--export_bound", type=amount, default=0.0, help="half side of the exported cube; 0: auto")
 
 
 def nerf_parser() -> configargparse.ArgumentParser:
@@ -332,8 +356,11 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
             f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "
             f"use a multiple of {num_ranks}"
         )
-    if args.no_reload and (args.render_only or args.ft_path):
-        other = "--render_only" if args.render_only else "--ft_path"
+    check_export_name("export", args.export, FORMATS)
+    check_export_name("export_points", args.export_points, (".ply",))
+    given = [n for n in ("render_only", "export", "export_points", "ft_path") if getattr(args, n)]
+    if args.no_reload and given:
+        other = f"--{given[0]}"
         raise ValueError(f"--no_reload and {other} contradict each other; leave one out")
     if args.half_res and args.downscale > 1:
         raise ValueError("--half_res and --downscale both reduce the pictures; leave one out")

@@ -85,3 +85,15 @@ def rays_to_ndc(rays: Rays, height: int, width: int, intrinsics: Tensor) -> Rays
         near=torch.zeros_like(rays.near),
         far=torch.ones_like(rays.far),
     )
+
+
+def ndc_to_world(points: Tensor, height: int, width: int, intrinsics: Tensor) -> Tensor:
+    """Points [..., 3] in normalised device coordinates back in the world; z = 1 is infinity.
+
+    The inverse of ``rays_to_ndc``; intrinsics [4]. Left and right, up and down stay as they are,
+    depth runs the other way: the map mirrors.
+    """
+    z = 2.0 / (points[..., 2] - 1.0)
+    x = -points[..., 0] * z * width / (2.0 * intrinsics[0])
+    y = -points[..., 1] * z * height / (2.0 * intrinsics[1])
+    return torch.stack([x, y, z], dim=-1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerf.field import color_packed, query_packed
+from nerf.field import color_packed, density_packed, query_packed
 from nerf.rays import Rays
 from nerf.runtime import map_on_threads
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
@@ -72,6 +72,15 @@ class NeRFRenderer(nn.Module):
     def fields(self) -> list[nn.Module]:
         """The networks."""
         return [field for field in (self.coarse, self.fine) if field is not None]
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density [N] of the final level at points [N, 3] in the rays' coordinates, per unit."""
+        return F.relu(density_packed(self.fields[-1], points))
+
+    def color(self, points: Tensor, viewdirs: Tensor) -> Tensor:
+        """RGB [N, 3] in [0, 1] of the final level at points [N, 3] seen along viewdirs [N, 3]."""
+        number = torch.arange(len(points), device=points.device)
+        return torch.sigmoid(query_packed(self.fields[-1], points, viewdirs, number)[1])
 
     @property
     def samples_per_ray(self) -> int:

@@ -311,7 +311,7 @@ def test_render_only_uses_the_checkpoint_and_scales_intrinsics(tiny, tmp_path):
 def test_render_only_without_a_checkpoint_is_an_error(tiny, tmp_path):
     result = script(*tiny, "--render_only")
     assert result.returncode == 2
-    assert "no checkpoint to render" in result.stderr and "Traceback" not in result.stderr
+    assert "no checkpoint to render or export" in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.png"))
 
 
