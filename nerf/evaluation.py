@@ -44,13 +44,22 @@ class Painter:
         self.render, self.scene, self.block, self.world = render, scene, block, world
         self.stop = stop
 
-    def __call__(self, scene: Scene, c2w: Tensor, intrinsics: Tensor) -> Rendered:
-        """The picture that ``scene``'s size and the camera c2w [3, 4], intrinsics [4] give."""
+    def __call__(
+        self, scene: Scene, c2w: Tensor, intrinsics: Tensor, size: tuple[int, int] | None = None
+    ) -> Rendered:
+        """What the camera c2w [3, 4], intrinsics [4] or with its lens, sees.
+
+        size: height and width; by default the scene's. Conventions are ``scene``'s.
+        """
         if self.stop is not None and self.stop.number:
             raise Interrupted
-        size = (scene.height, scene.width)
-        rays_of = scene.view_rays(c2w, intrinsics)
+        size = size or (scene.height, scene.width)
+        rays_of = scene.view_rays(c2w, intrinsics, size[1])
         return render_view(self.render, rays_of, size, self.block, self.world.device)
+
+    def view(self, scene: Scene, view: int) -> Rendered:
+        """View ``view`` of ``scene`` at its own size, through its own lens."""
+        return self(scene, scene.c2w[view], scene.intrinsics[view], scene.view_size(view))
 
     def depth_map(self, rendered: Rendered) -> np.ndarray:
         """Depth in colour [H, W, 3]; near is bright, nothing is dark."""
@@ -61,12 +70,23 @@ class Painter:
 
 def target_at(scene: Scene, view: int, factor: int) -> np.ndarray:
     """View ``view`` [H, W, 3] at 1 / factor of its size, by area averaging of whole blocks."""
-    picture = scene.picture(view).numpy()
+    return _averaged(scene.picture(view).numpy(), factor)
+
+
+def mask_at(scene: Scene, view: int, factor: int) -> np.ndarray | None:
+    """Which pixels of ``target_at`` count: bool [H, W], those whose block is whole; None: all."""
+    mask = scene.mask(view)
+    if mask is None:
+        return None
+    return _averaged(mask.numpy()[..., None].astype(np.float32), factor)[..., 0] == 1.0
+
+
+def _averaged(picture: np.ndarray, factor: int) -> np.ndarray:
     if factor <= 1:
         return picture
     height, width = picture.shape[0] // factor, picture.shape[1] // factor
     blocks = picture[: height * factor, : width * factor]
-    return blocks.reshape(height, factor, width, factor, 3).mean((1, 3))
+    return blocks.reshape(height, factor, width, factor, -1).mean((1, 3))
 
 
 def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -> dict:
@@ -80,19 +100,19 @@ def measure_views(painter: Painter, split: str, folder: Path, factor: int = 0) -
     mine = []
     for number in range(world.rank, len(views), world.size):
         view, start = views[number], time.perf_counter()
-        rendered = painter(scene, scene.c2w[view], scene.intrinsics[view])
+        rendered = painter.view(scene, view)
         seconds = time.perf_counter() - start
         picture = rendered.rgb.clamp(0, 1).numpy()
-        target = target_at(painter.scene, view, factor)[: scene.height, : scene.width]
+        target, mask = (of(painter.scene, view, factor) for of in (target_at, mask_at))
         write_png(folder / f"{number:03d}.png", picture)
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
         saved = to_8bit(picture) / 255.0
         mine.append(
             {
                 "name": scene.names[view],
-                "psnr": psnr(picture, target),
-                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0),
-                "ssim": ssim(picture, target),
+                "psnr": psnr(picture, target, mask),
+                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
+                "ssim": ssim(picture, target, mask),
                 "seconds": seconds,
                 "number": number,
             }
@@ -123,9 +143,10 @@ def render_path(painter: Painter, folder: Path, factor: int = 0, warn=print) -> 
     """
     scene, world = painter.scene.resized(factor), painter.world
     poses = scene.render_poses
-    # One camera model serves the whole path: the first view's.
+    # One camera model serves the whole path: the first view's, without its lens' distortion.
+    camera, size = scene.intrinsics[0, :4], scene.view_size(0)
     for number in range(world.rank, len(poses), world.size):
-        rendered = painter(scene, poses[number], scene.intrinsics[0])
+        rendered = painter(scene, poses[number], camera, size)
         write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
     world.barrier()
@@ -147,12 +168,15 @@ def validation_psnr(painter: Painter) -> float:
     scene, world = painter.scene, painter.world
     views = scene.splits.get("val") or scene.splits["train"]
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(
-        len(views) * scene.height * scene.width, (VAL_PIXELS,), generator=generator
-    )
+    pool = None
+    if scene.usable is not None:
+        pool = scene.usable_pixels("val" if scene.splits.get("val") else "train")[0]
+    count = len(views) * scene.height * scene.width if pool is None else len(pool)
+    pixels = torch.randint(count, (VAL_PIXELS,), generator=generator)
     pixels = pixels[world.rank :: world.size].to(world.device)
-    view = torch.tensor(views, device=world.device)[pixels // (scene.height * scene.width)]
-    x, y = pixels % scene.width, pixels // scene.width % scene.height
+    view, x, y = scene.place(pixels if pool is None else pool[pixels])
+    if pool is None:  # numbers count through the split's views, in their order
+        view = torch.tensor(views, device=world.device)[view]
     error = 0.0
     for start in range(0, len(pixels), painter.block):
         part = slice(start, start + painter.block)
@@ -170,10 +194,9 @@ def validation_strip(painter: Painter, step: int) -> np.ndarray:
     views = scene.splits.get("val") or scene.splits["train"]
     view = views[step * 7919 % len(views)]
     factor = max(1, max(scene.height, scene.width) // STRIP_SIDE)
-    small = scene.resized(factor)
-    rendered = painter(small, small.c2w[view], small.intrinsics[view])
+    rendered = painter.view(scene.resized(factor), view)
     picture = rendered.rgb.clamp(0, 1).numpy()
-    target = target_at(scene, view, factor)[: small.height, : small.width]
+    target = target_at(scene, view, factor)
     error = colorize(np.abs(picture - target).mean(-1) * 4)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
     panels = [picture, target, error, painter.depth_map(rendered), opacity]
