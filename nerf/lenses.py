@@ -2,9 +2,9 @@
 
 A camera is 4 numbers, fx fy cx cy in pixels, and where its lens is not ideal LENS more. Axes here
 are OpenCV's and COLMAP's: x right, y down, z forward. A pixel's place on the plane is
-((x - cx) / fx, (y - cy) / fy). From the world to the plane: a projection (perspective, equidistant, ...), then
-polynomial distortion of what it gives. From the plane to the world nothing is resampled: the
-polynomial is inverted for each ray by Newton's method.
+((x - cx) / fx, (y - cy) / fy). From the world to the plane: a projection (perspective,
+equidistant, ...), then polynomial distortion of what it gives. From the plane to the world nothing
+is resampled: the polynomial is inverted for each ray by Newton's method.
 (Models: OpenCV's calibration documentation; COLMAP's list of camera models.)
 """
 

@@ -27,8 +27,8 @@ class Scene:
     device coordinates.
     sizes: [V, 2] height and width of each picture, at the top left of ``images``; None: they fill
     it. usable: bool [V, H, W] pixels that training and metrics look at; None: all. box: [2, 3] low
-    and high corner of what the data says the scene fills. to_world: [4, 4] similarity from the scene's
-    coordinates to those that the data was given in; None: they are the same, or not known.
+    and high corner of what the data says the scene fills. to_world: [4, 4] similarity from the
+    scene's coordinates to those of the data; None: they are the same, or not known.
     """
 
     images: Tensor
