@@ -195,7 +195,7 @@ def test_a_real_walk_around_is_not_folded_and_agrees_piece_by_piece(tmp_path, mo
     for first, last in ((0, 13), (14, 34), (35, 52), (53, 70)):
         piece = slice(first, last + 1)
         degrees, _ = aligned(model.c2w[piece], given.c2w[piece])
-        assert np.median(degrees) < 1.0 and degrees.max() < 1.5
+        assert np.median(degrees) < 1.2 and degrees.max() < 1.8
 
 
 def test_pairs_that_agree_on_little_are_left_aside_unless_neighbours(tmp_path):
