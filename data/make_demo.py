@@ -2,6 +2,7 @@
 
     python data/make_demo.py --out data/demo                     # 100 + 8 + 25 views, 128x128
     python data/make_demo.py --out data/demo_llff --format llff  # the same solids, another layout
+    python data/make_demo.py --out data/demo_colmap --format colmap   # two lenses, wide and upright
 
 The world is z-up and fits in a box of half-width 1.2 around the origin. Light is one distant lamp
 with hard shadows, an ambient term, and a Blinn highlight on glossy things. Pictures are averages
@@ -24,6 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nerf.cameras import look_at, orbit_path  # noqa: E402
+from nerf.datasets.colmap_model import Camera, Model, write_model  # noqa: E402
+from nerf.lenses import from_colmap  # noqa: E402
 from nerf.media import write_png  # noqa: E402
 from nerf.rays import Rays, pixels_to_rays  # noqa: E402
 
@@ -31,7 +34,7 @@ CAMERA_ANGLE_X = 0.80  # radians
 RADIUS = 4.0
 LIGHT = torch.nn.functional.normalize(torch.tensor([0.5, -0.55, 1.0]), dim=0)
 SUPERSAMPLES = 3  # squared per pixel
-FORMATS = ("blender", "llff", "deepvoxels", "linemod")
+FORMATS = ("blender", "llff", "deepvoxels", "linemod", "transforms", "colmap")
 NO_HIT = float("inf")
 
 
@@ -250,15 +253,20 @@ def intrinsics_of(size: int) -> Tensor:
     return torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float32)
 
 
-def render_view(c2w: np.ndarray, size: int, solids=tuple(SOLIDS)) -> tuple[np.ndarray, np.ndarray]:
+def render_view(
+    c2w: np.ndarray, size: int, solids=tuple(SOLIDS), camera=None
+) -> tuple[np.ndarray, np.ndarray]:
     """From c2w [3, 4]: straight RGBA in [0, 1] [size, size, 4], exact depth [size, size].
 
     Depth is t, the distance along the camera's axis, through the pixel's centre; infinite where
     nothing is. Pixels that differ
     from a neighbour are averages over their area, the others are flat enough for one ray.
+    camera: (height, width, intrinsics [4 + LENS]) instead of the square pinhole.
     """
-    pose, intrinsics = torch.tensor(c2w, dtype=torch.float32), intrinsics_of(size)
-    y, x = (grid.flatten() for grid in torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij"))
+    height, width, intrinsics = camera or (size, size, intrinsics_of(size))
+    pose = torch.tensor(c2w, dtype=torch.float32)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
 
     def look(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         rays = pixels_to_rays(x, y, intrinsics, pose, (0.0, NO_HIT))
@@ -266,7 +274,7 @@ def render_view(c2w: np.ndarray, size: int, solids=tuple(SOLIDS)) -> tuple[np.nd
         return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=-1), depth
 
     color, depth = look(x + 0.5, y + 0.5)
-    picture = color.view(size, size, 4).permute(2, 0, 1)
+    picture = color.view(height, width, 4).permute(2, 0, 1)
     padded = torch.nn.functional.pad(picture[None], [1] * 4, mode="replicate")
     pool = torch.nn.functional.max_pool2d
     contrast = (pool(padded, 3, 1) + pool(-padded, 3, 1))[0].amax(0).flatten()
@@ -276,7 +284,7 @@ def render_view(c2w: np.ndarray, size: int, solids=tuple(SOLIDS)) -> tuple[np.nd
     fine, _ = look((x[edge, None] + dx).flatten(), (y[edge, None] + dy).flatten())
     color[edge] = fine.view(len(edge), -1, 4).mean(1)
     color[:, :3] /= color[:, 3:].clamp(min=1e-6)
-    return color.view(size, size, 4).numpy(), depth.view(size, size).numpy()
+    return color.view(height, width, 4).numpy(), depth.view(height, width).numpy()
 
 
 def hemisphere(count: int, seed: int) -> np.ndarray:
@@ -384,7 +392,98 @@ def write_llff(out: Path, size: int, counts: dict[str, int], progress) -> None:
     np.save(out / "poses_bounds.npy", np.stack(rows))
 
 
+def capture_cameras(size: int) -> list[tuple[str, int, int, list[float]]]:
+    """COLMAP's model, height, width and parameters of two lenses: one wide, one held upright."""
+    wide, tall = (3 * size // 4, size), (size, 3 * size // 4)
+    focal = intrinsics_of(size)[0].item()
+    opencv = [focal, 1.02 * focal, 0.51 * wide[1], 0.48 * wide[0], -0.12, 0.03, 0.002, -0.003]
+    return [
+        ("OPENCV", *wide, opencv),
+        ("SIMPLE_RADIAL", *tall, [0.9 * focal, tall[1] / 2, tall[0] / 2, -0.08]),
+    ]
+
+
+def _captured(size: int, poses: np.ndarray):
+    """View by view: the number of its lens (every third is the upright one), RGBA, c2w."""
+    rows = [(h, w, from_colmap(model, k)) for model, h, w, k in capture_cameras(size)]
+    for number, c2w in enumerate(poses):
+        which = int(number % 3 == 2)
+        height, width, row = rows[which]
+        picture, _ = render_view(c2w, size, camera=(height, width, torch.tensor(row)))
+        yield which, picture, c2w
+
+
+def write_transforms(out: Path, size: int, counts: dict[str, int], progress) -> None:
+    """One transforms.json with a lens for all, another one in some frames, and lists of splits."""
+    opencv, radial = (
+        {"fl_x": row[0], "fl_y": row[1], "cx": row[2], "cy": row[3], "w": w, "h": h}
+        | {"k1": row[5], "k2": row[6], "p1": row[12], "p2": row[13]}
+        for model, h, w, k in capture_cameras(size)
+        for row in [from_colmap(model, k)]
+    )
+    # instant-ngp's unit cube is 1 / scale wide: the scene and nothing else.
+    content = {
+        "camera_model": "OPENCV",
+        **opencv,
+        "aabb_scale": 1,
+        "scale": 0.35,
+        "offset": [0.5] * 3,
+    }
+    frames: list[dict] = []
+    for split, poses in cameras(counts).items():
+        names = [f"images/{split}_{number}.png" for number in range(len(poses))]
+        for name, (which, picture, c2w) in zip(names, _captured(size, poses), strict=True):
+            write_png(out / name, _rgba(picture))
+            matrix = np.vstack([c2w, [0, 0, 0, 1]]).tolist()
+            frames.append(
+                {"file_path": name, "transform_matrix": matrix} | (radial if which else {})
+            )
+            progress()
+        content[f"{split}_filenames"] = names
+    (out / "transforms.json").write_text(json.dumps({**content, "frames": frames}, indent=1))
+
+
+def write_colmap(out: Path, size: int, counts: dict[str, int], progress) -> None:
+    """images/ and a binary sparse model whose points are exact, seen where nothing hides them."""
+    poses = hemisphere(sum(counts.values()), seed=4)
+    names, ids = [f"photo_{number:03d}.png" for number in range(len(poses))], []
+    for name, (which, picture, _) in zip(names, _captured(size, poses), strict=True):
+        write_png(out / "images" / name, _over_white(picture))
+        ids.append(which + 1)
+        progress()
+    known = {
+        number: Camera(model, w, h, tuple(k))
+        for number, (model, h, w, k) in enumerate(capture_cameras(size), start=1)
+    }
+    points, colors, tracks = surface_points(poses, 40)
+    write_model(out / "sparse" / "0", Model(known, names, ids, poses, points, colors, tracks))
+
+
+def surface_points(poses: np.ndarray, per_view: int):
+    """Points on the solids [P, 3], colours [P, 3] uint8, and [T, 2]: which camera sees which."""
+    random = torch.Generator().manual_seed(5)
+    centers = torch.tensor(poses[:, :, 3], dtype=torch.float32)
+    aims = torch.rand(len(poses), per_view, 3, generator=random) * 1.6 - 0.8
+    starts = centers[:, None].expand_as(aims).reshape(-1, 3)
+    rgba, t = cast(_rays(starts, aims.reshape(-1, 3) - starts))
+    hit = torch.isfinite(t)
+    points = (starts + t[:, None] * (aims.reshape(-1, 3) - starts))[hit]
+    pairs = []
+    for view, center in enumerate(centers):
+        _, t = cast(_rays(center.expand_as(points), points - center))
+        seen = ((t - 1).abs() < 1e-3).nonzero()[:, 0]
+        pairs.append(torch.stack([seen, torch.full_like(seen, view)], dim=-1))
+    return points.double().numpy(), _rgba(rgba[hit, :3].numpy()), torch.cat(pairs).numpy()
+
+
+def _rays(origins: Tensor, directions: Tensor) -> Rays:
+    unit = torch.nn.functional.normalize(directions, dim=-1)
+    return Rays(origins, directions, unit, *[torch.zeros_like(origins[:, :1])] * 2)
+
+
 WRITERS = {
+    "transforms": write_transforms,
+    "colmap": write_colmap,
     "blender": write_blender,
     "llff": write_llff,
     "deepvoxels": write_deepvoxels,

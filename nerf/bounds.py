@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nerf import lenses
 from nerf.cameras import nearest_point_to_axes
 from nerf.datasets.scene import Scene
 from nerf.occupancy import Box, Contraction, OccupancyGrid
@@ -12,9 +13,9 @@ from nerf.occupancy import Box, Contraction, OccupancyGrid
 def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, cone_angle: float):
     """The space that the scene's cameras look into: a Box, or for ``contract`` a Contraction.
 
-    bound: half the side of a cube around the origin; 0: from the cameras. For cameras that look
-    inwards that is the ball around the point they look at which every picture shows whole; in NDC
-    what the outermost pixels see.
+    bound: half the side of a cube around the origin; 0: what the data says, or from the cameras.
+    For cameras that look inwards that is the ball around the point they look at which every picture
+    shows whole; in NDC what the outermost pixels see.
     """
     if contract:
         return Contraction(scene.near, scene.far, num_steps, cone_angle).to(scene.c2w.device)
@@ -35,6 +36,8 @@ def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, c
     if bound:
         edge = torch.full((3,), float(bound), device=c2w.device)
         return Box(-edge, edge, num_steps)
+    if scene.box is not None:
+        return Box(*scene.box, num_steps)
     center = torch.tensor(nearest_point_to_axes(c2w.double().cpu().numpy())).to(c2w)
     distance = (c2w[:, :, 3] - center).norm(dim=-1)
     half = 0.5 * max(scene.width, scene.height) / intrinsics[:, :2].min()
@@ -58,15 +61,23 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
         points = box.from_unit(grid.cell_points(cells))
         local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
         depth = -local[:, 2]
-        fx, fy, cx, cy = scene.intrinsics[view].tolist()
+        height, width = scene.view_size(view)
+        fx, fy, cx, cy = scene.intrinsics[view, :4].tolist()
         nearest = max(float(depth.min()), 1e-3)
         reach = int(min(max(fx, fy) * cell / nearest, 64)) + 1
-        alpha = (scene.images[view, :, :, 3] > 0).float()[None, None]
+        alpha = scene.images[view, :height, :width, 3] > 0
+        if scene.usable is not None:  # what is masked out shows nothing, so it rules nothing out
+            alpha = alpha | ~scene.usable[view, :height, :width]
+        alpha = alpha.float()[None, None]
         seen = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
-        x = (fx * local[:, 0] / depth + cx + shift).floor().long()
-        y = (-fy * local[:, 1] / depth + cy + shift).floor().long()
-        inside = (x >= 0) & (x < scene.width) & (y >= 0) & (y < scene.height) & (depth > 0)
-        empty = inside & ~seen[y.clamp(0, scene.height - 1), x.clamp(0, scene.width - 1)]
+        x, y = fx * local[:, 0] / depth, -fy * local[:, 1] / depth
+        if scene.intrinsics.shape[-1] > 4:
+            points = local * local.new_tensor([1.0, -1.0, -1.0])
+            right, down = lenses.project(points, scene.intrinsics[view, 4:]).unbind(-1)
+            x, y = fx * right, fy * down
+        x, y = ((place + middle + shift).floor().long() for place, middle in ((x, cx), (y, cy)))
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (depth > 0)
+        empty = inside & ~seen[y.clamp(0, height - 1), x.clamp(0, width - 1)]
         possible[cells[empty]] = False
     return possible
 

@@ -45,25 +45,38 @@ class Painter:
         self.render, self.scene, self.block, self.world = render, scene, block, world
         self.stop = stop
 
-    def __call__(self, scene: Scene, c2w: Tensor, intrinsics: Tensor) -> Rendered:
-        """The picture that ``scene``'s size and the camera c2w [3, 4], intrinsics [4] give."""
+    def __call__(
+        self, scene: Scene, c2w: Tensor, intrinsics: Tensor, size: tuple[int, int] | None = None
+    ) -> Rendered:
+        """What the camera c2w [3, 4], intrinsics [4] or with its lens, sees.
+
+        size: height and width; by default the scene's. Conventions are ``scene``'s.
+        """
         if self.stop is not None and self.stop.number:
             raise Interrupted
-        size = (scene.height, scene.width)
-        rays_of = scene.view_rays(c2w, intrinsics)
+        size = size or (scene.height, scene.width)
+        rays_of = scene.view_rays(c2w, intrinsics, size[1])
         return render_view(self.render, rays_of, size, self.block, self.world.device)
 
-    def z_depth(self, rendered: Rendered, scene: Scene, c2w: Tensor, intrinsics) -> np.ndarray:
-        """Depth [H, W] along the camera's axis in scene units, also of NDC rays; 0: nothing hit."""
-        if not scene.ndc:  # t is that, see nerf.rays
+    def view(self, scene: Scene, view: int) -> Rendered:
+        """View ``view`` of ``scene`` at its own size, through its own lens."""
+        return self(scene, scene.c2w[view], scene.intrinsics[view], scene.view_size(view))
+
+    def z_depth(self, rendered: Rendered, scene: Scene, view: int) -> np.ndarray:
+        """Depth [H, W] of a view along its camera's axis in scene units; 0: nothing hit."""
+        c2w, intrinsics = scene.c2w[view], scene.intrinsics[view]
+        if not scene.ndc and len(intrinsics) == 4:  # t is that, see nerf.rays
             return rendered.depth.numpy()
-        pixels = torch.arange(scene.height * scene.width, device=c2w.device)
-        rays = scene.view_rays(c2w, intrinsics)(pixels)
-        # Short of infinity, so that what lies there keeps a number.
-        t = rendered.depth.flatten().to(c2w.device).clamp(max=1 - 1e-4)
+        height, width = rendered.depth.shape
+        pixels = torch.arange(height * width, device=c2w.device)
+        rays = scene.view_rays(c2w, intrinsics, width)(pixels)
+        t = rendered.depth.flatten().to(c2w.device)
+        if scene.ndc:  # short of infinity, so that what lies there keeps a number
+            t = t.clamp(max=1 - 1e-4)
         points = rays.origins + rays.directions * t[:, None]
-        points = ndc_to_world(points, scene.height, scene.width, intrinsics)
-        z = -((points - c2w[:, 3]) * c2w[:, 2]).sum(-1).cpu().view(rendered.depth.shape)
+        if scene.ndc:
+            points = ndc_to_world(points, scene.height, scene.width, scene.intrinsics[0])
+        z = -((points - c2w[:, 3]) * c2w[:, 2]).sum(-1).cpu().view(height, width)
         return torch.where(rendered.opacity > 0, z, 0.0).numpy()
 
     def depth_map(self, rendered: Rendered) -> np.ndarray:
@@ -75,12 +88,23 @@ class Painter:
 
 def target_at(scene: Scene, view: int, factor: int) -> np.ndarray:
     """View ``view`` [H, W, 3] at 1 / factor of its size, by area averaging of whole blocks."""
-    picture = scene.picture(view).numpy()
+    return _averaged(scene.picture(view).numpy(), factor)
+
+
+def mask_at(scene: Scene, view: int, factor: int) -> np.ndarray | None:
+    """Which pixels of ``target_at`` count: bool [H, W], those whose block is whole; None: all."""
+    mask = scene.mask(view)
+    if mask is None:
+        return None
+    return _averaged(mask.numpy()[..., None].astype(np.float32), factor)[..., 0] == 1.0
+
+
+def _averaged(picture: np.ndarray, factor: int) -> np.ndarray:
     if factor <= 1:
         return picture
     height, width = picture.shape[0] // factor, picture.shape[1] // factor
     blocks = picture[: height * factor, : width * factor]
-    return blocks.reshape(height, factor, width, factor, 3).mean((1, 3))
+    return blocks.reshape(height, factor, width, factor, -1).mean((1, 3))
 
 
 def measure_views(
@@ -104,20 +128,20 @@ def measure_views(
     mine = []
     for number in range(world.rank, len(views), world.size):
         view, start = views[number], time.perf_counter()
-        rendered = painter(scene, scene.c2w[view], scene.intrinsics[view])
+        rendered = painter.view(scene, view)
         seconds = time.perf_counter() - start
         picture = rendered.rgb.clamp(0, 1).numpy()
-        target = target_at(painter.scene, view, factor)[: scene.height, : scene.width]
-        depth = painter.z_depth(rendered, scene, scene.c2w[view], scene.intrinsics[view])
+        target, mask = (of(painter.scene, view, factor) for of in (target_at, mask_at))
+        depth = painter.z_depth(rendered, scene, view)
         write_view(folder, number, picture, target)
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
         np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
         saved = to_8bit(picture) / 255.0
         row = {
             "name": scene.names[view],
-            "psnr": psnr(picture, target),
-            "psnr_8bit": psnr(saved, to_8bit(target) / 255.0),
-            "ssim": ssim(picture, target),
+            "psnr": psnr(picture, target, mask),
+            "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
+            "ssim": ssim(picture, target, mask),
             "seconds": seconds,
             "number": number,
         }
@@ -195,9 +219,10 @@ def render_path(
     """
     scene, world = painter.scene.resized(factor), painter.world
     poses = scene.render_poses
-    # One camera model serves the whole path: the first view's.
+    # One camera model serves the whole path: the first view's, without its lens' distortion.
+    camera, size = scene.intrinsics[0, :4], scene.view_size(0)
     for number in range(world.rank, len(poses), world.size):
-        rendered = painter(scene, poses[number], scene.intrinsics[0])
+        rendered = painter(scene, poses[number], camera, size)
         write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
     world.barrier()
@@ -222,12 +247,15 @@ def validation_psnr(painter: Painter) -> float:
     scene, world = painter.scene, painter.world
     views = scene.splits.get("val") or scene.splits["train"]
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(
-        len(views) * scene.height * scene.width, (VAL_PIXELS,), generator=generator
-    )
+    pool = None
+    if scene.usable is not None:
+        pool = scene.usable_pixels("val" if scene.splits.get("val") else "train")[0]
+    count = len(views) * scene.height * scene.width if pool is None else len(pool)
+    pixels = torch.randint(count, (VAL_PIXELS,), generator=generator)
     pixels = pixels[world.rank :: world.size].to(world.device)
-    view = torch.tensor(views, device=world.device)[pixels // (scene.height * scene.width)]
-    x, y = pixels % scene.width, pixels // scene.width % scene.height
+    view, x, y = scene.place(pixels if pool is None else pool[pixels])
+    if pool is None:  # numbers count through the split's views, in their order
+        view = torch.tensor(views, device=world.device)[view]
     error = 0.0
     for start in range(0, len(pixels), painter.block):
         part = slice(start, start + painter.block)
@@ -245,10 +273,9 @@ def validation_strip(painter: Painter, step: int) -> np.ndarray:
     views = scene.splits.get("val") or scene.splits["train"]
     view = views[step * 7919 % len(views)]
     factor = max(1, max(scene.height, scene.width) // STRIP_SIDE)
-    small = scene.resized(factor)
-    rendered = painter(small, small.c2w[view], small.intrinsics[view])
+    rendered = painter.view(scene.resized(factor), view)
     picture = rendered.rgb.clamp(0, 1).numpy()
-    target = target_at(scene, view, factor)[: small.height, : small.width]
+    target = target_at(scene, view, factor)
     error = colorize(np.abs(picture - target).mean(-1) * 4)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
     panels = [picture, target, error, painter.depth_map(rendered), opacity]

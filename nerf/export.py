@@ -72,9 +72,12 @@ def look(capture: Capture, num_rays: int) -> Seen:
     view = views[number // (scene.height * scene.width)].to(scene.images.device)
     number = number.to(scene.images.device)
     x, y = number % scene.width, number // scene.width % scene.height
+    solid = torch.ones_like(x, dtype=torch.bool)
     if scene.images.shape[-1] == 4:
-        solid = (scene.images[view, y, x, 3] > 127).nonzero()[:, 0]
-        view, x, y = view[solid], x[solid], y[solid]
+        solid &= scene.images[view, y, x, 3] > 127
+    if scene.usable is not None:  # not padding, nor what a mask covers
+        solid &= scene.usable[view, y, x]
+    view, x, y = view[solid], x[solid], y[solid]
     parts = {}
 
     def render(start: int) -> None:

@@ -12,31 +12,42 @@ def psnr_from_mse(mse: float) -> float:
     return -10.0 * math.log10(max(mse, 1e-10))
 
 
-def psnr(picture: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of [H, W, 3] pictures in [0, 1]."""
-    return psnr_from_mse(float(np.mean((picture.astype(np.float64) - target) ** 2)))
+def psnr(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of [H, W, 3] pictures in [0, 1].
+
+    mask: bool [H, W], pixels that count; None: all.
+    """
+    error = (picture.astype(np.float64) - target) ** 2
+    return psnr_from_mse(float(np.mean(error if mask is None else error[mask])))
 
 
-def ssim(picture: np.ndarray, target: np.ndarray) -> float | None:
+def ssim(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None) -> float | None:
     """Structural similarity (Wang et al. 2004: Gaussian window, sigma 1.5) of [H, W, 3] pictures.
 
-    None where a picture is smaller than the 11-pixel window.
+    mask: bool [H, W], windows that count, by their centres; what else they cover is taken to agree.
+    None where a picture is smaller than the 11-pixel window, or all of it masked.
     """
     from skimage.metrics import structural_similarity
 
     if min(picture.shape[:2]) < 11:
         return None
-    return float(
-        structural_similarity(
-            target.astype(np.float64),
-            picture.astype(np.float64),
-            channel_axis=-1,
-            data_range=1.0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
+    if mask is not None:
+        picture = np.where(mask[..., None], picture, target)
+    mean, local = structural_similarity(
+        target.astype(np.float64),
+        picture.astype(np.float64),
+        channel_axis=-1,
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
     )
+    if mask is None:
+        return float(mean)
+    whole = (slice(5, -5), slice(5, -5))  # windows that lie inside the picture, as in the mean
+    counted = local[whole][mask[whole]]
+    return float(counted.mean()) if len(counted) else None
 
 
 def load_lpips(device) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:

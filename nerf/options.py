@@ -167,17 +167,19 @@ def add_scene_flags(parser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--datadir", default="./data/llff/fern", help="folder of the scene")
-    add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format of the scene")
+    add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format; auto: look")
     add("--testskip", type=not_negative, default=8, help="keep 1/N of val and test views")
     add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
     add_switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
     add_switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
-    add("--downscale", type=positive, default=1, help="reduce Blender pictures by area averaging")
-    add("--factor", type=positive, default=8, help="llff: use pictures this many times smaller")
+    add("--downscale", type=positive, default=1, help="reduce Blender pictures, and transforms'")
+    add("--factor", type=positive, default=8, help="llff, colmap: pictures this many times smaller")
     add_switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
     add_switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
     add_switch(group, "spherify", "llff: 360-degree capture around an object")
     add("--llffhold", type=not_negative, default=8, help="llff: every N-th view is for testing")
+    add("--near", type=amount, default=0.0, help="transforms, colmap: where rays begin; 0: auto")
+    add("--far", type=amount, default=0.0, help="transforms, colmap: where rays end; 0: auto")
     add_switch(group, "pixel_center", "rays through pixel centres (nerf-pytorch: corners)")
 
 

@@ -5,13 +5,16 @@ Blender). ``c2w`` [3, 4] maps camera to world, its last column is the camera's p
 Pixels: (x, y) counts columns and rows from the top left. By default a ray passes through the
 pixel's corner, as nerf-pytorch has it; ``pixel_center`` moves it to the middle (+0.5).
 Distance: directions are not normalised. Their camera-z is -1, so t is depth along the camera's
-axis, in scene units. In normalised device coordinates (NDC) t runs from 0 (near) to 1 (infinity).
+axis, in scene units; behind fisheye lenses they have length 1, so t is distance. In normalised
+device coordinates (NDC) t runs from 0 (near) to 1 (infinity).
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nerf import lenses
 
 
 class Rays(NamedTuple):
@@ -31,10 +34,14 @@ class Rays(NamedTuple):
 def pixel_directions(x: Tensor, y: Tensor, intrinsics: Tensor, pixel_center: bool) -> Tensor:
     """Directions in camera axes with z = -1: x, y [...] pixels; intrinsics [..., 4] -> [..., 3].
 
-    intrinsics holds fx, fy, cx, cy in pixels.
+    intrinsics holds fx, fy, cx, cy in pixels, and with 4 + LENS numbers a lens (``nerf.lenses``).
     """
-    fx, fy, cx, cy = intrinsics.unbind(-1)
+    fx, fy, cx, cy = intrinsics[..., :4].unbind(-1)
     shift = 0.5 if pixel_center else 0.0
+    if intrinsics.shape[-1] > 4:
+        plane = torch.stack([(x + shift - cx) / fx, (y + shift - cy) / fy], dim=-1)
+        seen = lenses.directions(plane, intrinsics[..., 4:])
+        return seen * seen.new_tensor([1.0, -1.0, -1.0])
     return torch.stack(
         [(x + shift - cx) / fx, -(y + shift - cy) / fy, -torch.ones_like(x + cx)], dim=-1
     )
@@ -49,9 +56,9 @@ def pixels_to_rays(
     *,
     pixel_center: bool = False,
 ) -> Rays:
-    """World-space rays through pixels x, y [...] of cameras c2w [..., 3, 4], intrinsics [..., 4].
+    """World-space rays through pixels x, y [...] of cameras c2w [..., 3, 4].
 
-    ``bounds`` is (near, far) in units of t.
+    intrinsics [..., 4], or with a lens [..., 4 + LENS]. ``bounds`` is (near, far) in units of t.
     """
     local = pixel_directions(x, y, intrinsics, pixel_center)
     # A sum rather than a matmul: autocast must never round a direction to 8 bits.

@@ -1,6 +1,7 @@
 """What the tests share: import paths, small demo scenes in every format, the script runner."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,28 @@ def demo_deepvoxels(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_linemod(tmp_path_factory) -> Path:
     return _demo(tmp_path_factory, "linemod")
+
+
+@pytest.fixture(scope="session")
+def demo_transforms(tmp_path_factory) -> Path:
+    return _demo(tmp_path_factory, "transforms")
+
+
+@pytest.fixture(scope="session")
+def demo_colmap(tmp_path_factory) -> Path:
+    return _demo(tmp_path_factory, "colmap")
+
+
+@pytest.fixture
+def demo_copy(request, tmp_path):
+    """A function: kind -> a copy of the demo scene in that format, to be changed."""
+
+    def copy(kind: str) -> Path:
+        folder = tmp_path / kind
+        shutil.copytree(request.getfixturevalue(f"demo_{kind}"), folder)
+        return folder
+
+    return copy
 
 
 def run_script(args, launcher=(), script="run_nerf.py", **kw) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ FILES = [
 ]
 SCRIPTS = sorted(REPOSITORY.glob("run_*.py"))
 BOTTOM = {"rays", "cameras", "encodings", "field", "volume", "losses", "metrics", "runtime", "ema"}
-BOTTOM |= {"occupancy", "shading", "schedules", "sds", "prompts"}
+BOTTOM |= {"lenses", "occupancy", "shading", "schedules", "sds", "prompts"}
 MIDDLE = {
     "renderer",
     "grid_renderer",

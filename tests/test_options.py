@@ -233,7 +233,7 @@ def test_words_that_are_no_flags_are_refused(tmp_path, capsys):
         ("--precrop_frac", "0"),
         ("--precrop_frac", "1.1"),
         ("--ema_decay", "1"),
-        ("--dataset_type", "colmap"),
+        ("--dataset_type", "kolmap"),
         ("--i_embed", "1"),
         ("--amp", "fp8"),
     ],

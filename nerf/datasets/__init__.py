@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nerf.datasets import blender, deepvoxels, linemod, llff
+from nerf.datasets import blender, colmap, deepvoxels, linemod, llff, transforms
+from nerf.datasets.colmap_model import find_model
+from nerf.datasets.images import IMAGE_SUFFIXES
 from nerf.datasets.scene import Scene
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,13 +67,81 @@ def load_linemod(args, warn) -> Scene:
     )
 
 
+def load_transforms(args, warn) -> Scene:
+    return transforms.load(
+        Path(args.datadir),
+        factor=args.downscale * (2 if args.half_res else 1),
+        testskip=args.testskip,
+        llffhold=args.llffhold,
+        near=args.near,
+        far=args.far,
+        background=float(args.white_bkgd),
+        warn=warn,
+    )
+
+
+def load_colmap(args, warn) -> Scene:
+    return colmap.load(
+        Path(args.datadir),
+        factor=args.factor,
+        llffhold=args.llffhold,
+        ndc=not args.no_ndc,
+        spherical=args.spherify,
+        near=args.near,
+        far=args.far,
+        background=float(args.white_bkgd),
+        warn=warn,
+    )
+
+
+def load_auto(args, warn) -> Scene:
+    """The scene in whatever format its folder has; says which."""
+    kind = recognise(Path(args.datadir))
+    warn(f"{args.datadir} is in format {kind} (--dataset_type auto)")
+    return DATASETS[kind](args, warn)
+
+
 DATASETS = {
     "blender": load_blender,
     "demo": load_demo,
     "llff": load_llff,
     "deepvoxels": load_deepvoxels,
     "LINEMOD": load_linemod,
+    "transforms": load_transforms,
+    "colmap": load_colmap,
+    "auto": load_auto,
 }
+# What these files call a place in a picture has pixel centres at half numbers, and is exact.
+WITH_PIXEL_CENTERS = ("transforms", "colmap")
+
+
+def recognise(folder: Path) -> str:
+    """The --dataset_type of a data folder, by the files in it. ValueError if it is none."""
+    if (folder / "transforms.json").exists():
+        return "transforms"
+    split = folder / "transforms_train.json"
+    if split.exists():
+        top, frames, _ = blender.read_frames(split, 1)
+        if "intrinsic_matrix" in frames[0]:
+            return "LINEMOD"
+        return "transforms" if any("fl_x" in part for part in (top, *frames)) else "blender"
+    if find_model(folder) is not None:  # with points and lenses, so before what LLFF makes of it
+        return "colmap"
+    if (folder / "poses_bounds.npy").exists():
+        return "llff"
+    if any(folder.glob("train/*/pose")):
+        return "deepvoxels"
+    places = (folder, folder / "images")
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for place in places for path in place.glob("*")):
+        pictures = places[1] if places[1].is_dir() else folder
+        raise ValueError(
+            f"{folder}: holds pictures but no poses; make them with: "
+            f"python data/from_photos.py {pictures} --out data/mine"
+        )
+    raise ValueError(
+        f"{folder}: no known format; expected transforms.json, transforms_train.json, "
+        "sparse/0/cameras.bin, poses_bounds.npy or train/*/pose"
+    )
 
 
 def load_scene(args, warn=print) -> Scene:
@@ -94,7 +164,8 @@ def load_scene(args, warn=print) -> Scene:
             f"python data/download.py {name}"
         )
     scene = DATASETS[kind](args, warn)
-    scene.pixel_center = args.pixel_center
+    kind = recognise(folder) if kind == "auto" else kind
+    scene.pixel_center = args.pixel_center or kind in WITH_PIXEL_CENTERS
     return scene
 
 

@@ -2,15 +2,17 @@
 
 Grey becomes RGB; palette and CMYK become RGB (RGBA where transparent); grey with alpha becomes
 RGBA; 16-bit grey is scaled to 8 bits, 16-bit RGB keeps its high byte. Alpha stays straight (not
-multiplied in). Anything else is refused by name.
+multiplied in). A rotation noted in a photo's EXIF data is carried out, unless its camera is known
+to be that of the picture as stored. Anything else is refused by name.
 """
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+EXIF_ORIENTATION = 0x0112  # 1: as stored; 2 to 4 keep width and height, 5 to 8 swap them
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -24,13 +26,20 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def read_image(path: Path) -> np.ndarray:
-    """One picture as uint8 [H, W, 3] or, when it has transparency, [H, W, 4]."""
+def read_image(path: Path, size: tuple[float, float] | None = None) -> np.ndarray:
+    """One picture as uint8 [H, W, 3] or, when it has transparency, [H, W, 4].
+
+    size: width and height, or multiples of them, of the picture that its camera was estimated from;
+    they tell whether that was the rotated one or the one as stored.
+    """
     try:
         with Image.open(path) as image:
             image.load()
+            image = _oriented(image, path, size)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image; is the data folder complete?") from None
+    except _Ambiguous:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
     if image.mode.startswith(("I", "F")):
@@ -43,14 +52,37 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(image.convert("RGBA" if transparent else "RGB"))
 
 
-def read_images(paths: list[Path]) -> np.ndarray:
+def _oriented(image: Image.Image, path: Path, size) -> Image.Image:
+    """The picture as its camera saw it, by its EXIF orientation and what the camera's size says."""
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation not in range(2, 9):
+        return image
+    upright = ImageOps.exif_transpose(image)
+    if size is None:
+        return upright
+    ratio, stored = size[0] / size[1], image.width / image.height
+    as_stored, turned = (abs(one / ratio - 1) < 0.02 for one in (stored, 1 / stored))
+    if orientation < 5 or (as_stored and turned):
+        raise _Ambiguous(
+            f"{path}: its EXIF data asks for a rotation (orientation {orientation}), and its pose "
+            "may be that of the rotated or of the stored picture; save all pictures upright, "
+            "without EXIF data, and make the poses again (data/from_photos.py does both)"
+        )
+    return image if as_stored else upright
+
+
+class _Ambiguous(ValueError):
+    """A rotation that may or may not have been carried out already."""
+
+
+def read_images(paths: list[Path], size: tuple[float, float] | None = None) -> np.ndarray:
     """Pictures of one common size as uint8 [V, H, W, C].
 
-    C is 4 if any has alpha; pictures without alpha are opaque then.
+    C is 4 if any has alpha; pictures without alpha are opaque then. size: as in ``read_image``.
     """
     pictures: list[np.ndarray] = []
     for path in paths:
-        picture = read_image(path)
+        picture = read_image(path, size)
         if pictures and picture.shape[:2] != pictures[0].shape[:2]:
             (h, w), (h0, w0) = picture.shape[:2], pictures[0].shape[:2]
             raise ValueError(
@@ -61,6 +93,42 @@ def read_images(paths: list[Path]) -> np.ndarray:
     if any(picture.shape[-1] == 4 for picture in pictures):
         pictures = [with_alpha(picture) for picture in pictures]
     return np.stack(pictures)
+
+
+def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.ndarray]:
+    """Pictures of any sizes, ``factor`` times smaller by area averaging: uint8 [H, W, C] each.
+
+    sizes [V, 2]: height and width that their cameras are for. C is 4 for all if any has alpha.
+    ValueError if a picture has other proportions.
+    """
+    pictures = []
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        picture = read_image(path, (width, height))
+        h, w = picture.shape[:2]
+        # A pixel more or less may come from rounding when pictures were reduced.
+        if abs(w * height / width - h) > 1 and abs(h * width / height - w) > 1:
+            raise ValueError(
+                f"{path}: is {w}x{h} pixels but its camera is for {width:g}x{height:g}; "
+                "give the picture that the camera was made for, or one of its proportions"
+            )
+        if factor > 1:
+            target = (max(1, round(w / factor)), max(1, round(h / factor)))
+            image = Image.fromarray(picture)
+            picture = np.asarray(image.resize(target, Image.Resampling.BOX))
+        pictures.append(picture)
+    if any(picture.shape[-1] == 4 for picture in pictures):
+        pictures = [with_alpha(picture) for picture in pictures]
+    return pictures
+
+
+def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [H, W, C] at the top left of one array [V, H, W, C]; their sizes [V, 2]."""
+    sizes = np.array([picture.shape[:2] for picture in pictures])
+    height, width = sizes.max(0)
+    together = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
+    for row, picture in zip(together, pictures, strict=True):
+        row[: picture.shape[0], : picture.shape[1]] = picture
+    return together, sizes
 
 
 def with_alpha(picture: np.ndarray) -> np.ndarray:

@@ -116,22 +116,23 @@ def read_pictures(datadir, factor, count, full_size, warn) -> tuple[np.ndarray, 
     if factor < 1:
         raise ValueError(f"--factor {factor}; expected 1 (full size) or more")
     originals = datadir / "images"
+    size = (full_size[1], full_size[0])  # a rotation in EXIF data may be in the poses, or not
     if factor == 1:
         files = list_images(originals)
-        return read_images(files)[..., :3], [file.stem for file in files]
+        return read_images(files, size)[..., :3], [file.stem for file in files]
     cache, complaint = datadir / f"images_{factor}", None
     if cache.is_dir():
         files = list_images(cache)
         complaint = _unusable(files, count, full_size / factor)
         if not complaint:
-            return read_images(files)[..., :3], [file.stem for file in files]
+            return read_images(files, size)[..., :3], [file.stem for file in files]
         if not originals.is_dir():
             raise ValueError(f"{cache}: {complaint}, and there is no images/ to make it from")
         warn(f"{cache} is ignored: {complaint}; delete it and it will be made again")
     files = list_images(originals)
-    pictures = [_reduced(file, factor) for file in files]
+    pictures = [_reduced(file, factor, size) for file in files]
     if len({picture.size for picture in pictures}) > 1:
-        read_images(files)  # says which file differs
+        read_images(files, size)  # says which file differs
     if not complaint and len(files) == count:
         _write_cache(cache, files, pictures, warn)
     return np.stack([np.asarray(picture) for picture in pictures]), [file.stem for file in files]
@@ -140,15 +141,15 @@ def read_pictures(datadir, factor, count, full_size, warn) -> tuple[np.ndarray, 
 def _unusable(files: list[Path], count: int, expected_size: np.ndarray) -> str | None:
     if len(files) != count:
         return f"it holds {len(files)} pictures for {count} poses"
-    height, width = read_image(files[0]).shape[:2]
+    height, width = read_image(files[0], tuple(expected_size[::-1])).shape[:2]
     if np.abs(np.array([height, width]) - expected_size).max() > 1.0:
         want = f"{expected_size[1]:g}x{expected_size[0]:g}"
         return f"its pictures are {width}x{height} where the poses expect {want}"
     return None
 
 
-def _reduced(file: Path, factor: int) -> Image.Image:
-    picture = Image.fromarray(read_image(file)[..., :3])
+def _reduced(file: Path, factor: int, size: tuple[float, float]) -> Image.Image:
+    picture = Image.fromarray(read_image(file, size)[..., :3])
     size = (round(picture.width / factor), round(picture.height / factor))
     if min(size) < 1:
         raise ValueError(f"{file}: {picture.width}x{picture.height} is too small for --factor")

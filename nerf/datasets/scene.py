@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
 SPLITS = ("train", "val", "test")
@@ -20,9 +21,14 @@ class Scene:
     """Posed pictures of one scene.
 
     images: uint8 [V, H, W, 3|4], straight alpha. c2w: [V, 3, 4]. intrinsics: [V, 4] fx fy cx cy in
-    pixels. splits: split name -> view numbers. names: one per view. near, far: in units of t.
-    render_poses: [P, 3, 4] camera path for previews. background: grey level shown behind
-    transparent pixels. ndc: rays are handed out in normalised device coordinates.
+    pixels, or [V, 4 + LENS] with a lens each (``nerf.lenses``). splits: split name -> view numbers.
+    names: one per view. near, far: in units of t. render_poses: [P, 3, 4] camera path for previews.
+    background: grey level shown behind transparent pixels. ndc: rays are handed out in normalised
+    device coordinates.
+    sizes: [V, 2] height and width of each picture, at the top left of ``images``; None: they fill
+    it. usable: bool [V, H, W] pixels that training and metrics look at; None: all. box: [2, 3] low
+    and high corner of what the data says the scene fills. to_world: [4, 4] similarity from the
+    scene's coordinates to those of the data; None: they are the same, or not known.
     """
 
     images: Tensor
@@ -36,7 +42,12 @@ class Scene:
     background: float = 0.0
     ndc: bool = False
     pixel_center: bool = False
+    sizes: Tensor | None = None
+    usable: Tensor | None = None
+    box: Tensor | None = None
+    to_world: Tensor | None = None
     _train: Tensor = field(init=False, repr=False)
+    _pools: dict = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         self._validate()
@@ -48,7 +59,10 @@ class Scene:
         assert self.images.shape[-1] in (3, 4)
         if len(self.c2w) != num_views:
             raise ValueError(f"{num_views} pictures but {len(self.c2w)} poses; one pose a picture")
-        assert len(self.names) == num_views and self.intrinsics.shape == (num_views, 4)
+        assert len(self.names) == num_views
+        assert self.intrinsics.shape in ((num_views, 4), (num_views, 4 + LENS))
+        # Padding must never be trained on.
+        assert self.sizes is None or self.usable is not None
         for number, (name, pose) in enumerate(zip(self.names, self.c2w, strict=True)):
             check_pose(pose.cpu().numpy(), f"view {number} ({name})")
         if not bool((self.intrinsics[:, :2] > 0).all() and self.intrinsics.isfinite().all()):
@@ -73,11 +87,16 @@ class Scene:
 
     def to(self, device) -> "Scene":
         """The same scene with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("images", "c2w", "intrinsics", "render_poses")
-        }
-        return replace(self, **moved)
+        names = ("images", "c2w", "intrinsics", "render_poses", "sizes", "usable", "box")
+        moved = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: t if t is None else t.to(device) for n, t in moved.items()})
+
+    def view_size(self, view: int) -> tuple[int, int]:
+        """Height and width of one picture."""
+        if self.sizes is None:
+            return self.height, self.width
+        height, width = self.sizes[view].tolist()
+        return height, width
 
     def resized(self, factor: int) -> "Scene":
         """Cameras for pictures ``factor`` times smaller; only for rendering, pictures are dropped.
@@ -89,26 +108,37 @@ class Scene:
         if factor <= 1:
             return self
         height, width = max(1, self.height // factor), max(1, self.width // factor)
-        intrinsics = self.intrinsics / factor
+        intrinsics = self.intrinsics.clone()
+        intrinsics[:, :4] /= factor
         if not self.pixel_center:
-            intrinsics[:, 2:] += 0.5 / factor - 0.5
+            intrinsics[:, 2:4] += 0.5 / factor - 0.5
         images = self.images.new_zeros(1, 1, 1, 3).expand(len(self.images), height, width, 3)
-        return replace(self, images=images, intrinsics=intrinsics)
+        small = {"images": images, "intrinsics": intrinsics}
+        if self.usable is not None:
+            small["usable"] = self.usable[:, :1, :1].expand(len(images), height, width)
+        if self.sizes is not None:
+            small["sizes"] = (self.sizes // factor).clamp(min=1)
+        return replace(self, **small)
 
     def rays(self, x: Tensor, y: Tensor, c2w: Tensor, intrinsics: Tensor) -> Rays:
-        """Rays through pixels x, y [B] of cameras c2w [B, 3, 4] or [3, 4]."""
+        """Rays through pixels x, y [B] of cameras c2w [B, 3, 4] or [3, 4] with their intrinsics.
+
+        intrinsics [..., 4], or with the lens' numbers too: without them a camera is a pinhole.
+        """
         rays = pixels_to_rays(
             x, y, intrinsics, c2w, (self.near, self.far), pixel_center=self.pixel_center
         )
         if self.ndc:
-            rays = rays_to_ndc(rays, self.height, self.width, intrinsics)
+            # One camera for all: cameras of other focal lengths must meet in the same space.
+            rays = rays_to_ndc(rays, self.height, self.width, self.intrinsics[0])
         return rays
 
-    def view_rays(self, c2w: Tensor, intrinsics: Tensor):
-        """A function from flat pixel numbers [B] to the rays of one camera."""
+    def view_rays(self, c2w: Tensor, intrinsics: Tensor, width: int | None = None):
+        """A function from flat pixel numbers [B] to rays of one camera, ``width`` pixels wide."""
+        width = width or self.width
 
         def rays_of(pixels: Tensor) -> Rays:
-            x, y = pixels % self.width, pixels // self.width
+            x, y = pixels % width, pixels // width
             return self.rays(x.float(), y.float(), c2w, intrinsics)
 
         return rays_of
@@ -123,8 +153,17 @@ class Scene:
         return rgb * alpha + background * (1.0 - alpha)
 
     def picture(self, view: int) -> Tensor:
-        """View ``view`` as float32 [H, W, 3] over the background, on the CPU."""
-        return self.over_background(self.images[view].cpu())
+        """View ``view`` as float32 [H, W, 3], at its own size, over the background, on the CPU."""
+        height, width = self.view_size(view)
+        return self.over_background(self.images[view, :height, :width].cpu())
+
+    def mask(self, view: int) -> Tensor | None:
+        """Which pixels of ``view`` count, bool [H, W] on the CPU at its own size; None: all."""
+        if self.usable is None:
+            return None
+        height, width = self.view_size(view)
+        inside = self.usable[view, :height, :width].cpu()
+        return None if bool(inside.all()) else inside
 
     def pick(
         self, views: Tensor, x: Tensor, y: Tensor, background: Tensor | None = None
@@ -154,6 +193,13 @@ class Scene:
         def draw(low: int, high: int, count: int) -> Tensor:
             return torch.randint(low, high, (count,), generator=generator, device=device)
 
+        if self.usable is not None:
+            pool, starts = self.usable_pixels("train", crop)
+            low, high = 0, len(pool)
+            if one_image:
+                number = int(draw(0, len(starts) - 1, 1))
+                low, high = starts[number], starts[number + 1]
+            return self.pick(*self.place(pool[draw(low, high, num_rays)]), background)
         views = self._train[draw(0, len(self._train), 1 if one_image else num_rays)]
         views = views.expand(num_rays)
         half_w, half_h = self.width / 2 * crop, self.height / 2 * crop
@@ -161,13 +207,51 @@ class Scene:
         y0, y1 = int(self.height / 2 - half_h), max(1, int(self.height / 2 + half_h))
         return self.pick(views, draw(x0, x1, num_rays), draw(y0, y1, num_rays), background)
 
+    def usable_pixels(self, split: str, crop: float = 1.0) -> tuple[Tensor, list[int]]:
+        """Flat numbers [N] of the usable pixels of a split, and where each of its views begins.
+
+        Each counts the same when rays are drawn. crop: as in ``sample_rays``. Kept once made: 4
+        bytes a pixel.
+        """
+        if (split, crop) not in self._pools:
+            parts, starts = [], [0]
+            for view in self.splits[split]:
+                height, width = self.view_size(view)
+                (y0, y1), (x0, x1) = (
+                    (int(side / 2 - side / 2 * crop), max(1, int(side / 2 + side / 2 * crop)))
+                    for side in (height, width)
+                )
+                y, x = self.usable[view, y0:y1, x0:x1].nonzero().unbind(-1)
+                parts.append((view * self.height + y + y0) * self.width + x + x0)
+                starts.append(starts[-1] + len(y))
+                if not len(y):
+                    raise ValueError(
+                        f"view {view} ({self.names[view]}): its mask leaves no pixel"
+                        + (f" in the middle (--precrop_frac {crop:g})" if crop < 1 else "")
+                        + "; remove the picture, or change the mask"
+                    )
+            small = self.usable.numel() < 2**31
+            pool = torch.cat([part.to(torch.int32) if small else part for part in parts])
+            self._pools[split, crop] = pool, starts
+        return self._pools[split, crop]
+
+    def place(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat numbers [B] -> view, x and y [B]."""
+        pixels = pixels.long()
+        per_view = self.height * self.width
+        return pixels // per_view, pixels % self.width, pixels // self.width % self.height
+
     def describe(self) -> str:
         """One line for the log."""
         counts = ", ".join(f"{len(self.splits.get(name, []))} {name}" for name in SPLITS)
         kind = "RGBA" if self.images.shape[-1] == 4 else "RGB"
         space = "NDC" if self.ndc else "world"
+        height, width = self.view_size(0)
+        size = f"{width}x{height}" if self.sizes is None else f"{width}x{height} and other sizes,"
+        if self.intrinsics.shape[-1] > 4:
+            kind += ", lens distortion"
         return (
-            f"{counts} views, {self.width}x{self.height} {kind}, focal "
+            f"{counts} views, {size} {kind}, focal "
             f"{self.intrinsics[0, 0].item():.2f}, {space} rays from {self.near:g} to {self.far:g}"
         )
 

@@ -1,0 +1,152 @@
+"""Photos and videos as they come, to upright pictures that structure from motion can use."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
+HEIC = (".heic", ".heif")
+MEASURED_SIDE = 640  # pixels of the longer side at which sharpness is measured
+SAME = 1.5  # mean difference of 32x32 thumbnails, grey levels, up to which pictures are one
+BLURRED = 0.2  # of the median sharpness
+
+
+class Photo(NamedTuple):
+    """One picture that was kept."""
+
+    name: str
+    width: int
+    height: int
+    sharpness: float
+    thumbnail: np.ndarray  # [32, 32] grey levels
+
+
+def sharpness(grey: np.ndarray) -> float:
+    """Variance of the Laplacian of [H, W] grey levels: low where a picture is blurred or plain."""
+    grey = grey.astype(np.float32)
+    laplacian = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1]
+    return float((laplacian - 4 * grey[1:-1, 1:-1]).var())
+
+
+def measured(name: str, image: Image.Image) -> Photo:
+    """What is compared between pictures."""
+    grey = image.convert("L")
+    small = grey.copy()
+    small.thumbnail((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BOX)
+    thumbnail = np.asarray(grey.resize((32, 32), Image.Resampling.BOX), np.float32)
+    return Photo(name, image.width, image.height, sharpness(np.asarray(small)), thumbnail)
+
+
+def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder by name, and the other files. ValueError on HEIC, or without any."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    heic = [path for path in files if path.suffix.lower() in HEIC]
+    if heic:
+        raise ValueError(
+            f"{folder}: {len(heic)} HEIC photos ({heic[0].name}); convert them to JPEG first "
+            "(on the phone: Settings, Camera, Formats, Most Compatible; or: magick mogrify -format "
+            "jpg *.HEIC)"
+        )
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    if not pictures:
+        videos = [path.name for path in files if path.suffix.lower() in VIDEOS]
+        hint = f"; for the video give its own path: {folder / videos[0]}" if videos else ""
+        raise ValueError(f"{folder}: holds no photo ({', '.join(PICTURES)}){hint}")
+    return pictures, [path for path in files if path not in set(pictures)]
+
+
+def take_photos(folder: Path, out: Path, max_side: int, say) -> list[Photo]:
+    """Copy the photos of ``folder`` upright into ``out``, none larger than max_side.
+
+    Files that are no pictures, and photos that repeat another, are named and left out.
+    """
+    pictures, others = list_photos(folder)
+    if others:
+        say(f"left out, no pictures: {some([path.name for path in others])}")
+    photos: list[Photo] = []
+    broken, repeated = [], []
+    for path in pictures:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            broken.append(path.name)
+            continue
+        photo = measured(_unused(path.stem, photos) + ".jpg", upright)
+        if any(np.abs(photo.thumbnail - other.thumbnail).mean() < SAME for other in photos):
+            repeated.append(path.name)
+            continue
+        photos.append(_save(upright, out, photo, max_side))
+    if broken:
+        say(f"left out, cannot be read: {some(broken)}")
+    if repeated:
+        say(f"left out, the same picture as another: {some(repeated)}")
+    return photos
+
+
+def _unused(stem: str, photos: list[Photo]) -> str:
+    """``stem``, with a number after it where another photo (a.png beside a.jpg) has it."""
+    names, number, found = {photo.name for photo in photos}, 2, stem
+    while found + ".jpg" in names:
+        found, number = f"{stem}_{number}", number + 1
+    return found
+
+
+def _save(image: Image.Image, out: Path, photo: Photo, max_side: int) -> Photo:
+    exif = image.getexif()  # holds the focal length; the rotation is gone from it
+    image = image.convert("RGB")
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out.mkdir(parents=True, exist_ok=True)
+    image.save(out / photo.name, quality=95, exif=exif)
+    return photo._replace(width=image.width, height=image.height)
+
+
+def take_frames(video: Path, out: Path, count: int, max_side: int) -> list[Photo]:
+    """The sharpest frame of each of ``count`` equal parts of a video, into ``out``."""
+    import imageio_ffmpeg
+
+    try:
+        total, _ = imageio_ffmpeg.count_frames_and_secs(str(video))
+        frames = imageio_ffmpeg.read_frames(str(video))
+        size = next(frames)["size"]
+    except (OSError, RuntimeError, StopIteration, ValueError):
+        raise ValueError(
+            f"{video}: holds no video that ffmpeg can read; give an MP4 or MOV"
+        ) from None
+    if total < 1:
+        raise ValueError(f"{video}: holds no frames; is the recording complete?")
+    photos: list[Photo] = []
+    best: tuple[Photo, Image.Image] | None = None
+
+    def keep() -> None:
+        repeats = best and photos and np.abs(best[0].thumbnail - photos[-1].thumbnail).mean() < SAME
+        if best and not repeats:  # the camera moved
+            photos.append(_save(best[1], out, best[0], max_side))
+
+    part = -1
+    for number, frame in enumerate(frames):
+        if number * count // total != part:
+            keep()
+            part, best = number * count // total, None
+        image = Image.frombytes("RGB", size, frame)
+        photo = measured(f"frame_{number:06d}.jpg", image)
+        if best is None or photo.sharpness > best[0].sharpness:
+            best = photo, image
+    keep()
+    return photos
+
+
+def blurred(photos: list[Photo]) -> list[str]:
+    """Names of photos much less sharp than the others."""
+    middle = float(np.median([photo.sharpness for photo in photos]))
+    return [photo.name for photo in photos if photo.sharpness < BLURRED * middle]
+
+
+def some(names: list[str], count: int = 6) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
