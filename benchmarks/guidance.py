@@ -1,0 +1,93 @@
+"""Ways of guiding side by side: the same prompts, scored as ``text_to_3d.py`` scores them.
+
+    python benchmarks/guidance.py --prompts "a red cone" "a blue mug" --judge logs/judge.pt
+
+Runs go one after the other, so that their times compare. An object has a doubled front where its
+silhouettes overlap the object united with itself turned by 180 degrees better than the object.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import judge as judging  # noqa: E402
+from benchmarks import text_to_3d as scoring  # noqa: E402
+from guidance.tiny.shapes import SHAPES  # noqa: E402
+
+KINDS = {
+    "sds": [],
+    "csd": ["--guidance", "csd"],
+    "vsd": ["--guidance", "vsd", "--lrate_lora", "1e-3"],
+    "perp-neg": ["--perp_neg"],
+}
+ASYMMETRIC = ("house", "chair", "mug")
+
+
+def doubled(exact: list[judging.Outlines]) -> list[judging.Outlines]:
+    """Masks of every object together with itself turned by half a turn, per elevation."""
+    half = exact[0].masks.shape[2] // 2  # [objects, scales, yaws, V, H, W]
+    return [
+        judging.Outlines(each.names, each.masks | each.masks.roll(half, dims=2)) for each in exact
+    ]
+
+
+def has_doubled_front(seen, name: str, exact, twice) -> bool:
+    """At elevation 20, where fronts show."""
+    mask = seen.opacity[0] > 0.5
+    return judging.overlap(mask, twice[0])[name] > judging.overlap(mask, exact[0])[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", nargs="+", default=["a red cone", "a yellow cylinder"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--config", default="configs/dream_tiny.txt")
+    parser.add_argument("--model", type=Path, default=scoring.ROOT / "guidance/tiny/model")
+    parser.add_argument("--judge", type=Path, default=scoring.ROOT / "logs" / "judge.pt")
+    parser.add_argument("--out", type=Path, default=scoring.ROOT / "logs" / "guidance")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for the trainer")
+    args = parser.parse_args()
+    args.jobs, extra = 1, args.flags
+    prompts = [scoring.parse_prompt(text) for text in args.prompts]
+    judge = judging.load(args.judge)
+    views = (scoring.AZIMUTHS, scoring.RADIUS, scoring.FOV, scoring.SIZE)
+    exact = [judging.outlines(views[0], e, *views[1:]) for e in scoring.ELEVATIONS]
+    twice, rows, seconds = doubled(exact), [], {kind: [] for kind in args.kinds}
+    print("| guidance | prompt | IoU 20 / 60 | rank | a b c | doubled front | s | MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, color in prompts:
+        for kind in args.kinds:
+            args.flags = [*KINDS[kind], *extra]
+            run = scoring.make(args, name, color, str(args.model), args.out / kind)
+            seen = scoring.look_at(run)
+            own = scoring.score(seen, name, color, judge, exact)
+            marks, (spent, memory) = own.passes(name), scoring.costs(run)
+            seconds[kind].append(spent)
+            front = "-"
+            if SHAPES[name].second is not None and name in ASYMMETRIC:
+                front = "yes" if has_doubled_front(seen, name, exact, twice) else "no"
+            rows.append((f"{kind}: {color} {name}", seen, all(marks)))
+            print(
+                f"| {kind} | {color} {name} | {own.iou[0]:.2f} / {own.iou[1]:.2f} | {own.rank} | "
+                f"{' '.join('x' if mark else '-' for mark in marks)} | {front} | {spent:.0f} | "
+                f"{memory:.0f} |",
+                flush=True,
+            )
+    scoring.contact_sheet(rows, args.out / "sheet.png")
+    base = statistics.median(seconds[args.kinds[0]])
+    for kind, spent in seconds.items():
+        print(
+            f"{kind}: {statistics.median(spent) / base:.2f} times {args.kinds[0]}'s training time"
+        )
+    print(f"contact sheet: {args.out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
