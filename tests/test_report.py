@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import run_nerf
-from nerf import compare, evaluation, metrics, pages, report
+from nerf import compare, evaluation, lenses, metrics, pages, report
 from nerf.datasets.scene import Scene
 from nerf.renderer import Rendered
 from nerf.runtime import World
@@ -178,9 +178,30 @@ def test_ndc_depth_is_given_along_the_camera_axis_in_the_world():
     opacity[0, 0] = 0
     rendered = Rendered(torch.zeros(12, 16, 3), opacity, t)
     for view, distance in ((0, 4.0), (1, 4.3)):
-        depth = painter.z_depth(rendered, scene, c2w[view], scene.intrinsics[view])
+        depth = painter.z_depth(rendered, scene, view)
         assert depth[0, 0] == 0
         assert np.allclose(depth[opacity.numpy() > 0], distance, atol=1e-4)
+
+
+def test_depth_through_a_lens_is_along_the_axis_not_along_the_ray():
+    """A wall at z = -4: rays of a fisheye lens are unit vectors, and t is the distance."""
+    lens = lenses.from_colmap("OPENCV_FISHEYE", [20.0, 20.0, 8.0, 6.0, 0.1, 0.0, 0.0, 0.0])
+    scene = Scene(
+        images=torch.zeros(1, 12, 16, 3, dtype=torch.uint8),
+        c2w=torch.eye(3, 4)[None],
+        intrinsics=torch.tensor([lens]),
+        splits={"train": [0]},
+        names=["a"],
+        near=0.1,
+        far=9.0,
+        render_poses=torch.eye(3, 4)[None],
+    )
+    rays = scene.view_rays(scene.c2w[0], scene.intrinsics[0], 16)(torch.arange(12 * 16))
+    t = (-4.0 / rays.directions[:, 2]).view(12, 16)  # where each ray meets the wall
+    assert (t - 4.0).abs().max() > 0.1  # so that the two differ
+    painter = evaluation.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
+    rendered = Rendered(torch.zeros(12, 16, 3), torch.ones(12, 16), t)
+    assert np.allclose(painter.z_depth(rendered, scene, 0), 4.0, atol=1e-4)
 
 
 def test_lpips_is_left_out_with_what_is_missing_and_used_where_it_is_there(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-MAX_TOKENS = 24  # the longest caption takes 18
+MAX_TOKENS = 24  # the longest caption takes 19
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
