@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import clip as clip_score  # noqa: E402
 from benchmarks import judge as judging  # noqa: E402
 from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article  # noqa: E402
 from nerf import checkpoint, dream_options, options, turntable  # noqa: E402
@@ -67,6 +68,7 @@ class Seen(NamedTuple):
     albedo: torch.Tensor  # [E, 8, H, W, 3] over nothing
     opacity: torch.Tensor  # [E, 8, H, W]
     lit: torch.Tensor  # [E, 8, 3, H, W] over grey
+    bare: torch.Tensor  # [E, 8, 3, H, W] white under a light at the camera, over grey: the shape
 
 
 def prompt_sets() -> dict[str, list[tuple[str, str]]]:
@@ -119,7 +121,7 @@ def look_at(run: Path) -> Seen:
     ema = EMA(renderer, args.ema_decay)
     checkpoint.restore(path, state, print, renderer, ema=ema)
     ema.keep()
-    albedo, opacity, lit = [], [], []
+    albedo, opacity, lit, bare = [], [], [], []
     for elevation in ELEVATIONS:
         one = torch.ones(len(AZIMUTHS))
         cameras = turntable.orbit_cameras(AZIMUTHS, elevation * one, RADIUS * one, FOV * one)
@@ -129,7 +131,11 @@ def look_at(run: Path) -> Seen:
         opacity.append(torch.stack([picture.opacity for picture in plain]))
         behind = GREY * (1 - opacity[-1][..., None])
         lit.append((torch.stack([p.rgb for p in shaded]) + behind).permute(0, 3, 1, 2))
-    return Seen(torch.stack(albedo), torch.stack(opacity), torch.stack(lit))
+        normal = torch.stack([p.normal for p in shaded])  # times opacity
+        facing = torch.einsum("vhwc,vc->vhw", normal, cameras.c2w[:, :, 2]).clamp(min=0)
+        white = (0.3 * opacity[-1] + 0.7 * facing)[..., None] + behind
+        bare.append(white.expand(-1, -1, -1, 3).permute(0, 3, 1, 2))
+    return Seen(*map(torch.stack, (albedo, opacity, lit, bare)))
 
 
 @torch.no_grad()
@@ -196,7 +202,7 @@ def untrained_model(model: Path, out: Path) -> str:
     return str(out)
 
 
-def report(prompts, runs: list[Path], judge, exact, sheet: Path) -> None:
+def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> None:
     passed, crosses, rows = [], [], []
     print("| prompt | colour 20 / 60 | IoU 20 / 60 | best overlap | rank | a b c | s | MB |")
     print("|---|---|---|---|---|---|---|---|")
@@ -220,6 +226,12 @@ def report(prompts, runs: list[Path], judge, exact, sheet: Path) -> None:
     print(f"\npassed: {sum(passed)} of {len(passed)} ({sum(passed) / len(passed):.0%})")
     if crosses:
         print(f"control: scored as another prompt, {sum(crosses)} of {len(crosses)} pass")
+    if clip is not None:
+        texts = [text for text, *_ in rows]
+        for kind in ("lit", "bare"):
+            pictures = [getattr(seen, kind).flatten(0, 1).clamp(0, 1) for _, seen, _ in rows]
+            share = clip_score.r_precision(clip, pictures, texts)
+            print(f"CLIP R-precision, {'colour' if kind == 'lit' else 'textureless'}: {share:.1%}")
     print(f"contact sheet: {sheet}")
 
 
@@ -241,17 +253,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--controls", type=int, default=2, help="runs against an untrained U-Net")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP model: R-precision as well")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for the trainer")
     args = parser.parse_args()
     prompts = prompt_sets()[args.set]
     if args.prompts:
         prompts = [parse_prompt(text) for text in args.prompts]
     args.out.mkdir(parents=True, exist_ok=True)
+    clip = clip_score.Clip(args.clip) if args.clip else None
     judge = judging.load(args.judge)
     exact = [judging.outlines(AZIMUTHS, e, RADIUS, FOV, SIZE) for e in ELEVATIONS]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda p: make(args, *p, str(args.model), args.out), prompts))
-    report(prompts, runs, judge, exact, args.out / "sheet.png")
+    report(prompts, runs, judge, exact, args.out / "sheet.png", clip)
     if args.controls:
         with tempfile.TemporaryDirectory() as folder:
             model = untrained_model(args.model, Path(folder) / "untrained")
