@@ -194,6 +194,7 @@ def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
         rank=args.lora_rank,
         lrate=args.lrate_lora,
         camera_dropout=args.camera_dropout,
+        views=args.lora_views,
     )
     if args.lora_file:
         load_lora(Path(args.lora_file), copy.lora)

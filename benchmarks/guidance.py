@@ -22,7 +22,7 @@ from guidance.tiny.shapes import SHAPES  # noqa: E402
 KINDS = {
     "sds": [],
     "csd": ["--guidance", "csd"],
-    "vsd": ["--guidance", "vsd", "--lrate_lora", "1e-3"],
+    "vsd": ["--guidance", "vsd", "--lrate_lora", "1e-3", "--lora_views", "2"],
     "perp-neg": ["--perp_neg"],
 }
 ASYMMETRIC = ("house", "chair", "mug")

@@ -57,17 +57,20 @@ class RenderCopy(nn.Module):
     """The copy: adapters and camera embedding, which it owns, on a U-Net, which it borrows.
 
     base: a ``StableDiffusion``; the same as guides the scene, or another whose latents and text
-    fit. text [1, L, D]: its embedding of the prompt. Its own AdamW is ``optimizer``.
+    fit. text [1, L, D]: its embedding of the prompt. views: so many views of a step are learnt
+    from, the published code's one or more; 0: all. Its own AdamW is ``optimizer``.
     """
 
-    def __init__(self, base, text: Tensor, *, rank: int, lrate: float, camera_dropout: float):
+    def __init__(
+        self, base, text: Tensor, *, rank: int, lrate: float, camera_dropout: float, views: int = 0
+    ):
         super().__init__()
         # The adapters' first values come from torch's seed on the CPU, whatever the device.
         unet = base.unet
         self.lora = LoRA(unet, rank).to(base.device)
         self.camera = CameraEmbedding(unet.time_embedding.linear_2.out_features).to(base.device)
         self.camera.dtype = base.dtype
-        self.camera_dropout = camera_dropout
+        self.camera_dropout, self.views = camera_dropout, views
         self._borrowed, self._text = (base,), text  # a tuple: not a child, not in the state
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lrate, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
@@ -106,7 +109,8 @@ class RenderCopy(nn.Module):
         zeros. Gradients are averaged over ``world``'s processes; one that is not finite is left
         out on all of them.
         """
-        base = self._borrowed[0]
+        base, some = self._borrowed[0], slice(self.views or None)
+        latents, c2w, noise = latents[some], c2w[some], noise.part(some)
         num_timesteps = len(base.alphas_cumprod)
         t = (noise.follow_u * num_timesteps).long().clamp(max=num_timesteps - 1)
         alpha_bar = base.alphas_cumprod[t]

@@ -65,6 +65,8 @@ def add_guidance_flags(parser) -> None:
     add("--lora_model", help="folder or hub id of another model for the copy; default: --sd_model")
     add("--lora_file", help="LoRA to start the copy from (lora.safetensors of a run)")
     add("--lrate_lora", type=options.positive_number, default=1e-4, help="of the copy")
+    add("--lora_views", type=options.not_negative, default=0,
+        help="views of a step that the copy learns from, on each process; 0: all")  # fmt: skip
     add("--camera_dropout", type=options.part, default=0.1, help="cameras the copy is not told")
 
 

@@ -3,13 +3,17 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
+from nerf import runtime
 from nerf.ema import EMA
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
@@ -315,3 +319,15 @@ def test_ssim_of_limits():
 def test_8_bits_are_rounded_and_clipped():
     values = np.array([-1.0, 0.0, 0.49 / 255, 0.51 / 255, 0.5, 1.0, 2.0])
     assert to_8bit(values).tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+def test_peak_memory_is_this_process_own_not_its_parents():
+    """A run started by a large program must not report that program's memory as its own."""
+    held = bytearray(b"x" * (600 * 2**20))  # so that this process is much larger than a new one
+    code = (
+        "import torch; from nerf.runtime import peak_memory_mb as p; print(p(torch.device('cpu')))"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    own = runtime.peak_memory_mb(torch.device("cpu"))
+    assert 50 < float(done.stdout) < own - 200 and len(held) > 0

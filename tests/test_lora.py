@@ -154,6 +154,19 @@ def test_the_copy_hears_the_camera_after_it_has_learnt(model):
     assert not torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
 
 
+def test_the_copy_learns_from_as_many_views_as_it_is_told(model):
+    noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
+    latents, learnt = draw(2, 4, SIDE, SIDE), []
+    for views, second in ((1, 0.0), (1, 9.0), (0, 0.0), (0, 9.0)):
+        copy = make_copy(model, views=views)
+        changed = latents.clone()
+        changed[1] += second
+        copy.learn(changed, cameras(), noise, WORLD)
+        learnt.append([p.clone() for p in copy.parameters()])
+    assert all(map(torch.equal, learnt[0], learnt[1]))  # the second view is not looked at
+    assert not all(map(torch.equal, learnt[2], learnt[3]))
+
+
 def test_dropped_cameras_are_zeros(model):
     """With every camera dropped, learning cannot tell two sets of cameras apart."""
     both = []
