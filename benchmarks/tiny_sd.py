@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import judge as judging  # noqa: E402
 from guidance.prompts import VIEW_WORDS  # noqa: E402
+from guidance.sample import sheet  # noqa: E402
 from guidance.tiny.pictures import COLOR_NAMES, NAMES, article, describe  # noqa: E402
 from guidance.tiny.shapes import SHAPES  # noqa: E402
 from nerf.media import write_png  # noqa: E402
@@ -79,14 +80,6 @@ def sample(pipeline, texts: list[str], scale: float, steps: int, seed: int) -> T
     return torch.cat(images)
 
 
-def sheet(images: Tensor, columns: int, enlarge: int = 1) -> Tensor:
-    """One picture [H, W, 3] of many [N, 3, h, w], row by row."""
-    count, _, height, width = images.shape
-    rows = images[: count - count % columns].view(-1, columns, 3, height, width)
-    picture = rows.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
-    return picture.repeat_interleave(enlarge, 0).repeat_interleave(enlarge, 1)
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,7 +94,7 @@ def main() -> None:
     print("judge, on renders it never saw:", judging.accuracy(judge))
     texts = [text for text, *_ in asked]
     images = sample(load(args.model), texts, args.guidance_scale, args.steps, args.seed)
-    write_png(args.grid, sheet(images[:256], columns=len(NAMES), enlarge=2).numpy())
+    write_png(args.grid, sheet(images[:256], columns=len(NAMES), side=64))
     report(judge(images), asked)
 
 

@@ -5,13 +5,13 @@ second one, with LoRA and a camera embedding; after every step of the scene it t
 ordinary diffusion training on the renders. Text for the copy is the prompt without view words.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from guidance.attention import fast_attention
 from guidance.lora import LoRA
 from guidance.sds import GuidanceNoise, add_noise, like, to_epsilon
 
@@ -84,7 +84,7 @@ class RenderCopy(nn.Module):
             torch.autocast(base.device.type, enabled=False),
             self.lora.switched(),
             unet_class_embedding(base.unet, self.camera),
-            _fast_backward(base.device),
+            fast_attention(base.device),
         ):
             found = base.unet(
                 noisy.to(base.dtype), t, encoder_hidden_states=text, class_labels=camera
@@ -156,10 +156,3 @@ def target(base, clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
         "v_prediction": lambda: a.sqrt() * epsilon - (1 - a).sqrt() * clean,
         "sample": lambda: clean,
     }[base.prediction_type]()
-
-
-def _fast_backward(device: torch.device):
-    """Plain matmuls on a CPU: there the fused backward is ten times slower in bfloat16."""
-    if device.type == "cpu" and torch.is_grad_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()

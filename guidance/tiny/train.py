@@ -14,16 +14,15 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from guidance.attention import fast_attention  # noqa: E402
 from guidance.tiny import build, pictures  # noqa: E402
 from nerf.ema import EMA  # noqa: E402
 from nerf.runtime import (  # noqa: E402
@@ -119,11 +118,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def _cos(left: float) -> float:
     return float(torch.cos(torch.tensor(torch.pi * left)))
-
-
-def fast_attention(device: torch.device):
-    """Plain matmuls on a CPU: there the fused backward is ten times slower in bfloat16."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class Fit:
