@@ -558,8 +558,10 @@ def train(args, world, run, priors: dict) -> int:
                 break
     progress.close()
     finish(args, world, run, parts, step, clock)
-    if copy is not None and run.is_main:
-        save_lora(run.folder / "lora.safetensors", copy.lora)
+    if copy is not None:
+        if run.is_main:
+            save_lora(run.folder / "lora.safetensors", copy.lora)
+        copy.lora.remove()  # the next prompt's copy hangs on the same model
     return 0
 
 

@@ -97,7 +97,7 @@ class LoRA(nn.Module):
 
 
 def save_lora(path: Path, lora: LoRA) -> None:
-    """The adapters alone, as safetensors that ``pipeline.load_lora_weights`` of diffusers opens."""
+    """The adapters alone, as safetensors, by the names that diffusers and peft read."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in lora.tensors().items()}

@@ -19,6 +19,7 @@ from test_stable_diffusion import tiny_sd_folder
 
 import run_dreamfusion
 from guidance.gaussian import RADIUS, RGB
+from guidance.lora import attention_layers
 from nerf.checkpoint import list_checkpoints
 
 TINY = (
@@ -349,6 +350,24 @@ def test_where_each_word_is_looked_at(tiny, sd_folder, tmp_path, capsys):
     assert sheet.shape == (2 * 128 + 16, 3 * 128, 3)  # two views; the render and two words
     code, said = inside(capsys, *flags, "--attn_tokens", "cone", "--no_reload")
     assert code == 2 and "--attn_tokens cone: not in the prompt" in said
+
+
+def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
+    tiny, sd_folder, tmp_path, capsys, monkeypatch
+):
+    opened = {}
+    original = run_dreamfusion.open_model
+
+    def open_model(*args):
+        opened["model"] = original(*args)
+        return opened["model"]
+
+    monkeypatch.setattr(run_dreamfusion, "open_model", open_model)
+    (tmp_path / "prompts.txt").write_text("a red cube\na green sphere\n")
+    flags = with_model(tiny, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1)
+    assert inside(capsys, *flags, "--prompt_file", tmp_path / "prompts.txt")[0] == 0
+    layers = attention_layers(opened["model"].unet).values()
+    assert layers and not any(layer._forward_hooks for layer in layers)
 
 
 def test_a_lora_file_starts_the_copy(tiny, sd_folder, tmp_path, capsys):
