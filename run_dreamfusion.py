@@ -16,7 +16,6 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -33,19 +32,17 @@ from nerf import (
     dream_options,
     guidance_options,
     losses,
-    mesh,
     options,
     runtime,
-    turntable,
 )
 from nerf.cameras import OrbitCameras, random_orbit_cameras
 from nerf.ema import EMA
 from nerf.health import Collapse
 from nerf.logs import Clock, Progress, RunFolder, Speed
-from nerf.particles import objects
 from nerf.report import try_report
 from nerf.schedules import scheduled, stepped
 from nerf.shading import Look, draw_look
+from nerf.studio import Studio, write_mesh, write_preview, write_turntable
 
 
 def every(step: int, interval: int) -> bool:
@@ -256,47 +253,21 @@ def start_from(args, run, renderer, optimizer, scaler, ema) -> None:
 # ----------------------------------------------------------------------------------- pictures
 
 
-def make_viewer(args, world, renderer):
-    """(rays, look) -> what the object looks like, for pictures."""
-
-    def view(rays, look):
-        with runtime.autocast(world.device, args.amp):
-            return renderer(rays, look)
-
-    return view
-
-
-def middle(limits) -> float:
-    return 0.5 * (limits[0] + limits[1])
-
-
-def depth_bounds(args) -> tuple[float, float]:
-    distance = middle(args.radius_range)
-    return max(0.05, distance - args.bound), distance + args.bound
-
-
-def eval_cameras(args, world, num_views: int):
-    return turntable.orbit(
-        num_views, args.eval_elevation, middle(args.radius_range), middle(args.fov_range),
-        world.device,
+def studio_of(args, world, run, renderer, ema) -> Studio:
+    """Where previews, turntables and meshes of this run come from."""
+    return Studio(
+        run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
+        elevation_deg=args.eval_elevation, radius=sum(args.radius_range) / 2,
+        fov_deg=sum(args.fov_range) / 2, bound=args.bound, flat=args.space == "2d",
     )  # fmt: skip
 
 
-def write_preview(args, world, run, renderer, ema, step) -> None:
-    """previews/STEP.png: four sides; the pictures themselves with --space 2d."""
-    if not world.is_main:
-        return
+def preview(args, studio: Studio, step: int) -> None:
+    """Four sides of the objects, or all pictures that are optimised."""
     size, num_views = stepped(args.train_res, step), args.batch_views
-    if args.space == "3d":
+    if not studio.flat:
         size, num_views = min(args.eval_res, 2 * size), 4
-    cameras = eval_cameras(args, world, num_views)
-    look = (cameras, size, args.eval_background, depth_bounds(args))
-    with ema.swap():
-        sheets = [
-            turntable.preview(make_viewer(args, world, shown), *look, flat=args.space == "2d")
-            for _, shown in objects(renderer)
-        ]
-    run.picture(step, "preview", np.concatenate(sheets))
+    write_preview(studio, step, num_views, size)
 
 
 def write_attention(args, run, prior, images, distilled, noise, conditions, step) -> None:
@@ -312,45 +283,6 @@ def write_attention(args, run, prior, images, distilled, noise, conditions, step
     run.picture(step, "attention", sheet)
 
 
-def write_turntable(args, world, run, renderer, ema, step) -> None:
-    cameras, videos = eval_cameras(args, world, args.video_frames), []
-    with ema.swap():
-        for ending, shown in objects(renderer):
-            folder = run.folder / f"render_path{ending}_{step:06d}"
-            view = make_viewer(args, world, shown)
-            videos += turntable.render_turntable(
-                view, cameras, args.eval_res, args.eval_background, depth_bounds(args), folder,
-                world, run.say,
-            ) or [f"frames only, in {folder}/"]  # fmt: skip
-    run.say("turntable: " + ", ".join(map(str, videos)))
-
-
-def write_mesh(args, world, run, renderer, ema, path: Path) -> None:
-    """Each object as a mesh with coloured vertices, of the weights that its pictures show."""
-    if not run.is_main:
-        return
-    for ending, shown in objects(renderer):
-        write_one_mesh(args, world, run, shown, ema, path.with_stem(path.stem + ending))
-
-
-def write_one_mesh(args, world, run, renderer, ema, path: Path) -> None:
-    box, cameras = renderer.space, eval_cameras(args, world, 8)
-    with ema.swap(), torch.no_grad():
-        solid = renderer.surface_density(cameras.rays(args.eval_res // 2, args.eval_res // 2))
-        level = solid.median().item() if len(solid) else mesh.surface_level(box.step)
-        surface = mesh.extract_mesh(
-            lambda points: renderer.density(box.to_unit(points)),
-            lambda points: renderer.albedo(box.to_unit(points)),
-            box.low,
-            box.high,
-            resolution=args.mesh_res,
-            level=args.mesh_level or level,
-            warn=run.say,
-        )
-    mesh.write_mesh(path, surface)
-    run.say(f"mesh: {path} ({len(surface.vertices)} vertices, {len(surface.faces)} triangles)")
-
-
 def read_run(args, world, run) -> int:
     """``--render_only`` and ``--export``: from the newest checkpoint, with its averaged weights."""
     found = checkpoint.find_checkpoint(run.folder, args.ft_path, world, run.say, prefer_given=True)
@@ -363,22 +295,23 @@ def read_run(args, world, run) -> int:
     checkpoint.restore(path, state, run.say, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
     run.say(f"{path}: step {step}, {ema.kind} weights")
+    studio = studio_of(args, world, run, renderer, ema)
     if args.export:
-        write_mesh(args, world, run, renderer, ema, Path(args.export))
+        write_mesh(studio, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
     else:
-        write_turntable(args, world, run, renderer, ema, step)
+        write_turntable(studio, step, args.video_frames)
     return 0
 
 
-def finish(args, world, run, parts, step, clock) -> None:
+def finish(args, run, studio: Studio, step, clock) -> None:
     """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are."""
-    renderer, _, _, ema = parts
-    metrics = {"prompt": args.prompt, "step": step, "weights": ema.kind}
+    metrics = {"prompt": args.prompt, "step": step, "weights": studio.ema.kind}
     metrics |= {"train_seconds": clock.seconds, "args": vars(args)}
     if args.space == "3d":
-        write_turntable(args, world, run, renderer, ema, step)
+        write_turntable(studio, step, args.video_frames)
         if args.mesh:
-            write_mesh(args, world, run, renderer, ema, run.folder / "mesh.glb")
+            path = run.folder / "mesh.glb"
+            write_mesh(studio, path, resolution=args.mesh_res, level=args.mesh_level)
     run.write_json("metrics.json", metrics)
     if run.is_main:
         try_report(run.folder, run.say)
@@ -462,6 +395,7 @@ def train(args, world, run, priors: dict) -> int:
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
     if args.space == "2d":
         renderer.first = world.share(args.batch_views).start
+    studio = studio_of(args, world, run, renderer, ema)
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     skipped, skipped_in_row, left_out = 0, 0, 0
@@ -542,7 +476,7 @@ def train(args, world, run, priors: dict) -> int:
             progress.advance()
             if every(step, args.i_img) or last:
                 with clock:
-                    write_preview(args, world, run, renderer, ema, step)
+                    preview(args, studio, step)
             if every(step, args.i_attn):
                 with clock:
                     write_attention(args, run, prior, images, distilled, noise, conditions, step)
@@ -553,11 +487,11 @@ def train(args, world, run, priors: dict) -> int:
                 saved_at = time.monotonic()
             if every(step, args.i_video) and not last:
                 with clock:
-                    write_turntable(args, world, run, renderer, ema, step)
+                    write_turntable(studio, step, args.video_frames)
             if last:
                 break
     progress.close()
-    finish(args, world, run, parts, step, clock)
+    finish(args, run, studio, step, clock)
     if copy is not None:
         if run.is_main:
             save_lora(run.folder / "lora.safetensors", copy.lora)
