@@ -375,6 +375,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
                 f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
             )
             progress.close()
+            if window is not None:  # the next attempt opens its own
+                window.close()
             return None
         last = bool(time_up) or step == args.N_iters
         if every(step, args.i_print) or last:
@@ -410,6 +412,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         if last:
             break
     progress.close()
+    if window is not None:
+        window.close()
     return 0
 
 

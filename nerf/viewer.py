@@ -128,6 +128,9 @@ class Viewer:
         self._controls()
         if scene is not None:
             self._cameras()
+            cameras = self.server.gui.add_checkbox("training cameras", True)
+            node = self.server.scene.add_frame("/cameras", show_axes=False)
+            cameras.on_update(lambda event: setattr(node, "visible", cameras.value))
         say(f"viewer: http://{host}:{port}")
 
     def _controls(self) -> None:
@@ -181,7 +184,7 @@ class Viewer:
         scene, views = self.scene, self.scene.splits["train"][:FRUSTA]
         up = scene.c2w[:, :, 1].sum(0).cpu().numpy()
         self.server.scene.set_up_direction(tuple(up / np.linalg.norm(up)))
-        scale = 0.08 * self._reach()
+        scale = 0.04 * self._reach()
         for view in views:
             height, width = scene.view_size(view)
             pose, focal = scene.c2w[view].cpu().numpy(), float(scene.intrinsics[view, 1])
@@ -190,10 +193,10 @@ class Viewer:
             self.server.scene.add_camera_frustum(
                 f"/cameras/{scene.names[view]}", 2 * math.atan(0.5 * height / focal),
                 width / height, scale=scale, image=picture, wxyz=quaternion(pose),
-                position=pose[:, 3],
+                position=pose[:, 3], thickness=0.02 * scale,
             )  # fmt: skip
         first = scene.c2w[views[0]].cpu().numpy()
-        self.server.initial_camera.position = tuple(first[:, 3])
+        self.server.initial_camera.position = tuple(first[:, 3] - 0.2 * self._reach() * first[:, 2])
         self.server.initial_camera.look_at = tuple(first[:, 3] - self._reach() * first[:, 2])
 
     def tick(self, stopped: Callable[[], bool] = lambda: False) -> None:

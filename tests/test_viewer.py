@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The live viewer and its camera paths: geometry, files, faults, and that training is untouched."""
 
 import json
@@ -147,3 +148,22 @@ def test_an_occupied_port_ends_before_training():
         done = run("--viewer", "--viewer_port", taken.getsockname()[1], "--datadir", "nowhere")
     assert done.returncode == 2 and "choose another --viewer_port" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
+    pytest.importorskip("viser")
+    import run_nerf
+
+    client, sent = fake_client()
+    monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [(0, client)])
+    monkeypatch.setattr(viewer, "BUDGET", 1.0)
+    flags = ["--config", str(ROOT / "configs/demo.txt"), "--datadir", str(tmp_path / "data")]
+    flags += "--N_iters 12 --i_img 0 --i_video 0 --i_testset 0 --testskip 20 --basedir".split()
+    weights = []
+    for name in ("with", "without"):
+        shown = ["--viewer", "--viewer_port", str(free_port())] if name == "with" else []
+        assert run_nerf.main([*flags, str(tmp_path / name), *shown]) == 0
+        path = next((tmp_path / name).glob("*/000012.tar"))
+        weights.append(torch.load(path, weights_only=True)["network_fn_state_dict"])
+    assert sent  # pictures were rendered in between
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
