@@ -150,6 +150,7 @@ def test_an_occupied_port_ends_before_training():
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
     pytest.importorskip("viser")
     import run_nerf
