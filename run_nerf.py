@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nerf import checkpoint, evaluation, export, options, runtime
+from nerf import checkpoint, evaluation, export, options, runtime, viewer
+from nerf.camera_path import read_path
 from nerf.datasets import load_scene
 from nerf.ema import EMA
 from nerf.health import DeadStart
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         world = runtime.setup(args.device)
         options.check_nerf_flags(args, world.size)
+        if args.camera_path:
+            read_path(Path(args.camera_path))  # a broken one is to fail before the work begins
+        if args.viewer and world.is_main:
+            viewer.check_server(args.viewer_host, args.viewer_port)
         folder = Path(args.basedir) / args.expname
         reading = args.render_only or args.export or args.export_points
         run = RunFolder(folder, is_main=world.is_main, lock=not reading)
@@ -190,8 +195,24 @@ def warn_once(run, step, complaint: str | None, said: tuple[str, ...]) -> tuple[
 def render_camera_path(args, run, painter, ema, step) -> None:
     folder, scale = run.folder / f"render_path_{step:06d}", args.metres_per_unit
     with ema.swap():
-        videos = evaluation.render_path(painter, folder, args.render_factor, run.say, scale)
+        path = read_path(Path(args.camera_path)) if args.camera_path else None
+        videos = evaluation.render_path(
+            painter, folder, args.render_factor, run.say, scale, key_path=path
+        )
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+
+
+def open_viewer(args, world, run, painter, ema) -> viewer.Viewer | None:
+    """The live viewer of ``--viewer``, on the first rank; it shows what pictures show."""
+    if not args.viewer or not world.is_main:
+        return None
+
+    def view(*wish):
+        with ema.swap():
+            return viewer.view_of(painter, *wish)
+
+    place = (args.viewer_host, args.viewer_port)
+    return viewer.Viewer(view, painter.scene, run.folder, *place, run.say)
 
 
 def write_exports(args, run, painter, renderer, ema) -> None:
@@ -226,7 +247,12 @@ def read_run(args, world, run) -> int:
     run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
     painter = make_painter(args, world, renderer, scene)
     write_exports(args, run, painter, renderer, ema)
-    if args.render_only:
+    window = open_viewer(args, world, run, painter, ema)
+    if window is not None and not args.render_test and not args.camera_path:
+        with runtime.StopSignal() as stop:
+            window.serve(lambda: bool(stop.number))
+        window.close()
+    elif args.render_only:
         (measure_test if args.render_test else render_camera_path)(args, run, painter, ema, step)
     return 0
 
@@ -272,6 +298,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         compile_fields(renderer, scene.pick(*few)[0], run.say)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
     painter = make_painter(args, world, renderer, scene, stop)
+    window = open_viewer(args, world, run, painter, ema)
     complaints: tuple[str, ...] = ()
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
     skipped, skipped_in_row, saved_at = 0, 0, time.monotonic()
@@ -331,6 +358,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         step += 1  # updates finished, also when one was skipped
 
         # After the update: signals, health, and everything periodic.
+        if window is not None:
+            window.tick(lambda: bool(stop.number))
         skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
         runtime.give_up_on_skipping(skipped_in_row, step)
         dead = health.looks_dead(levels, target[pieces[-1]], step)
@@ -346,6 +375,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
                 f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
             )
             progress.close()
+            if window is not None:  # the next attempt opens its own
+                window.close()
             return None
         last = bool(time_up) or step == args.N_iters
         if every(step, args.i_print) or last:
@@ -381,6 +412,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         if last:
             break
     progress.close()
+    if window is not None:
+        window.close()
     return 0
 
 

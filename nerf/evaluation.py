@@ -211,18 +211,30 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def render_path(
-    painter: Painter, folder: Path, factor: int = 0, warn=print, metres_per_unit: float = 0.0
+    painter: Painter,
+    folder: Path,
+    factor: int = 0,
+    warn=print,
+    metres_per_unit: float = 0.0,
+    *,
+    key_path: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Path]:
     """Render the scene's camera path: 000.png ..., depth/, rgb.mp4, depth.mp4 in ``folder``.
 
+    key_path: c2w [F, 3, 4] and vertical fov_deg [F] instead, of ``camera_path.read_path``.
     Returns the videos that were made.
     """
     scene, world = painter.scene.resized(factor), painter.world
     poses = scene.render_poses
     # One camera model serves the whole path: the first view's, without its lens' distortion.
     camera, size = scene.intrinsics[0, :4], scene.view_size(0)
+    cameras = camera.expand(len(poses), 4)
+    if key_path is not None:
+        poses = torch.tensor(key_path[0], dtype=torch.float32, device=camera.device)
+        focal = 0.5 * size[0] / np.tan(np.radians(key_path[1]) / 2)
+        cameras = [camera.new_tensor([f, f, 0.5 * size[1], 0.5 * size[0]]) for f in focal]
     for number in range(world.rank, len(poses), world.size):
-        rendered = painter(scene, poses[number], camera, size)
+        rendered = painter(scene, poses[number], cameras[number], size)
         write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
         write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
     world.barrier()

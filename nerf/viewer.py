@@ -1,0 +1,266 @@
+"""The live viewer: a scene in the browser while it trains and after, served by viser.
+
+Pictures are rendered in the training thread between steps, at most ``BUDGET`` of the wall time.
+viser's own threads only leave wishes here (where the camera is, which button was pressed). Nothing
+draws random numbers or touches what is trained; any fault switches the viewer off.
+"""
+
+import math
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nerf.camera_path import interpolate, write_path
+from nerf.media import colorize, nearness
+from nerf.metrics import to_8bit
+
+MODES = ("rgb", "depth", "normal", "opacity")
+BUDGET = 0.08  # of the wall time while training; the promise is a tenth
+SIDES = (96, 192, 384, 640)  # longer side of a picture: first while moving, then refined at rest
+REST = 0.3  # seconds without motion before a picture is refined
+THUMBNAIL = 64  # pixels of a training picture's longer side
+FRUSTA = 100  # cameras shown at most
+
+
+def check_server(host: str, port: int) -> None:
+    """ValueError if the viewer cannot be served: viser missing or the port taken."""
+    try:
+        import viser  # noqa: F401
+    except ImportError:
+        raise ValueError("--viewer needs viser: pip install viser==1.1.1") from None
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"--viewer_port {port} on {host}: {error.strerror}; choose another --viewer_port"
+            ) from None
+
+
+def view_of(painter, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box):
+    """What a free camera sees, [H, W, 3] in [0, 1]. fov: vertical, radians; box: [2, 3] or None."""
+    scene, device = painter.scene, painter.world.device
+    height, width = size
+    focal = 0.5 * height / math.tan(0.5 * fov)
+    pose = torch.tensor(c2w, dtype=torch.float32, device=device)
+    intrinsics = pose.new_tensor([focal, focal, 0.5 * width, 0.5 * height])
+    rays = scene.view_rays(pose, intrinsics, width)(torch.arange(height * width, device=device))
+    hit = torch.ones(height, width, dtype=torch.bool)
+    if box is not None and not scene.ndc:
+        rays, inside = clip_rays(rays, torch.as_tensor(box, dtype=torch.float32, device=device))
+        hit = inside.view(height, width).cpu()
+    parts = []
+    with torch.no_grad():
+        for start in range(0, height * width, painter.block):
+            parts.append(painter.render(rays.part(slice(start, start + painter.block))))
+    rgb, opacity, depth = (torch.cat(m).cpu().float() for m in zip(*parts, strict=True))
+    rgb, depth = rgb.view(height, width, 3), depth.view(height, width) * hit
+    opacity = opacity.view(height, width).clamp(0, 1) * hit
+    if mode == "rgb":
+        return torch.where(hit[..., None], rgb, scene.background).clamp(0, 1).numpy()
+    if mode == "opacity":
+        return opacity[..., None].expand(-1, -1, 3).numpy()
+    if mode == "depth":
+        near = nearness(depth.numpy(), scene.near, scene.far, scene.ndc)
+        return colorize(near * opacity.numpy())
+    points = rays.origins.cpu() + rays.directions.cpu() * depth.view(-1, 1)
+    return (normals(points.view(height, width, 3)) * opacity[..., None] * 0.5 + 0.5).numpy()
+
+
+def normals(points: Tensor) -> Tensor:
+    """Unit normals [H, W, 3] of a surface seen at points [H, W, 3], towards the camera."""
+    down, right = torch.gradient(points, dim=(0, 1))
+    return torch.nn.functional.normalize(torch.linalg.cross(down, right), dim=-1)
+
+
+def clip_rays(rays, box: Tensor):
+    """(rays between the faces of box [2, 3], which of them meet it [B])."""
+    flat = rays.directions.abs() < 1e-9  # parallel to a face: the division must stay finite
+    slope = torch.where(flat, torch.full_like(rays.directions, 1e-9), rays.directions)
+    ends = (box[:, None] - rays.origins) / slope  # [2, B, 3]
+    near = torch.maximum(ends.amin(0).amax(-1, keepdim=True), rays.near)
+    far = torch.minimum(ends.amax(0).amin(-1, keepdim=True), rays.far)
+    inside = near < far
+    near, far = torch.where(inside, near, rays.near), torch.where(inside, far, rays.far)
+    return rays._replace(near=near, far=far), inside[..., 0]
+
+
+def quaternion(c2w: np.ndarray) -> np.ndarray:
+    """wxyz of a camera in viser's axes (y down, z forward), of c2w in ours."""
+    from scipy.spatial.transform import Rotation
+
+    return np.roll(Rotation.from_matrix(c2w[:, :3] * [1, -1, -1]).as_quat(), 1)
+
+
+def camera_pose(camera) -> np.ndarray:
+    """c2w [3, 4] in our axes of a viser camera."""
+    from scipy.spatial.transform import Rotation
+
+    turn = Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix() * [1, -1, -1]
+    return np.concatenate([turn, np.asarray(camera.position)[:, None]], axis=1)
+
+
+class Viewer:
+    """Serves one scene. ``tick`` after every step, ``serve`` to go on without training.
+
+    view(c2w, fov, size, mode, box) -> [H, W, 3]; scene: whose cameras are shown, or None.
+    """
+
+    def __init__(self, view: Callable, scene, folder: Path, host: str, port: int, say) -> None:
+        import viser
+
+        self.view, self.scene, self.folder, self.say = view, scene, folder, say
+        self.on, self.paused, self.spent, self.began = True, False, 0.0, time.monotonic()
+        self.keys: list[tuple[np.ndarray, float]] = []
+        self.playing: tuple | None = None
+        self.shown: dict[int, tuple] = {}  # client -> what its picture shows, and how finely
+        self.frames = 0
+        self.server = viser.ViserServer(host=host, port=port, verbose=False)
+        if self.server.get_port() != port:
+            self.server.stop()
+            raise ValueError(f"--viewer_port {port} is taken; choose another")
+        self._controls()
+        if scene is not None:
+            self._cameras()
+            cameras = self.server.gui.add_checkbox("training cameras", True)
+            node = self.server.scene.add_frame("/cameras", show_axes=False)
+            cameras.on_update(lambda event: setattr(node, "visible", cameras.value))
+        say(f"viewer: http://{host}:{port}")
+
+    def _controls(self) -> None:
+        gui = self.server.gui
+        self.mode = gui.add_dropdown("show", MODES)
+        self.crop = gui.add_checkbox("crop", False)
+        reach = self._reach()
+        self.low = gui.add_vector3("crop from", (-reach,) * 3, step=0.05)
+        self.high = gui.add_vector3("crop to", (reach,) * 3, step=0.05)
+        pause = gui.add_button("pause / resume training")
+        self.seconds = gui.add_number("path: seconds", 4.0, min=0.5, max=600.0)
+        buttons = {"add key": self._add_key, "remove key": self._remove_key}
+        buttons |= {"play": self._play, "save path": self._save}
+        pause.on_click(lambda event: setattr(self, "paused", not self.paused))
+        for label, action in buttons.items():
+            gui.add_button(label).on_click(self._guarded(action))
+
+    def _guarded(self, action):
+        def run(event) -> None:
+            try:
+                action(event)
+            except Exception as error:  # in viser's thread: must never reach training
+                self.say(f"viewer: {error}")
+
+        return run
+
+    def _reach(self) -> float:
+        if self.scene is None:
+            return 1.0
+        return float(self.scene.c2w[:, :, 3].abs().max())
+
+    def _add_key(self, event) -> None:
+        camera = event.client.camera
+        self.keys.append((camera_pose(camera), math.degrees(camera.fov)))
+
+    def _remove_key(self, event) -> None:
+        if self.keys:
+            self.keys.pop()
+
+    def _save(self, event) -> None:
+        write_path(self.folder / "camera_path.json", self.keys, self.seconds.value)
+        self.say(f"viewer: {len(self.keys)} keys -> {self.folder / 'camera_path.json'}")
+
+    def _play(self, event) -> None:
+        if len(self.keys) > 1:
+            poses, fovs = (np.array(part) for part in zip(*self.keys, strict=True))
+            frames = interpolate(poses, fovs, max(2, round(30 * self.seconds.value)))
+            self.playing = (time.monotonic(), *frames)
+
+    def _cameras(self) -> None:
+        scene, views = self.scene, self.scene.splits["train"][:FRUSTA]
+        up = scene.c2w[:, :, 1].sum(0).cpu().numpy()
+        self.server.scene.set_up_direction(tuple(up / np.linalg.norm(up)))
+        scale = 0.04 * self._reach()
+        for view in views:
+            height, width = scene.view_size(view)
+            pose, focal = scene.c2w[view].cpu().numpy(), float(scene.intrinsics[view, 1])
+            step = max(1, max(height, width) // THUMBNAIL)
+            picture = to_8bit(scene.picture(view)[::step, ::step].cpu().numpy())
+            self.server.scene.add_camera_frustum(
+                f"/cameras/{scene.names[view]}", 2 * math.atan(0.5 * height / focal),
+                width / height, scale=scale, image=picture, wxyz=quaternion(pose),
+                position=pose[:, 3], thickness=0.02 * scale,
+            )  # fmt: skip
+        first = scene.c2w[views[0]].cpu().numpy()
+        self.server.initial_camera.position = tuple(first[:, 3] - 0.2 * self._reach() * first[:, 2])
+        self.server.initial_camera.look_at = tuple(first[:, 3] - self._reach() * first[:, 2])
+
+    def tick(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Between two steps: a picture if one is due within the budget; waits while paused."""
+        if not self.on:
+            return
+        if self.spent <= BUDGET * (time.monotonic() - self.began):
+            self._work()
+        while self.on and self.paused and not stopped():
+            time.sleep(0.0 if self._work() else 0.02)
+            # The time of a pause is not training's: it neither earns nor costs budget.
+            self.spent, self.began = 0.0, time.monotonic()
+
+    def serve(self, stopped: Callable[[], bool]) -> None:
+        """Pictures until ``stopped``, all the time."""
+        while self.on and not stopped():
+            time.sleep(0.0 if self._work() else 0.02)
+
+    def _work(self) -> bool:
+        """Render one picture if somebody is owed one; whether that was so."""
+        start = time.monotonic()
+        try:
+            return any([self._client(number, c) for number, c in self._clients()])
+        except Exception as error:  # no viewer fault may stop training
+            self.on = False
+            self.say(f"viewer switched off: {type(error).__name__}: {error}")
+            return False
+        finally:
+            self.spent += time.monotonic() - start
+
+    def _clients(self):
+        return list(self.server.get_clients().items())
+
+    def _client(self, number: int, client) -> bool:
+        camera, now = client.camera, time.monotonic()
+        if camera.update_timestamp == 0:  # it has not said yet where it looks from
+            return False
+        pose, fov = camera_pose(camera), camera.fov
+        if self.playing is not None:
+            began, poses, fovs = self.playing
+            at = int(30 * (now - began))
+            if at < len(poses):
+                pose, fov = poses[at], math.radians(fovs[at])
+            else:
+                self.playing = None
+        box = np.array([self.low.value, self.high.value]) if self.crop.value else None
+        wish = (pose.round(4).tobytes(), round(fov, 4), self.mode.value, str(box), camera.aspect)
+        last, level, moved = self.shown.get(number, (None, -1, 0.0))
+        if wish != last:
+            level, moved = 0, now
+        elif level + 1 < len(SIDES) and now - moved >= REST:
+            level += 1
+        elif level + 1 == len(SIDES) and self.spent > 0 and now - moved > 2.0:
+            level, moved = 1, now  # training goes on: look again
+        else:
+            return False
+        longer, aspect = SIDES[level], camera.aspect
+        width = longer if aspect >= 1 else max(2, round(longer * aspect))
+        height = max(2, round(width / aspect))
+        picture = self.view(pose, fov, (height, width), self.mode.value, box)
+        client.scene.set_background_image(to_8bit(picture), format="jpeg")
+        self.shown[number], self.frames = (wish, level, moved), self.frames + 1
+        return True
+
+    def close(self) -> None:
+        self.on = False
+        self.server.stop()

@@ -1,0 +1,170 @@
+# ruff: noqa: E501
+"""The live viewer and its camera paths: geometry, files, faults, and that training is untouched."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nerf import viewer
+from nerf.camera_path import interpolate, read_path, write_path
+from nerf.cameras import look_at
+from nerf.rays import Rays
+
+ROOT = Path(__file__).parents[1]
+
+
+def keys():
+    return [(look_at((x, 4.0, 1.0), (0, 0, 0)), 40.0 + x) for x in (-2.0, 0.0, 3.0)]
+
+
+def test_a_saved_path_passes_through_its_keys(tmp_path):
+    path = tmp_path / "path.json"
+    write_path(path, keys(), 61 / 30)
+    poses, fovs = read_path(path)
+    assert len(poses) == 61
+    for at, (c2w, fov) in zip((0, 30, 60), keys(), strict=True):
+        np.testing.assert_allclose(poses[at], c2w, atol=1e-6)
+        assert abs(fovs[at] - fov) < 1e-6
+
+
+def test_between_keys_cameras_stay_rotations_and_move_smoothly():
+    poses, fovs = zip(*keys(), strict=True)
+    frames, _ = interpolate(np.array(poses), np.array(fovs), 301)
+    turns = frames[:, :, :3]
+    np.testing.assert_allclose(
+        turns @ turns.transpose(0, 2, 1), np.eye(3)[None] + 0 * turns, atol=1e-9
+    )
+    bend = np.abs(np.diff(frames, n=2, axis=0)).max()
+    assert bend < 1e-3  # a corner at a key would be of the size of one frame's motion, 0.02
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("{", "is no camera path"),
+        ("[1]", "is no camera path"),
+        (json.dumps({"seconds": 1, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 40}]}), "1 key frame"),
+        (json.dumps({"seconds": 1, "keys": [{"c2w": (2 * np.eye(3, 4)).tolist(), "fov_deg": 40}] * 2}), "no rotation"),
+        (json.dumps({"seconds": 1, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 0}] * 2}), "fov_deg"),
+        (json.dumps({"seconds": 1e9, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 9}] * 2}), "fps"),
+    ],
+)  # fmt: skip
+def test_a_broken_path_is_one_line(tmp_path, content, complaint):
+    path = tmp_path / "path.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        read_path(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_viser_cameras_and_ours_convert_back():
+    c2w = look_at((1.0, -3.0, 2.0), (0.2, 0.1, 0))
+    camera = SimpleNamespace(wxyz=viewer.quaternion(c2w), position=c2w[:, 3])
+    np.testing.assert_allclose(viewer.camera_pose(camera), c2w, atol=1e-12)
+
+
+def test_the_crop_box_keeps_what_lies_between_its_faces():
+    box = torch.tensor([[-1.0, -1, -1], [1, 1, 1]])
+    origins = torch.tensor([[0.0, 0, 5], [3, 0, 5], [0, 0, 0.5]])
+    down = torch.tensor([[0.0, 0, -2]]).expand(3, 3)
+    bounds = torch.full((3, 1), 0.1), torch.full((3, 1), 9.0)
+    rays, inside = viewer.clip_rays(Rays(origins, down, down / 2, *bounds), box)
+    assert inside.tolist() == [True, False, True]
+    torch.testing.assert_close(rays.near[:, 0], torch.tensor([2.0, 0.1, 0.1]))
+    torch.testing.assert_close(rays.far[[0, 2], 0], torch.tensor([3.0, 0.75]))
+
+
+def test_normals_of_a_plane_face_the_camera():
+    y, x = torch.meshgrid(-torch.arange(4.0), torch.arange(5.0), indexing="ij")
+    normal = viewer.normals(torch.stack([x, y, -3 + 0 * x], dim=-1))  # a camera at 0 looks along -z
+    torch.testing.assert_close(normal, torch.tensor([0.0, 0, 1]).expand(4, 5, 3))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fake_client(stamp=1.0):
+    c2w = look_at((0.0, -3.0, 1.0), (0, 0, 0))
+    camera = SimpleNamespace(wxyz=viewer.quaternion(c2w), position=c2w[:, 3], fov=0.7, aspect=1.5)
+    camera.update_timestamp, sent = stamp, []
+    scene = SimpleNamespace(set_background_image=lambda image, format: sent.append(image.shape))
+    return SimpleNamespace(camera=camera, scene=scene), sent
+
+
+def open_viewer(monkeypatch, tmp_path, view):
+    pytest.importorskip("viser")
+    said, (client, sent) = [], fake_client()
+    shown = viewer.Viewer(view, None, tmp_path, "127.0.0.1", free_port(), said.append)
+    monkeypatch.setattr(shown, "_clients", lambda: [(0, client)])
+    return shown, client, sent, said
+
+
+def test_pictures_are_coarse_in_motion_and_refined_at_rest(monkeypatch, tmp_path):
+    shown, client, sent, _ = open_viewer(
+        monkeypatch, tmp_path, lambda pose, fov, size, mode, box: np.zeros((*size, 3))
+    )
+    monkeypatch.setattr(viewer, "REST", 0.0)
+    try:
+        for _ in viewer.SIDES:
+            shown._work()
+        client.camera.position = client.camera.position + 0.1
+        shown._work()
+    finally:
+        shown.close()
+    assert [shape[1] for shape in sent] == [*viewer.SIDES, viewer.SIDES[0]]
+
+
+def test_a_fault_switches_the_viewer_off_and_is_said_once(monkeypatch, tmp_path):
+    def view(*wish):
+        raise RuntimeError("broken")
+
+    shown, _, _, said = open_viewer(monkeypatch, tmp_path, view)
+    shown.tick()
+    shown.tick()
+    shown.server.stop()
+    assert not shown.on and [s for s in said if "broken" in s] == said[1:]
+
+
+def run(*flags):
+    command = [sys.executable, "run_nerf.py", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_an_occupied_port_ends_before_training():
+    pytest.importorskip("viser")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("--viewer", "--viewer_port", taken.getsockname()[1], "--datadir", "nowhere")
+    assert done.returncode == 2 and "choose another --viewer_port" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
+    pytest.importorskip("viser")
+    import run_nerf
+
+    client, sent = fake_client()
+    monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [(0, client)])
+    monkeypatch.setattr(viewer, "BUDGET", 1.0)
+    flags = ["--config", str(ROOT / "configs/demo.txt"), "--datadir", str(tmp_path / "data")]
+    flags += "--N_iters 12 --i_img 0 --i_video 0 --i_testset 0 --testskip 20 --basedir".split()
+    weights = []
+    for name in ("with", "without"):
+        shown = ["--viewer", "--viewer_port", str(free_port())] if name == "with" else []
+        assert run_nerf.main([*flags, str(tmp_path / name), *shown]) == 0
+        path = next((tmp_path / name).glob("*/000012.tar"))
+        weights.append(torch.load(path, weights_only=True)["network_fn_state_dict"])
+    assert sent  # pictures were rendered in between
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
