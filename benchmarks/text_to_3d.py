@@ -138,12 +138,10 @@ def look_at(run: Path) -> Seen:
     return Seen(*map(torch.stack, (albedo, opacity, lit, bare)))
 
 
-@torch.no_grad()
-def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
-    """How ``seen`` does as a ``color`` ``name``."""
-    mask = seen.opacity > 0.5
+def colored_views(seen: Seen, color: str) -> list[int]:
+    """Per elevation, the views whose mean albedo is nearest to ``color`` of all colours."""
+    mask, colored = seen.opacity > 0.5, []
     named = torch.tensor(list(COLORS.values()))
-    colored = []
     for albedo, opacity, solid in zip(seen.albedo, seen.opacity, mask, strict=True):
         count = solid.sum((1, 2)).clamp(min=1)[:, None]
         own = albedo / opacity.clamp(min=1e-3)[..., None]
@@ -151,6 +149,13 @@ def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
         nearest = torch.cdist(mean, named).argmin(-1)
         right = (nearest == COLOR_NAMES.index(color)) & solid.any(2).any(1)
         colored.append(int(right.sum()))
+    return colored
+
+
+@torch.no_grad()
+def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
+    """How ``seen`` does as a ``color`` ``name``."""
+    mask, colored = seen.opacity > 0.5, colored_views(seen, color)
     overlaps = [judging.overlap(one, outlines) for one, outlines in zip(mask, exact, strict=True)]
     verdict = judge(seen.lit.flatten(0, 1).clamp(0, 1))
     # Rank among all objects in all colours; "none" takes its share of the probability away.
