@@ -65,10 +65,16 @@ class RunFolder:
         from tqdm import tqdm
 
         tqdm.write(message, file=sys.stderr)
+        self.note(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def note(self, text: str) -> None:
+        """``text`` to log.txt alone, if that can be written."""
+        if not self.is_main:
+            return
         try:
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
-        except OSError as error:  # the terminal has it
+                file.write(text)
+        except OSError as error:
             self.lost["log.txt"] = error.strerror or str(error)
 
     # ---------------------------------------------------------- a disk that is full, or gone
