@@ -4,8 +4,9 @@
     python run_dreamfusion.py --config configs/dream_tiny.txt --export out.glb
     torchrun --nproc_per_node=2 run_dreamfusion.py --config configs/dream_tiny.txt --prompt "..."
 
-Exit codes: 0 done; 2 a mistake in flags or data; 130 / 143 stopped by SIGINT / SIGTERM, with the
-step saved: the same command goes on from there.
+Exit codes: 0 done; 2 a mistake in flags or data; 3 done, or stopped, but something could not be
+written (the log says what); 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1, with the step
+saved: the same command goes on from there.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from nerf import (
     guidance_options,
     losses,
     options,
+    recovery,
     runtime,
 )
 from nerf.cameras import OrbitCameras, random_orbit_cameras
@@ -64,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             if code >= 128:  # stopped by a signal
                 break
         return code
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"run_dreamfusion.py: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 3
     finally:
         runtime.cleanup()
 
@@ -84,14 +86,18 @@ def run_prompt(args, world, priors: dict) -> int:
     try:
         code = read_run(args, world, run) if reading else train(args, world, run, priors)
         world.barrier()  # a rank that leaves early can take the others' connections with it
-        return code
+        return run.exit_code(code)
     except torch.OutOfMemoryError as error:
         advice = guidance_options.next_saving(args, world.device.type)
         raise ValueError(f"out of memory ({str(error).splitlines()[0]}); {advice}") from None
+    except recovery.NotFinite as error:
+        raise ValueError(
+            f"{recovery.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
+            f"{error.step}: {error.trouble}; lower --lrate, set --grad_clip 1, or use --amp bf16 "
+            "or off"
+        ) from None
     except ValueError:
-        if run.is_main:
-            with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
+        run.note(traceback.format_exc())
         raise
     finally:
         run.close()
@@ -398,12 +404,12 @@ def train(args, world, run, priors: dict) -> int:
     studio = studio_of(args, world, run, renderer, ema)
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
-    skipped, skipped_in_row, left_out = 0, 0, 0
+    watch, left_out = recovery.FiniteWatch(), 0
 
-    def save() -> None:
+    def save() -> bool:
         extra = {"args": vars(args), "model": prior.fingerprint, "train_seconds": clock.seconds}
         extra |= {"copy": copy.checkpoint()} if copy is not None else {}
-        checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
+        return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     with runtime.StopSignal() as stop:
         while step < args.N_iters:
@@ -434,27 +440,26 @@ def train(args, world, run, priors: dict) -> int:
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 renderer.parameters(), args.grad_clip or math.inf
             )
-            finite = math.isfinite(grad_norm)
-            if finite:
+            broken = not (math.isfinite(grad_norm) and math.isfinite(loss.item()))
+            time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
+            number, time_up, broken = world.largest(stop.number, time_up, broken)
+            if not broken:  # anywhere: a rank alone must not go on
                 scaler.step(optimizer)
                 ema.update()
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             copy_loss = copy.learn(distilled.latents, cameras.c2w, noise, world) if copy else 0.0
-            step += 1  # updates finished, also when one was skipped
+            step += 1  # updates finished, also when one was left out
 
             # After the update: signals, health, and everything periodic.
-            skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
-            runtime.give_up_on_skipping(skipped_in_row, step)
+            watch.count(broken, step, world, lambda: (recovery.broken_gradients(renderer), {}))
+            optimizer.zero_grad(set_to_none=True)
             left_out += int(distilled.skipped)
             opacity = out.opacity.detach().mean().item()
             if args.space == "3d":
                 collapse.watch(opacity, step, run.say)
-            time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
-            number, time_up = world.largest(stop.number, time_up)
             if number:
-                save()
-                run.say(f"stopped by signal {int(number)}; step {step} is saved")
+                saved = "saved" if save() else "not saved"
+                run.say(f"stopped by signal {int(number)}; step {step} is {saved}")
                 return 128 + int(number)
             last = bool(time_up) or step == args.N_iters
             if every(step, args.i_print) or last:
@@ -466,7 +471,7 @@ def train(args, world, run, priors: dict) -> int:
                     "t": distilled.t.float().mean().item(),
                     "lr": rate,
                     "views_left_out": left_out,
-                    "skipped": skipped,
+                    "skipped": watch.skipped,
                     **({"copy_loss": copy_loss} if copy is not None else {}),
                     "memory_mb": runtime.peak_memory_mb(world.device),
                     "train_seconds": clock.seconds,

@@ -5,8 +5,9 @@
     python run_nerf.py --config configs/lego.txt --export lego.glb --export_points lego.ply
     torchrun --nproc_per_node=2 run_nerf.py --config configs/lego.txt
 
-Exit codes: 0 done; 2 a mistake in flags or data; 130 / 143 stopped by SIGINT / SIGTERM, with the
-step saved: the same command goes on from there.
+Exit codes: 0 done; 2 a mistake in flags or data; 3 done, or stopped, but something could not be
+written (the log says what); 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1, with the step
+saved: the same command goes on from there.
 """
 
 import math
@@ -14,15 +15,17 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nerf import checkpoint, evaluation, export, options, runtime, viewer
+from nerf import checkpoint, evaluation, export, options, recovery, runtime, viewer
 from nerf.camera_path import read_path
 from nerf.datasets import load_scene
 from nerf.ema import EMA
+from nerf.grid_renderer import MOST_RAYS
 from nerf.health import DeadStart
 from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.losses import squared_error
@@ -50,13 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         run = RunFolder(folder, is_main=world.is_main, lock=not reading)
         code = read_run(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
-        return code
-    except ValueError as error:
+        return run.exit_code(code)
+    except (ValueError, OSError) as error:
         print(f"run_nerf.py: {error}", file=sys.stderr)
-        if run is not None and run.is_main:
-            with open(run.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
-        return 2
+        if run is not None:
+            run.note(traceback.format_exc())
+        return 2 if isinstance(error, ValueError) else 3
     finally:
         if run is not None:
             run.close()
@@ -109,7 +111,7 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     if not found:
         return 0, best, Clock()
     path, state = found
-    for change in options.other_changes(state.get("args", {}), args):
+    for change in options.other_changes(state.get("args") or {}, args):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, renderer, optimizer, scaler, ema)
     step = checkpoint.finished_updates(state)
@@ -118,13 +120,13 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     return step, state.get("best", best), Clock(state.get("train_seconds", 0.0))
 
 
-def make_painter(args, world, renderer, scene, stop=None) -> evaluation.Painter:
+def make_painter(args, world, renderer, scene, stop=None, say=print) -> evaluation.Painter:
     def render(rays):
         with runtime.autocast(world.device, args.amp):
             return renderer.render(rays)
 
     block = rays_per_block(args, renderer, world)
-    return evaluation.Painter(render, scene, block, world, stop)
+    return evaluation.Painter(render, scene, block, world, stop, say)
 
 
 def rays_per_block(args, renderer, world) -> int:
@@ -245,7 +247,7 @@ def read_run(args, world, run) -> int:
     checkpoint.restore(path, state, run.say, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
     run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
-    painter = make_painter(args, world, renderer, scene)
+    painter = make_painter(args, world, renderer, scene, say=run.say)
     write_exports(args, run, painter, renderer, ema)
     window = open_viewer(args, world, run, painter, ema)
     if window is not None and not args.render_test and not args.camera_path:
@@ -264,17 +266,24 @@ def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
     scene = load_scene(args, run.say).to(world.device)
     run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
+    if args.no_reload and world.is_main:
+        checkpoint.set_aside(run.folder, run.say)
     found = find_checkpoint(args, world, run)
     if found:
         check_flags(*found, args)
     run.record(vars(args), options.as_config(args, options.nerf_parser()))
     if args.wandb:
         run.start_wandb(vars(args))
-    attempt = found[1].get("attempt", 0) if found else 0
+    attempt, draws = (found[1].get(name, 0) if found else 0 for name in ("attempt", "draws"))
+    returns = recovery.Returns(draws)
     with runtime.StopSignal() as stop:
         while True:
             try:
-                code = train_attempt(args, world, run, scene, stop, found, attempt)
+                code = train_attempt(args, world, run, scene, stop, found, attempt, returns)
+            except recovery.NotFinite as error:
+                args.no_reload = False  # what lies in the folder by now is this run's
+                found = returns.go_back(error, run, lambda: find_checkpoint(args, world, run))
+                continue
             except evaluation.Interrupted:
                 run.say(f"stopped by signal {stop.number} while rendering; training is saved")
                 return 128 + stop.number
@@ -289,7 +298,7 @@ def train(args, world, run) -> int:
             world.barrier()
 
 
-def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | None:
+def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
     parts = renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
     step, best, clock = resume(found, args, run, *parts)
@@ -297,24 +306,56 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
         compile_fields(renderer, scene.pick(*few)[0], run.say)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
-    painter = make_painter(args, world, renderer, scene, stop)
+    painter = make_painter(args, world, renderer, scene, stop, run.say)
     window = open_viewer(args, world, run, painter, ema)
+    block = MOST_RAYS if args.occ_grid else painter.block  # rays in one graph
     complaints: tuple[str, ...] = ()
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
-    skipped, skipped_in_row, saved_at = 0, 0, time.monotonic()
+    seed = args.seed + attempt + returns.offset()
+    watch, saved_at = recovery.FiniteWatch(), time.monotonic()
     rays_done, speed = 0, Speed(step, clock.seconds)
 
-    def save() -> None:
-        extra = {"args": vars(args), "attempt": attempt, "best": best}
+    def save() -> bool:
+        extra = {"args": vars(args), "attempt": attempt, "draws": returns.draws, "best": best}
         extra |= {"train_seconds": clock.seconds, "best_step": best["step"]}
-        checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
+        return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
+
+    def backward(block: int):
+        """Gradients of the step's batch, ``block`` rays at a time: smaller ones add up the same.
+
+        Returns the last block's levels and the sums of loss and of the final level's error.
+        """
+        optimizer.zero_grad(set_to_none=True)  # of an attempt that did not fit
+        loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
+        pieces = [slice(start, start + block) for start in range(0, len(target), block)]
+        for part in pieces:  # so small that activations stay in cache; the gradient is the same
+            waiting = world.size > 1 and part is not pieces[-1]
+            with model.no_sync() if waiting else nullcontext():
+                with runtime.autocast(world.device, args.amp):
+                    levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
+                weight = len(target[part]) / len(target)
+                errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
+                loss = sum(errors) + weight * renderer.penalty()
+                scaler.scale(loss).backward()  # DDP averages the gradients here
+            loss_sum += loss.detach()
+            error_sum += errors[-1].detach()
+            samples += renderer.num_samples
+        if args.occ_grid:
+            renderer.num_samples = samples
+        return levels, target[pieces[-1]], loss_sum, error_sum
+
+    def trouble(rays, target, levels, loss):
+        picked = {"rays": rays.directions, "origins": rays.origins, "target_colours": target}
+        shown = {"rendered_colours": levels[-1].rgb, "loss": loss}
+        found = recovery.first_broken(**picked, **shown)
+        return found or recovery.broken_gradients(renderer), {**picked, **shown}
 
     while step < args.N_iters:
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
         rate = options.learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        generator = runtime.step_generator(args.seed + attempt, step, world.device)
+        generator = runtime.step_generator(seed, step, world.device)
         renderer.prepare_step(step, generator)
         num_rays = renderer.rays_per_step(args.N_rand, world.size)
         share = world.share(num_rays)
@@ -327,47 +368,33 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             background=noise.background,
         )
         rays, target, noise = rays.part(share), target[share], noise.part(share)
-        block = len(target) if args.occ_grid else painter.block
-        pieces = [slice(start, start + block) for start in range(0, len(target), block)]
-        loss_sum = torch.zeros((), device=world.device)
-        error_sum = torch.zeros((), device=world.device)
-        for part in pieces:  # so small that activations stay in cache; the gradient is the same
-            waiting = world.size > 1 and part is not pieces[-1]
-            with model.no_sync() if waiting else nullcontext():
-                with runtime.autocast(world.device, args.amp):
-                    levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
-                weight = len(target[part]) / len(target)
-                errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
-                loss = sum(errors) + weight * renderer.penalty()
-                scaler.scale(loss).backward()  # DDP averages the gradients here
-            loss_sum += loss.detach()
-            error_sum += errors[-1].detach()
+        (levels, seen, loss_sum, error_sum), block = recovery.smaller_until_it_fits(
+            backward, block, run.say, may_halve=world.size == 1
+        )
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             renderer.parameters(), args.grad_clip or math.inf
         )
-        finite = math.isfinite(grad_norm)
-        if finite:
+        broken = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
+        dead = health.looks_dead(levels, seen, step + 1)
+        time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
+        number, time_up, alive, broken = world.largest(stop.number, time_up, not dead, broken)
+        if not broken:  # anywhere: a rank alone must not go on
             scaler.step(optimizer)
             ema.update()
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         if args.occ_grid:
             renderer.finish_step(num_rays, world.total(renderer.num_samples))
         rays_done += num_rays
-        step += 1  # updates finished, also when one was skipped
+        step += 1  # updates finished, also when one was left out
 
         # After the update: signals, health, and everything periodic.
         if window is not None:
             window.tick(lambda: bool(stop.number))
-        skipped, skipped_in_row = skipped + (not finite), 0 if finite else skipped_in_row + 1
-        runtime.give_up_on_skipping(skipped_in_row, step)
-        dead = health.looks_dead(levels, target[pieces[-1]], step)
-        time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
-        number, time_up, alive = world.largest(stop.number, time_up, not dead)
+        watch.count(broken, step, world, partial(trouble, rays, target, levels, loss_sum))
         if number:
-            save()
-            run.say(f"stopped by signal {int(number)}; step {step} is saved")
+            saved = "saved" if save() else "not saved"
+            run.say(f"stopped by signal {int(number)}; step {step} is {saved}")
             return 128 + int(number)
         if not alive and attempt < args.dead_restarts:
             run.say(
@@ -387,7 +414,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
                 "grad_norm": float(grad_norm),
                 "rays_per_second": speed.rays_per_second(step, rays_done, clock.seconds),
                 "memory_mb": runtime.peak_memory_mb(world.device),
-                "skipped": skipped,
+                "skipped": watch.skipped,
                 "train_seconds": clock.seconds,
                 **renderer.report(),
             }
@@ -404,7 +431,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             with clock:
                 save()
             saved_at = time.monotonic()
-        with clock:
+        with clock, run.guard("a rendering"):
             if every(step, args.i_video) or (last and args.i_video):
                 render_camera_path(args, run, painter, ema, step)
             if every(step, args.i_testset) or last:

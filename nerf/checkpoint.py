@@ -1,13 +1,14 @@
 """Checkpoints that survive a crash, under nerf-pytorch's keys so that either program opens both's.
 
 A file is written beside its final name, flushed to disk, read back, and only then renamed; old
-ones are removed last. Loading runs no code (``weights_only=True``) and checks every byte (zip
-CRC). ``global_step`` counts finished updates.
+ones are removed last. Loading runs no code (``weights_only=True``), checks every byte (zip CRC)
+and reserves no more memory than the file has bytes. ``global_step`` counts finished updates.
 """
 
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ import torch
 
 NAME = re.compile(r"^(\d{6,})\.tar$")
 FORMAT = 1  # of the keys that are ours
+PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is not used
+    "network_fn_state_dict": dict,
+    "network_fine_state_dict": dict,
+    "optimizer_state_dict": dict,
+    "scaler_state_dict": dict,
+    "ema_state_dict": dict,
+    "occupancy_state_dict": dict,
+    "background_state_dict": dict,
+    "args": dict,
+    "best": dict,
+    "format": int,
+}
 
 
 class CheckpointError(ValueError):
@@ -36,6 +49,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``path`` so that at any moment either the old file or the new is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
     try:
         with open(temporary, "wb") as file:
             torch.save({**state, "format": FORMAT}, file)
@@ -55,11 +69,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in ``path``, on the CPU. CheckpointError names the file and what is wrong."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -70,13 +80,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if "weights_only" in str(error) or "Unsupported global" in str(error):
             reason = "it holds more than tensors and plain values, and could run code; refused"
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    _check_state(path, state)
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """CheckpointError unless every byte is as written and nothing claims more than the file has."""
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\3\4":
+                raise CheckpointError(f"{path}: it breaks off: its end is missing")
+        return  # the format of torch before 1.6
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise CheckpointError(f"{path}: it claims to hold more bytes than it has; refused")
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
+
+
+def _tensors(value, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """(path, tensor) of every tensor in nested dicts and lists; shared ones once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        seen.add(id(value))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name} {key}".strip(), seen)
+
+
+def _check_state(path: Path, state) -> None:
+    """CheckpointError unless ``state`` has a checkpoint's parts, and finite numbers in them."""
     if not isinstance(state, dict) or "network_fn_state_dict" not in state:
         raise CheckpointError(f"{path}: not a NeRF checkpoint (no network_fn_state_dict inside)")
-    for key in ("network_fn_state_dict", "network_fine_state_dict"):
-        for name, value in (state.get(key) or {}).items():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                raise CheckpointError(f"{path}: {key} {name} holds NaN or infinity")
-    return state
+    for key, kind in PARTS.items():
+        if not isinstance(state.get(key, kind()), kind) and state[key] is not None:
+            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is no {kind.__name__})")
+    if not isinstance(state.get("global_step"), int) or state["global_step"] < 0:
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (global_step is no count)")
+    if state.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a newer version (format {state['format']}, this one reads up to "
+            f"{FORMAT}); update the program"
+        )
+    size = path.stat().st_size
+    for name, value in _tensors(state):
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is no plain tensor; refused")
+        if value.numel() * value.element_size() > size:  # one number, repeated without end
+            raise CheckpointError(f"{path}: {name} claims more numbers than the file has; refused")
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
 def finished_updates(state: dict[str, Any]) -> int:
@@ -108,13 +167,35 @@ def newest_checkpoint(folder: Path, warn) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all."""
+    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all.
+
+    What a killed save left half written goes too.
+    """
+    for path in folder.glob(".*.tar.tmp"):
+        path.unlink(missing_ok=True)
     if keep == 0:
         return
     best = None if best_step is None else checkpoint_path(folder, best_step)
     for path in list_checkpoints(folder)[keep:]:
         if path != best:
             path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, say) -> None:
+    """Move the checkpoints of ``folder`` into a folder inside it: a run that starts anew is coming.
+
+    Left where they are, their higher steps would make the new run's own look old, to be removed.
+    """
+    paths = list_checkpoints(folder)
+    if not paths:
+        return
+    number = 1
+    while (folder / f"before_{number}").exists():
+        number += 1
+    (folder / f"before_{number}").mkdir()
+    for path in paths:
+        path.rename(folder / f"before_{number}" / path.name)
+    say(f"starting anew; {len(paths)} earlier checkpoints are in {folder / f'before_{number}'}")
 
 
 def load_strictly(module, state: dict, where: str) -> None:
@@ -137,7 +218,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
     ]
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
+        for parameter, entry in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if entry[name].shape != parameter.shape:
+                    raise ValueError(f"{name} {list(entry[name].shape)}: {list(parameter.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: its optimiser state does not fit ({error})") from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
@@ -167,26 +252,31 @@ def find_checkpoint(
 
 def restore(path, state, say, renderer, optimizer=None, scaler=None, ema=None) -> None:
     """Put ``state`` into the given parts, strictly."""
-    renderer.load_checkpoint_state(state, load_strictly, str(path))
-    if optimizer is not None:
-        load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
-    if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
-        scaler.load_state_dict(state["scaler_state_dict"])
-    if ema is not None and ema.enabled:
-        if "ema_state_dict" in state:
-            ema.load_state_dict(state["ema_state_dict"])
-        else:
-            say(f"{path} has no averaged weights; averaging starts from its own")
-            ema.reset()
+    try:
+        renderer.load_checkpoint_state(state, load_strictly, str(path))
+        if optimizer is not None:
+            load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
+        if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
+            scaler.load_state_dict(state["scaler_state_dict"])
+        if ema is not None and ema.enabled:
+            if "ema_state_dict" in state:
+                ema.load_state_dict(state["ema_state_dict"])
+            else:
+                say(f"{path} has no averaged weights; averaging starts from its own")
+                ema.reset()
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: a part of it is missing or misshapen ({what})") from None
 
 
-def save_run(run, step, parts, *, keep, best_step=None, **extra) -> None:
+def save_run(run, step, parts, *, keep, best_step=None, **extra) -> bool:
     """One checkpoint of everything, by rank 0; then all but the newest ``keep`` and the best go.
 
-    parts: renderer, optimiser, scaler and EMA.
+    parts: renderer, optimiser, scaler and EMA. What cannot be written is tried once more, then
+    said; the file before it stays. Returns whether this rank has nothing unsaved.
     """
     if not run.is_main:
-        return
+        return True
     renderer, optimizer, scaler, ema = parts
     state = {
         "global_step": step,
@@ -197,5 +287,17 @@ def save_run(run, step, parts, *, keep, best_step=None, **extra) -> None:
     }
     if ema.enabled:
         state["ema_state_dict"] = ema.state_dict()
-    save_checkpoint(checkpoint_path(run.folder, step), state)
-    prune_checkpoints(run.folder, keep, best_step)
+    path = checkpoint_path(run.folder, step)
+    run.revive()
+    for last_try in (False, True):
+        try:
+            save_checkpoint(path, state)
+        except (OSError, RuntimeError, CheckpointError) as error:  # torch wraps what write raises
+            if last_try:
+                run.lose("checkpoint", f"{path.name} (step {step})", error)
+        else:
+            run.found_again("checkpoint")
+            with run.guard("removal of old checkpoints"):
+                prune_checkpoints(run.folder, keep, best_step)
+            return True
+    return False

@@ -17,6 +17,7 @@ from nerf.datasets.scene import Scene
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import depth_error, psnr, psnr_from_mse, ssim, to_8bit
 from nerf.rays import Rays, ndc_to_world
+from nerf.recovery import smaller_until_it_fits
 from nerf.renderer import Rendered, render_view
 from nerf.runtime import StopSignal, World
 
@@ -31,7 +32,8 @@ class Interrupted(Exception):
 class Painter:
     """Renders cameras of one scene: what the functions below need to know, in one place.
 
-    stop: a StopSignal; once it has noted one, the next picture raises Interrupted.
+    stop: a StopSignal; once it has noted one, the next picture raises Interrupted. block: rays at
+    a time, halved for good when memory runs out: the pictures are the same.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Painter:
         block: int,
         world: World,
         stop: StopSignal | None = None,
+        say: Callable[[str], None] = print,
     ):
         self.render, self.scene, self.block, self.world = render, scene, block, world
-        self.stop = stop
+        self.stop, self.say = stop, say
 
     def __call__(
         self, scene: Scene, c2w: Tensor, intrinsics: Tensor, size: tuple[int, int] | None = None
@@ -56,7 +59,14 @@ class Painter:
             raise Interrupted
         size = size or (scene.height, scene.width)
         rays_of = scene.view_rays(c2w, intrinsics, size[1])
-        return render_view(self.render, rays_of, size, self.block, self.world.device)
+        return self.fitting(
+            lambda block: render_view(self.render, rays_of, size, block, self.world.device)
+        )
+
+    def fitting(self, job: Callable):
+        """job(rays at a time), which is without messages between ranks, with as many as fit."""
+        made, self.block = smaller_until_it_fits(job, self.block, self.say)
+        return made
 
     def view(self, scene: Scene, view: int) -> Rendered:
         """View ``view`` of ``scene`` at its own size, through its own lens."""
@@ -268,11 +278,16 @@ def validation_psnr(painter: Painter) -> float:
     view, x, y = scene.place(pixels if pool is None else pool[pixels])
     if pool is None:  # numbers count through the split's views, in their order
         view = torch.tensor(views, device=world.device)[view]
-    error = 0.0
-    for start in range(0, len(pixels), painter.block):
-        part = slice(start, start + painter.block)
-        rays, target = scene.pick(view[part], x[part], y[part])
-        error += ((painter.render(rays).rgb - target) ** 2).sum().item()
+
+    def error_of(block: int) -> float:
+        error = 0.0
+        for start in range(0, len(pixels), block):
+            part = slice(start, start + block)
+            rays, target = scene.pick(view[part], x[part], y[part])
+            error += ((painter.render(rays).rgb - target) ** 2).sum().item()
+        return error
+
+    error = painter.fitting(error_of)
     return psnr_from_mse(sum(world.gather(error)) / (VAL_PIXELS * 3))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ class RunFolder:
     def __init__(self, folder: Path, *, is_main: bool, lock: bool):
         self.folder, self.is_main = folder, is_main
         self._lock = self._writer = self._csv = self._val = self._wandb = None
+        self._locked, self.lost = lock, {}  # what could not be written, by kind
         if not is_main:
             return
         try:
@@ -41,7 +43,12 @@ class RunFolder:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        self._lock = open(self.folder / ".lock", "a")
+        try:
+            self._lock = open(self.folder / ".lock", "a")
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: cannot be written to ({error.strerror}); choose another --basedir"
+            ) from None
         try:
             # Held by the open file, not by its existence: a killed process never leaves it behind.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,8 +65,60 @@ class RunFolder:
         from tqdm import tqdm
 
         tqdm.write(message, file=sys.stderr)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+        self.note(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def note(self, text: str) -> None:
+        """``text`` to log.txt alone, if that can be written."""
+        if not self.is_main:
+            return
+        try:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            self.lost["log.txt"] = error.strerror or str(error)
+
+    # ---------------------------------------------------------- a disk that is full, or gone
+
+    @contextmanager
+    def guard(self, what: str):
+        """Inside the block a file that cannot be written is said and remembered, not fatal."""
+        try:
+            yield
+        except OSError as error:
+            self.lose(what, what, error)
+
+    def lose(self, kind: str, what: str, error: Exception) -> None:
+        """Say that ``what`` is not written, and go on; ``exit_code`` tells it at the end."""
+        reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
+        self.lost[kind] = reason
+        self.say(f"warning: {what} is not written ({reason}); training goes on")
+
+    def found_again(self, kind: str) -> None:
+        """A later file of this ``kind`` makes up for the ones that were lost."""
+        self.lost.pop(kind, None)
+
+    def exit_code(self, code: int = 0) -> int:
+        """``code``, or 3, with a line that says so, if something could not be written."""
+        if not self.lost:
+            return code
+        lost = ", ".join(f"{what} ({reason})" for what, reason in self.lost.items())
+        self.say(f"not everything is on the disk: {lost}")
+        return 3
+
+    def revive(self) -> None:
+        """Make the run folder again if it was removed; tables then start anew."""
+        if not self.is_main or self.folder.is_dir():
+            return
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            self.lose("run folder", f"{self.folder}, which was removed,", error)
+            return
+        self.close_tables()
+        if self._locked:
+            self._lock.close()
+            self._take_lock()
+        self.say(f"warning: {self.folder} was removed during the run; it is made again")
 
     def record(self, flags: dict, as_config: str) -> None:
         """args.json, args.txt, config.txt and cmd.txt of this start."""
@@ -111,13 +170,15 @@ class RunFolder:
         """One row of metrics.csv and its TensorBoard points. Keys must be the same every time."""
         if not self.is_main:
             return
-        if self._csv is None:
-            self._csv = _open_table(self.folder / "metrics.csv", step, ["step", *values])
-        row = [str(step)] + [f"{value:.7g}" for value in values.values()]
-        self._csv.write(",".join(row) + "\n")
-        self._csv.flush()
-        for name, value in values.items():
-            self.tensorboard(step).add_scalar(name, value, step)
+        self.revive()
+        with self._table("metrics.csv"):
+            if self._csv is None:
+                self._csv = _open_table(self.folder / "metrics.csv", step, ["step", *values])
+            row = [str(step)] + [f"{value:.7g}" for value in values.values()]
+            self._csv.write(",".join(row) + "\n")
+            self._csv.flush()
+            for name, value in values.items():
+                self.tensorboard(step).add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -125,23 +186,36 @@ class RunFolder:
         """Validation PSNR and picture: TensorBoard, and val_strip.png (the latest)."""
         if not self.is_main:
             return
-        write_png(self.folder / "val_strip.png", strip)
-        self.tensorboard(step).add_scalar("val_psnr", score, step)
-        self.tensorboard(step).add_image("validation", strip, step, dataformats="HWC")
+        self.revive()
+        with self._table("val.csv"):
+            write_png(self.folder / "val_strip.png", strip)
+            self.tensorboard(step).add_scalar("val_psnr", score, step)
+            self.tensorboard(step).add_image("validation", strip, step, dataformats="HWC")
+            if self._val is None:
+                self._val = _open_table(self.folder / "val.csv", step, ["step", "val_psnr"])
+            self._val.write(f"{step},{score:.6g}\n")
+            self._val.flush()
         if self._wandb is not None:
             self._wandb.log({"val_psnr": score}, step=step)
-        path = self.folder / "val.csv"
-        if self._val is None:
-            self._val = _open_table(path, step, ["step", "val_psnr"])
-        self._val.write(f"{step},{score:.6g}\n")
-        self._val.flush()
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 [H, W, 3] to <name>s/STEP.png and TensorBoard."""
         if not self.is_main:
             return
-        write_png(self.folder / f"{name}s" / f"{step:06d}.png", picture)
-        self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
+        self.revive()
+        with self._table(f"{name}s"):
+            write_png(self.folder / f"{name}s" / f"{step:06d}.png", picture)
+            self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
+
+    @contextmanager
+    def _table(self, what: str):
+        """``guard``, after which everything is opened again: half a row may be in a buffer."""
+        try:
+            with self.guard(what):
+                yield
+        finally:
+            if what in self.lost:
+                self.close_tables()
 
     def tensorboard(self, step: int):
         """The TensorBoard writer; points that a crashed run left behind ``step`` are dropped."""
@@ -153,10 +227,14 @@ class RunFolder:
 
     def close_tables(self) -> None:
         """Close tables and TensorBoard; the next row reopens them and drops what it overtakes."""
-        for resource in (self._csv, self._val, self._writer):
-            if resource is not None:
-                resource.close()
+        resources = (self._csv, self._val, self._writer)
         self._csv = self._val = self._writer = None
+        for resource in resources:
+            if resource is not None:
+                try:
+                    resource.close()
+                except (OSError, ValueError) as error:  # what it still held has no room
+                    self.lost["tables"] = str(error).splitlines()[0]
 
     def close(self) -> None:
         """Flush and release everything; safe to call twice."""

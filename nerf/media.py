@@ -84,7 +84,10 @@ def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -
         return False
     finally:
         if writer is not None:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:  # what it still held has no room
+                warn(f"{path.name} is not whole ({error}); its frames are there")
     if writer is None:
         warn(f"{path.name} is not made: there are no frames")
     return writer is not None

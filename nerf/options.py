@@ -247,7 +247,12 @@ def add_field_flags(parser) -> None:
     add("--N_samples", type=positive, default=64, help="coarse samples per ray")
     add("--N_importance", type=not_negative, default=0, help="further, fine samples per ray")
     add("--perturb", type=float, default=1.0, help="1: jitter training samples, 0: do not")
-    add("--raw_noise_std", type=amount, default=0.0, help="noise on training densities")
+    add(
+        "--raw_noise_std",
+        type=amount,
+        default=0.0,
+        help="noise on training densities; not with occ_grid",
+    )
     add("--chunk", type=positive, default=1024 * 32, help="most rays processed together")
     add("--netchunk", type=positive, default=1024 * 64, help="most points in one network call")
 
@@ -455,7 +460,9 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
         field = mlp(args.netdepth, args.netwidth)
     else:
         field = FeatureField(
-            ENCODINGS[args.field](args.grid_res), multires_views=args.multires_views
+            ENCODINGS[args.field](args.grid_res),
+            multires_views=args.multires_views,
+            use_viewdirs=args.use_viewdirs,
         )
     return GridRenderer(
         field,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-MAX_SKIPPED = 100  # updates in a row that may be skipped for NaN or infinity
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -161,15 +160,6 @@ def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def give_up_on_skipping(skipped_in_row: int, step: int) -> None:
-    """ValueError once ``MAX_SKIPPED`` updates in a row had no finite gradient."""
-    if skipped_in_row >= MAX_SKIPPED:
-        raise ValueError(
-            f"{MAX_SKIPPED} updates in a row had NaN or infinite gradients, up to step {step}; "
-            "lower --lrate, set --grad_clip 1, or use --amp bf16 or off"
-        )
-
-
 def map_on_threads(function: Callable, items: Iterable, device: torch.device) -> None:
     """Call ``function`` on every item; on a CPU on as many items at a time as it has threads.
 
@@ -206,17 +196,21 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM instead of dying; the loop looks at ``number`` once a step.
+    """Notes a signal of ``KINDS`` instead of dying; the loop looks at ``number`` once a step.
+
+    SIGUSR1 is what SLURM sends ahead of a time limit (``--signal=USR1@60``).
 
     A second signal meets the default handler and ends the process at once.
     """
+
+    KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.number = 0
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.KINDS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

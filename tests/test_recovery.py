@@ -1,0 +1,139 @@
+"""Bad numbers, too little memory, bad files and bad disks: what is lost, and what is said."""
+
+import random
+
+import pytest
+import torch
+from test_checkpoint import state, write
+from test_run_nerf import assert_same_training, data, newest, tiny  # noqa: F401  fixtures
+
+import run_nerf
+from nerf import checkpoint, recovery
+from nerf.checkpoint import CheckpointError, load_checkpoint
+
+
+def out_of_memory_above(limit):
+    """A fake: job(size) that has no room for more than ``limit`` rays."""
+    asked = []
+
+    def job(size):
+        asked.append(size)
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return size
+
+    return job, asked
+
+
+def test_size_is_halved_until_it_fits_and_one_ray_is_the_end():
+    job, asked = out_of_memory_above(100)
+    assert recovery.smaller_until_it_fits(job, 1000, lambda text: None) == (62, 62)
+    assert asked == [1000, 500, 250, 125, 62]
+    with pytest.raises(ValueError, match="out of memory with 1 rays"):
+        recovery.smaller_until_it_fits(out_of_memory_above(0)[0], 8, lambda text: None)
+    with pytest.raises(ZeroDivisionError):  # no other error is taken for it
+        recovery.smaller_until_it_fits(lambda size: size / 0, 8)
+
+
+def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
+    assert run_nerf.main([*tiny, "--expname", "roomy", "--N_iters", "3"]) == 0
+    forward = run_nerf.options.NeRFRenderer.forward
+
+    def tight(renderer, rays, noise=None):
+        if len(rays.origins) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(renderer, rays, noise)
+
+    monkeypatch.setattr(run_nerf.options.NeRFRenderer, "forward", tight)
+    assert run_nerf.main([*tiny, "--expname", "tight", "--N_iters", "3"]) == 0
+    assert "going on with 16 rays at a time" in (tmp_path / "tight" / "log.txt").read_text()
+    roomy, tight = (newest(tmp_path / name)["network_fn_state_dict"] for name in ("roomy", "tight"))
+    for name, value in roomy.items():  # the order of summing alone differs
+        torch.testing.assert_close(value, tight[name], atol=1e-5, rtol=1e-3)
+
+
+def test_a_nan_pixel_is_left_out_counted_and_never_reaches_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
+    sample, calls = run_nerf.load_scene, []
+
+    def poisoned(args, say):
+        scene = sample(args, say)
+        draw = scene.sample_rays
+
+        def sample_rays(*given, **named):
+            rays, target = draw(*given, **named)
+            calls.append(1)
+            if len(calls) in (3, 4):
+                target[5, 1] = float("nan")
+            return rays, target
+
+        object.__setattr__(scene, "sample_rays", sample_rays)
+        object.__setattr__(scene, "to", lambda device: scene)
+        return scene
+
+    monkeypatch.setattr(run_nerf, "load_scene", poisoned)
+    assert run_nerf.main([*tiny, "--N_iters", "10"]) == 0
+    assert "skipped" in (header := (tmp_path / "tiny" / "metrics.csv").read_text().splitlines())[0]
+    place = header[0].split(",").index("skipped")
+    assert header[-1].split(",")[place] == "2"
+    load_checkpoint(checkpoint.list_checkpoints(tmp_path / "tiny")[0])  # refuses NaN anywhere
+
+
+def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, monkeypatch):  # noqa: F811
+    assert run_nerf.main([*tiny, "--N_iters", "5"]) == 0
+    save = torch.save
+
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run_nerf.main([*tiny, "--N_iters", "15", "--i_weights", "5"]) == 3
+    log = (tmp_path / "tiny" / "log.txt").read_text()
+    assert log.count("is not written (No space left on device); training goes on") == 2
+    assert newest(tmp_path / "tiny")["global_step"] == 5
+    monkeypatch.setattr(torch, "save", save)
+    assert run_nerf.main([*tiny, "--N_iters", "15"]) == 0
+    assert run_nerf.main([*tiny, "--expname", "whole", "--N_iters", "15"]) == 0
+    assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "tiny"))
+
+
+def test_one_flipped_bit_is_refused_or_harmless(tmp_path):
+    """At 200 places: either the file is refused, or what it held comes out to the bit."""
+    path = write(tmp_path, 7)
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(200):
+        place = draw.randrange(len(whole))
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError as error:
+            assert "000007.tar" in str(error)
+            refused += 1
+            continue
+        assert loaded["global_step"] == 7
+        for name, value in state(7)["network_fn_state_dict"].items():
+            assert torch.equal(loaded["network_fn_state_dict"][name], value)
+    assert refused > 50
+
+
+def test_a_number_repeated_to_a_terabyte_is_refused_before_it_is_made(tmp_path):
+    huge = state(3)
+    huge["network_fn_state_dict"]["layer.bias"] = torch.zeros(1).expand(1 << 38)
+    torch.save(huge, tmp_path / "a.tar")
+    with pytest.raises(CheckpointError, match="claims more numbers than the file has"):
+        load_checkpoint(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("part", ["global_step", "network_fn_state_dict", "args", "ema_state_dict"])
+def test_a_part_of_another_kind_is_refused(tmp_path, part):
+    torch.save({**state(3), part: "seven"}, tmp_path / "a.tar")
+    with pytest.raises(CheckpointError, match=part):
+        load_checkpoint(tmp_path / "a.tar")
+
+
+def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):  # noqa: F811
+    assert run_nerf.main([*tiny, "--N_iters", "9"]) == 0
+    assert run_nerf.main([*tiny, "--N_iters", "4", "--no_reload"]) == 0
+    assert newest(tmp_path / "tiny")["global_step"] == 4
+    assert newest(tmp_path / "tiny" / "before_1")["global_step"] == 9
