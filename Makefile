@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: demo dream test test-all lint bench clean
+.PHONY: demo dream test test-all lint bench notebooks clean
 
 demo: .venv/ready
 	$(RUN) run_nerf.py --config configs/demo.txt
@@ -25,6 +25,9 @@ lint: .venv/ready-dev
 
 bench: .venv/ready
 	$(RUN) benchmarks/vanilla.py
+
+notebooks: .venv/ready-dev
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 
 .venv/ready: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv

@@ -45,8 +45,9 @@ def show(pictures, name):
 
 # %% [markdown]
 # ## 1. What a diffusion model knows
-# A picture $x_0$ is drowned in noise, $x_t = \sqrt{a_t} x_0 + \sqrt{1 - a_t}\,\epsilon$, and a U-Net
-# learns to find the noise again, given the text. Ask it over and over, from pure noise: it *samples*.
+# A picture $x_0$ is drowned in noise, $x_t = \sqrt{a_t} x_0 + \sqrt{1 - a_t}\,\epsilon$, and a
+# U-Net learns to find the noise again, given the text. Ask it over and over, from pure noise: it
+# *samples*.
 
 # %%
 prior = StableDiffusion(ROOT / "guidance/tiny/model", "cpu", local_files_only=True)
@@ -55,9 +56,9 @@ show(sample(prior, [TEXT] * 4, scale=5.0, steps=12), "samples")
 
 # %% [markdown]
 # ## 2. One look through noise
-# The model's idea of the noise says which clean picture it has in mind,
-# $\hat x_0 = (x_t - \sqrt{1 - a_t}\,\hat\epsilon) / \sqrt{a_t}$. Here is a grey picture, noised to three
-# levels, and what the model takes it for. Much noise: the text decides. Little: the picture does.
+# The model's idea of the noise says which clean picture it has in mind, $\hat x_0 = (x_t -
+# \sqrt{1 - a_t}\,\hat\epsilon) / \sqrt{a_t}$. Here is a grey picture, noised to three levels, and
+# what the model takes it for. Much noise: the text decides. Little: the picture does.
 
 # %%
 grey = torch.full((1, 3, 32, 32), 0.5)
@@ -83,8 +84,8 @@ show(torch.cat(seen), "one_look")
 #
 # The difference points from our picture to what the model would rather see. It is *used as* a
 # gradient: the U-Net itself is never differentiated. Its "loss" has no value that means anything.
-# Guidance makes the text count more: $\hat\epsilon = u + s\,(c - u)$ with the answers without and with
-# text. *In the project:* `sds.distill`, which also does the weightings, VSD and CSD.
+# Guidance makes the text count more: $\hat\epsilon = u + s\,(c - u)$ with the answers without and
+# with text. *In the project:* `sds.distill`, which also does the weightings, VSD and CSD.
 
 
 # %%
@@ -139,9 +140,9 @@ for scale in (1.0, 7.5, 50.0):
 
 # %% [markdown]
 # ## 6. Two seeds, one answer
-# Samples differ from seed to seed; distilled pictures resemble each other: mode seeking. Variational
-# score distillation (`--guidance vsd`) replaces $\epsilon$ by what a second network, which learns how
-# our own renders look, finds, and gets samples' variety back.
+# Samples differ from seed to seed; distilled pictures resemble each other: mode seeking.
+# Variational score distillation (`--guidance vsd`) replaces $\epsilon$ by what a second network,
+# which learns how our own renders look, finds, and gets samples' variety back.
 
 # %%
 last = [dream(prior, conditions, scale=7.5, seed=seed)[-1:] for seed in (1, 2)]
