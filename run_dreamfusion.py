@@ -14,6 +14,8 @@ import math
 import sys
 import time
 import traceback
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,9 @@ from nerf import (
     options,
     recovery,
     runtime,
+    viewer,
 )
+from nerf.camera_path import read_path
 from nerf.cameras import OrbitCameras, random_orbit_cameras
 from nerf.ema import EMA
 from nerf.health import Collapse
@@ -44,7 +48,15 @@ from nerf.logs import Clock, Progress, RunFolder, Speed
 from nerf.report import try_report
 from nerf.schedules import scheduled, stepped
 from nerf.shading import Look, draw_look
-from nerf.studio import Studio, write_mesh, write_preview, write_turntable
+from nerf.studio import (
+    MODES,
+    Studio,
+    look_at,
+    path_cameras,
+    write_mesh,
+    write_preview,
+    write_turntable,
+)
 
 
 def every(step: int, interval: int) -> bool:
@@ -76,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
 def run_prompt(args, world, priors: dict) -> int:
     """One text from start to end, or one of the modes that only read a finished run."""
     reading = args.render_only or args.export
+    if args.camera_path:
+        read_path(Path(args.camera_path))  # a broken one is to fail before the work begins
+    if args.viewer and world.is_main and not args.export:
+        viewer.check_server(args.viewer_host, args.viewer_port)
     if reading:
         dream_options.find_run(args)
     dream_options.check_dream_flags(args, world.size)
@@ -276,6 +292,33 @@ def preview(args, studio: Studio, step: int) -> None:
     write_preview(studio, step, num_views, size)
 
 
+def open_viewer(args, world, run, studio: Studio) -> viewer.Viewer | None:
+    """The live viewer of ``--viewer``, on the first rank."""
+    if not args.viewer or not world.is_main:
+        return None
+    alone = world.size == 1 and not args.render_only  # among several, texts would differ
+    asks = alone and args.guidance != "gaussian" and args.space == "3d"
+    try:
+        window = viewer.Viewer(
+            None, run.folder, args.viewer_host, args.viewer_port, run.say,
+            modes=MODES, text=args.prompt if asks else None, may_pause=alone,
+        )  # fmt: skip
+    except Exception as error:  # whatever a viewer does, training goes on
+        run.say(f"no viewer: {type(error).__name__}: {error}")
+        return None
+    window.view = partial(look_at, studio)
+    return window
+
+
+def reword(args, prior, run, text: str, step: int):
+    """``make_conditions`` for a text that was typed into the viewer; says what that means."""
+    run.say(
+        f"step {step}: the text is now {text!r}, by the viewer; flags alone do not make this "
+        f"object again, and a resumed run begins with {args.prompt!r}"
+    )
+    return make_conditions(argparse.Namespace(**(vars(args) | {"prompt": text})), prior, run)
+
+
 def write_attention(args, run, prior, images, distilled, noise, conditions, step) -> None:
     """attentions/STEP.png: each view, and where each word of the prompt is looked at in it."""
     if not run.is_main:
@@ -304,14 +347,24 @@ def read_run(args, world, run) -> int:
     studio = studio_of(args, world, run, renderer, ema)
     if args.export:
         write_mesh(studio, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
+    elif args.camera_path:
+        cameras = path_cameras(studio, *read_path(Path(args.camera_path)))
+        write_turntable(studio, step, len(cameras.c2w), cameras)
+    elif window := open_viewer(args, world, run, studio):
+        with runtime.StopSignal() as stop, window:
+            window.serve(lambda: bool(stop.number))
     else:
         write_turntable(studio, step, args.video_frames)
     return 0
 
 
-def finish(args, run, studio: Studio, step, clock) -> None:
-    """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are."""
+def finish(args, run, studio: Studio, step, clock, told: dict[int, str]) -> None:
+    """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are.
+
+    told: step -> the text that the viewer asked for from then on.
+    """
     metrics = {"prompt": args.prompt, "step": step, "weights": studio.ema.kind}
+    metrics |= {"prompts_by_viewer": told} if told else {}
     metrics |= {"train_seconds": clock.seconds, "args": vars(args)}
     if args.space == "3d":
         write_turntable(studio, step, args.video_frames)
@@ -324,9 +377,11 @@ def finish(args, run, studio: Studio, step, clock) -> None:
     run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
 
 
-def report(args, run, progress, step, values: dict, speed, seconds: float) -> None:
+def report(args, run, progress, step, distilled, values: dict, speed, clock) -> None:
     """One row of metrics, and the line a person reads."""
-    values["views_per_second"] = speed.rays_per_second(step, step * args.batch_views, seconds)
+    rate = speed.rays_per_second(step, step * args.batch_views, clock.seconds)
+    values = {"sds": distilled.loss.item(), "t": distilled.t.float().mean().item(), **values}
+    values |= {"train_seconds": clock.seconds, "views_per_second": rate}
     run.scalars(step, values)
     line = (
         f"opacity {values['opacity']:.3f}  gradient {values['grad_norm']:.3g}  t {values['t']:.0f}"
@@ -405,13 +460,14 @@ def train(args, world, run, priors: dict) -> int:
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     watch, left_out = recovery.FiniteWatch(), 0
+    window, told = open_viewer(args, world, run, studio), {}
 
     def save() -> bool:
         extra = {"args": vars(args), "model": prior.fingerprint, "train_seconds": clock.seconds}
         extra |= {"copy": copy.checkpoint()} if copy is not None else {}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
-    with runtime.StopSignal() as stop:
+    with runtime.StopSignal() as stop, window or nullcontext():
         while step < args.N_iters:
             # One update. Every random number comes from (seed, step), see runtime.step_generator.
             rate = options.learning_rate(step, args)
@@ -423,11 +479,8 @@ def train(args, world, run, priors: dict) -> int:
             drawn = draw_views(args, prior, step, size, generator).part(world, args.batch_views)
             cameras, look, jitter, noise = drawn
             with runtime.autocast(world.device, args.amp):
-                out = model(
-                    cameras.rays(size, size),
-                    look.per_pixel(size * size),
-                    jitter.view(-1, 1),
-                )
+                rays = cameras.rays(size, size)
+                out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1))
             images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
             conditions = conditions_of(cameras, size, look.background)
             recipe = sds.Recipe(**guidance_options.recipe_fields(args, step))
@@ -451,6 +504,11 @@ def train(args, world, run, priors: dict) -> int:
             step += 1  # updates finished, also when one was left out
 
             # After the update: signals, health, and everything periodic.
+            if window is not None:
+                with clock:  # what lookers cost is not training's time
+                    window.tick(lambda: bool(stop.number))
+                if text := window.new_text():
+                    told[step], conditions_of = text, reword(args, prior, run, text, step)
             watch.count(broken, step, world, lambda: (recovery.broken_gradients(renderer), {}))
             optimizer.zero_grad(set_to_none=True)
             left_out += int(distilled.skipped)
@@ -464,20 +522,17 @@ def train(args, world, run, priors: dict) -> int:
             last = bool(time_up) or step == args.N_iters
             if every(step, args.i_print) or last:
                 values = {
-                    "sds": distilled.loss.item(),
                     "loss": loss.item(),
                     "grad_norm": float(grad_norm),
                     "opacity": opacity,
-                    "t": distilled.t.float().mean().item(),
                     "lr": rate,
                     "views_left_out": left_out,
                     "skipped": watch.skipped,
                     **({"copy_loss": copy_loss} if copy is not None else {}),
                     "memory_mb": runtime.peak_memory_mb(world.device),
-                    "train_seconds": clock.seconds,
                     **renderer.report(),
                 }
-                report(args, run, progress, step, values, speed, clock.seconds)
+                report(args, run, progress, step, distilled, values, speed, clock)
             progress.advance()
             if every(step, args.i_img) or last:
                 with clock:
@@ -496,7 +551,7 @@ def train(args, world, run, priors: dict) -> int:
             if last:
                 break
     progress.close()
-    finish(args, run, studio, step, clock)
+    finish(args, run, studio, step, clock, told)
     if copy is not None:
         if run.is_main:
             save_lora(run.folder / "lora.safetensors", copy.lora)

@@ -17,8 +17,10 @@ import traceback
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nerf import checkpoint, evaluation, export, options, recovery, runtime, viewer
@@ -204,17 +206,27 @@ def render_camera_path(args, run, painter, ema, step) -> None:
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
 
 
-def open_viewer(args, world, run, painter, ema) -> viewer.Viewer | None:
-    """The live viewer of ``--viewer``, on the first rank; it shows what pictures show."""
+def open_viewer(args, world, run, scene) -> viewer.Viewer | None:
+    """The live viewer of ``--viewer``, on the first rank; ``look_through`` says what it shows."""
     if not args.viewer or not world.is_main:
         return None
+    try:
+        place = (args.viewer_host, args.viewer_port)
+        return viewer.Viewer(scene, run.folder, *place, run.say, may_pause=world.size == 1)
+    except Exception as error:  # whatever a viewer does, training goes on
+        run.say(f"no viewer: {type(error).__name__}: {error}")
+        return None
+
+
+def look_through(window: viewer.Viewer | None, painter, ema) -> None:
+    """Let the viewer show what pictures show."""
 
     def view(*wish):
         with ema.swap():
             return viewer.view_of(painter, *wish)
 
-    place = (args.viewer_host, args.viewer_port)
-    return viewer.Viewer(view, painter.scene, run.folder, *place, run.say)
+    if window is not None:
+        window.view = view
 
 
 def write_exports(args, run, painter, renderer, ema) -> None:
@@ -249,8 +261,10 @@ def read_run(args, world, run) -> int:
     run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
     painter = make_painter(args, world, renderer, scene, say=run.say)
     write_exports(args, run, painter, renderer, ema)
-    window = open_viewer(args, world, run, painter, ema)
-    if window is not None and not args.render_test and not args.camera_path:
+    serves = args.render_only and not args.render_test and not args.camera_path
+    window = open_viewer(args, world, run, scene) if serves else None
+    if window is not None:
+        look_through(window, painter, ema)
         with runtime.StopSignal() as stop:
             window.serve(lambda: bool(stop.number))
         window.close()
@@ -275,11 +289,11 @@ def train(args, world, run) -> int:
     if args.wandb:
         run.start_wandb(vars(args))
     attempt, draws = (found[1].get(name, 0) if found else 0 for name in ("attempt", "draws"))
-    returns = recovery.Returns(draws)
-    with runtime.StopSignal() as stop:
+    returns, window = recovery.Returns(draws), open_viewer(args, world, run, scene)
+    with runtime.StopSignal() as stop, window or nullcontext():
         while True:
             try:
-                code = train_attempt(args, world, run, scene, stop, found, attempt, returns)
+                code = train_attempt(args, world, run, scene, stop, found, attempt, returns, window)
             except recovery.NotFinite as error:
                 args.no_reload = False  # what lies in the folder by now is this run's
                 found = returns.go_back(error, run, lambda: find_checkpoint(args, world, run))
@@ -298,7 +312,50 @@ def train(args, world, run) -> int:
             world.barrier()
 
 
-def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -> int | None:
+class Gradients(NamedTuple):
+    """What a batch left behind besides its gradients."""
+
+    levels: tuple  # of the last block
+    target: Tensor  # of the last block
+    loss: Tensor  # [] of the batch
+    error: Tensor  # [] squared, of the final level
+    samples: int
+
+
+def backward(args, world, model, renderer, scaler, batch, block: int) -> Gradients:
+    """Gradients of batch = (rays, target, noise), ``block`` rays at a time.
+
+    Smaller blocks add up to the same gradients; they are so small that activations stay in cache.
+    """
+    rays, target, noise = batch
+    renderer.zero_grad(set_to_none=True)  # of an attempt that did not fit
+    loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
+    pieces = [slice(start, start + block) for start in range(0, len(target), block)]
+    for part in pieces:
+        waiting = world.size > 1 and part is not pieces[-1]
+        with model.no_sync() if waiting else nullcontext():
+            with runtime.autocast(world.device, args.amp):
+                levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
+            weight = len(target[part]) / len(target)
+            errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
+            loss = sum(errors) + weight * renderer.penalty()
+            scaler.scale(loss).backward()  # DDP averages the gradients here
+        loss_sum += loss.detach()
+        error_sum += errors[-1].detach()
+        samples += renderer.num_samples
+    return Gradients(levels, target[pieces[-1]], loss_sum, error_sum, samples)
+
+
+def trouble(renderer, rays, target, found: Gradients) -> tuple[str, dict]:
+    """What was not finite first in a step, and the step's tensors."""
+    tensors = {"rays": rays.directions, "origins": rays.origins, "target_colours": target}
+    tensors |= {"rendered_colours": found.levels[-1].rgb, "loss": found.loss}
+    return recovery.first_broken(**tensors) or recovery.broken_gradients(renderer), tensors
+
+
+def train_attempt(
+    args, world, run, scene, stop, found, attempt: int, returns, window
+) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
     parts = renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
     step, best, clock = resume(found, args, run, *parts)
@@ -307,7 +364,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -
         compile_fields(renderer, scene.pick(*few)[0], run.say)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
     painter = make_painter(args, world, renderer, scene, stop, run.say)
-    window = open_viewer(args, world, run, painter, ema)
+    look_through(window, painter, ema)
     block = MOST_RAYS if args.occ_grid else painter.block  # rays in one graph
     complaints: tuple[str, ...] = ()
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
@@ -319,36 +376,6 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -
         extra = {"args": vars(args), "attempt": attempt, "draws": returns.draws, "best": best}
         extra |= {"train_seconds": clock.seconds, "best_step": best["step"]}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
-
-    def backward(block: int):
-        """Gradients of the step's batch, ``block`` rays at a time: smaller ones add up the same.
-
-        Returns the last block's levels and the sums of loss and of the final level's error.
-        """
-        optimizer.zero_grad(set_to_none=True)  # of an attempt that did not fit
-        loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
-        pieces = [slice(start, start + block) for start in range(0, len(target), block)]
-        for part in pieces:  # so small that activations stay in cache; the gradient is the same
-            waiting = world.size > 1 and part is not pieces[-1]
-            with model.no_sync() if waiting else nullcontext():
-                with runtime.autocast(world.device, args.amp):
-                    levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
-                weight = len(target[part]) / len(target)
-                errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
-                loss = sum(errors) + weight * renderer.penalty()
-                scaler.scale(loss).backward()  # DDP averages the gradients here
-            loss_sum += loss.detach()
-            error_sum += errors[-1].detach()
-            samples += renderer.num_samples
-        if args.occ_grid:
-            renderer.num_samples = samples
-        return levels, target[pieces[-1]], loss_sum, error_sum
-
-    def trouble(rays, target, levels, loss):
-        picked = {"rays": rays.directions, "origins": rays.origins, "target_colours": target}
-        shown = {"rendered_colours": levels[-1].rgb, "loss": loss}
-        found = recovery.first_broken(**picked, **shown)
-        return found or recovery.broken_gradients(renderer), {**picked, **shown}
 
     while step < args.N_iters:
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
@@ -367,16 +394,19 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -
             crop=args.precrop_frac if step < args.precrop_iters else 1.0,
             background=noise.background,
         )
-        rays, target, noise = rays.part(share), target[share], noise.part(share)
-        (levels, seen, loss_sum, error_sum), block = recovery.smaller_until_it_fits(
-            backward, block, run.say, may_halve=world.size == 1
+        batch = rays.part(share), target[share], noise.part(share)
+        grads, block = recovery.smaller_until_it_fits(
+            partial(backward, args, world, model, renderer, scaler, batch),
+            block,
+            run.say,
+            may_halve=world.size == 1,
         )
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             renderer.parameters(), args.grad_clip or math.inf
         )
-        broken = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
-        dead = health.looks_dead(levels, seen, step + 1)
+        broken = not (math.isfinite(grad_norm) and math.isfinite(grads.loss))
+        dead = health.looks_dead(grads.levels, grads.target, step + 1)
         time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
         number, time_up, alive, broken = world.largest(stop.number, time_up, not dead, broken)
         if not broken:  # anywhere: a rank alone must not go on
@@ -384,32 +414,32 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -
             ema.update()
         scaler.update()
         if args.occ_grid:
-            renderer.finish_step(num_rays, world.total(renderer.num_samples))
+            renderer.num_samples = grads.samples  # of all blocks
+            renderer.finish_step(num_rays, world.total(grads.samples))
         rays_done += num_rays
         step += 1  # updates finished, also when one was left out
 
         # After the update: signals, health, and everything periodic.
         if window is not None:
-            window.tick(lambda: bool(stop.number))
-        watch.count(broken, step, world, partial(trouble, rays, target, levels, loss_sum))
+            with clock:  # what lookers cost is not training's time
+                window.tick(lambda: bool(stop.number))
+        watch.count(broken, step, world, partial(trouble, renderer, *batch[:2], grads))
         if number:
             saved = "saved" if save() else "not saved"
             run.say(f"stopped by signal {int(number)}; step {step} is {saved}")
             return 128 + int(number)
         if not alive and attempt < args.dead_restarts:
             run.say(
-                f"step {step}: stuck, {DeadStart.diagnosis(levels)}; starting again "
+                f"step {step}: stuck, {DeadStart.diagnosis(grads.levels)}; starting again "
                 f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
             )
             progress.close()
-            if window is not None:  # the next attempt opens its own
-                window.close()
             return None
         last = bool(time_up) or step == args.N_iters
         if every(step, args.i_print) or last:
             values = {
-                "loss": loss_sum.item(),
-                "psnr": psnr_from_mse(error_sum.item()),
+                "loss": grads.loss.item(),
+                "psnr": psnr_from_mse(grads.error.item()),
                 "lr": rate,
                 "grad_norm": float(grad_norm),
                 "rays_per_second": speed.rays_per_second(step, rays_done, clock.seconds),
@@ -439,8 +469,6 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int, returns) -
         if last:
             break
     progress.close()
-    if window is not None:
-        window.close()
     return 0
 
 

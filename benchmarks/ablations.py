@@ -55,7 +55,6 @@ ROWS = {
     "fast": {
         "rays through pixel corners": "--no-pixel_center",
         "no view directions": "--no-use_viewdirs",
-        "density noise of 1": "--raw_noise_std 1",
         "positional-encoding MLP": "--field mlp --lrate 8e-3",
         "no hull": "--hull_init off",
         "white background only": "--no-random_bg",

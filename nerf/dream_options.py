@@ -130,6 +130,7 @@ def dream_parser():
     options.add_network_flags(parser)
     options.add_grid_flags(parser)
     add_output_flags(parser)
+    options.add_viewer_flags(parser)
     parser.set_defaults(
         N_iters=10000, lrate=1e-3, i_print=50, i_img=100, i_weights=1000, i_video=0, netdepth=4,
         netwidth=64, multires=6, ema_decay=0.99, march_steps=128, occ_res=48, lrate_grid=1e-2,

@@ -277,6 +277,8 @@ def add_viewer_flags(parser) -> None:
     add_switch(group, "viewer", "show the scene in the browser while it trains (pip install viser)")
     group.add_argument("--viewer_port", type=positive, default=8080, help="where it is served")
     group.add_argument("--viewer_host", default="127.0.0.1", help="0.0.0.0: to other machines too")
+    help = "with --render_only: render these key frames, saved by the viewer (camera_path.json)"
+    group.add_argument("--camera_path", help=help)
 
 
 def add_nerf_flags(parser) -> None:
@@ -299,7 +301,6 @@ def add_nerf_flags(parser) -> None:
     add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
     add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
     add("--metres_per_unit", type=amount, default=0.0, help="scene's scale, for depth; 0: unknown")
-    add("--camera_path", help="render_only: key frames saved by --viewer, path.json")
     add_viewer_flags(parser)
     group = parser.add_argument_group("export (reads a finished run)")
     add_export_flags(group)

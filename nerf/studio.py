@@ -15,7 +15,12 @@ from nerf import mesh, runtime, turntable
 from nerf.cameras import OrbitCameras
 from nerf.ema import EMA
 from nerf.logs import RunFolder
+from nerf.object_renderer import ObjectRendered
 from nerf.particles import objects
+from nerf.shading import plain_look
+from nerf.viewer import clip_rays
+
+MODES = ("rgb", *turntable.PARTS)  # of ``look_at``
 
 
 class Studio(NamedTuple):
@@ -57,6 +62,35 @@ class Studio(NamedTuple):
         return self.background, (max(0.05, self.radius - self.bound), self.radius + self.bound)
 
 
+def look_at(studio: Studio, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box):
+    """What a free camera sees of the first object, [H, W, 3] in [0, 1], for ``viewer.Viewer``.
+
+    c2w [3, 4]; fov: vertical, radians; size: height and width; mode of MODES; box: [2, 3] outside
+    of which nothing is shown, or None.
+    """
+    height, width = size
+    pose = torch.tensor(c2w, dtype=torch.float32, device=studio.world.device)[None]
+    angle = pose.new_tensor([np.degrees(fov)])
+    rays = OrbitCameras(pose, angle, 0 * angle, 0 * angle).rays(height, width)
+    hit = torch.ones(height * width, dtype=torch.bool)
+    if box is not None:
+        rays, inside = clip_rays(rays, pose.new_tensor(np.asarray(box)))
+        hit = inside.cpu()
+    lit = mode in ("lit", "normal")
+    look = plain_look(pose[:, :, 3], studio.background, ambient=turntable.AMBIENT if lit else 1.0)
+    parts, (_, view) = [], studio.views()[0]
+    with torch.no_grad(), studio.ema.swap():
+        for start in range(0, height * width, turntable.RAYS):
+            part = rays.part(slice(start, start + turntable.RAYS))
+            parts.append(view(part, look.per_pixel(len(part.origins))))
+    whole = (torch.cat(member).cpu() for member in zip(*parts, strict=True))
+    behind = look.background[0].cpu()
+    seen = ObjectRendered(*(member * hit.view(-1, *(1,) * (member.dim() - 1)) for member in whole))
+    seen = seen._replace(rgb=torch.where(hit[:, None], seen.rgb, behind))
+    seen = ObjectRendered(*(m.view(height, width, *m.shape[1:]) for m in seen))
+    return turntable.as_pictures(seen, seen, *studio.look[1])[mode]
+
+
 def write_preview(studio: Studio, step: int, num_views: int, size: int) -> None:
     """previews/STEP.png: ``num_views`` sides; the pictures themselves if flat."""
     if not studio.world.is_main:
@@ -70,9 +104,19 @@ def write_preview(studio: Studio, step: int, num_views: int, size: int) -> None:
     studio.run.picture(step, "preview", np.concatenate(sheets))
 
 
-def write_turntable(studio: Studio, step: int, num_frames: int) -> None:
-    """render_path_STEP/: frames and, where a video can be written, one of each kind of picture."""
-    cameras, videos = studio.cameras(num_frames), []
+def path_cameras(studio: Studio, poses: np.ndarray, fov_deg: np.ndarray) -> OrbitCameras:
+    """Cameras at poses [F, 3, 4] with vertical fields of view [F], of ``camera_path.read_path``."""
+    device, none = studio.world.device, torch.zeros(len(poses))
+    tensors = (torch.tensor(poses).float(), torch.tensor(fov_deg).float(), none, none)
+    return OrbitCameras(*(tensor.to(device) for tensor in tensors))
+
+
+def write_turntable(studio: Studio, step: int, num_frames: int, cameras=None) -> None:
+    """render_path_STEP/: frames and, where a video can be written, one of each kind of picture.
+
+    cameras: ``path_cameras`` instead of a circle of num_frames.
+    """
+    cameras, videos = cameras or studio.cameras(num_frames), []
     with studio.ema.swap():
         for ending, view in studio.views():
             folder = studio.run.folder / f"render_path{ending}_{step:06d}"

@@ -19,7 +19,7 @@ from nerf.camera_path import interpolate, write_path
 from nerf.media import colorize, nearness
 from nerf.metrics import to_8bit
 
-MODES = ("rgb", "depth", "normal", "opacity")
+MODES = ("rgb", "depth", "normal", "opacity")  # "lit" as well where there is light
 BUDGET = 0.08  # of the wall time while training; the promise is a tenth
 SIDES = (96, 192, 384, 640)  # longer side of a picture: first while moving, then refined at rest
 REST = 0.3  # seconds without motion before a picture is refined
@@ -109,15 +109,21 @@ def camera_pose(camera) -> np.ndarray:
 class Viewer:
     """Serves one scene. ``tick`` after every step, ``serve`` to go on without training.
 
-    view(c2w, fov, size, mode, box) -> [H, W, 3]; scene: whose cameras are shown, or None.
+    view(c2w, fov, size, mode, box) -> [H, W, 3], to be set; scene: whose cameras are shown, or
+    None. text: what a text box starts with, None: no box. may_pause: whether training waits while
+    somebody has pressed the button; among several processes the others would not wait for ever.
     """
 
-    def __init__(self, view: Callable, scene, folder: Path, host: str, port: int, say) -> None:
+    view: Callable | None = None
+
+    def __init__(self, scene, folder: Path, host: str, port: int, say, *,
+                 modes=MODES, text: str | None = None, may_pause=True) -> None:  # fmt: skip
         import viser
 
-        self.view, self.scene, self.folder, self.say = view, scene, folder, say
+        self.scene, self.folder, self.say = scene, folder, say
         self.on, self.paused, self.spent, self.began = True, False, 0.0, time.monotonic()
         self.keys: list[tuple[np.ndarray, float]] = []
+        self._asked: str | None = None
         self.playing: tuple | None = None
         self.shown: dict[int, tuple] = {}  # client -> what its picture shows, and how finely
         self.frames = 0
@@ -125,7 +131,10 @@ class Viewer:
         if self.server.get_port() != port:
             self.server.stop()
             raise ValueError(f"--viewer_port {port} is taken; choose another")
-        self._controls()
+        self._controls(modes, text, may_pause)
+        self.server.scene.set_up_direction("+z")
+        self.server.initial_camera.position = (2.75, 0.0, 1.0)
+        self.server.initial_camera.look_at = (0.0, 0.0, 0.0)
         if scene is not None:
             self._cameras()
             cameras = self.server.gui.add_checkbox("training cameras", True)
@@ -133,20 +142,37 @@ class Viewer:
             cameras.on_update(lambda event: setattr(node, "visible", cameras.value))
         say(f"viewer: http://{host}:{port}")
 
-    def _controls(self) -> None:
+    def __enter__(self) -> "Viewer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _controls(self, modes, text: str | None, may_pause: bool) -> None:
         gui = self.server.gui
-        self.mode = gui.add_dropdown("show", MODES)
+        self.mode = gui.add_dropdown("show", modes)
+        if text is not None:
+            box = gui.add_text("text", text)
+            note = "From then on the object follows the new text: its flags no longer describe it."
+            use = gui.add_button("use this text", hint=note)
+            use.on_click(lambda event: setattr(self, "_asked", box.value.strip()))
         self.crop = gui.add_checkbox("crop", False)
         reach = self._reach()
         self.low = gui.add_vector3("crop from", (-reach,) * 3, step=0.05)
         self.high = gui.add_vector3("crop to", (reach,) * 3, step=0.05)
-        pause = gui.add_button("pause / resume training")
         self.seconds = gui.add_number("path: seconds", 4.0, min=0.5, max=600.0)
         buttons = {"add key": self._add_key, "remove key": self._remove_key}
         buttons |= {"play": self._play, "save path": self._save}
-        pause.on_click(lambda event: setattr(self, "paused", not self.paused))
+        if may_pause:
+            pause = gui.add_button("pause / resume training")
+            pause.on_click(lambda event: setattr(self, "paused", not self.paused))
         for label, action in buttons.items():
             gui.add_button(label).on_click(self._guarded(action))
+
+    def new_text(self) -> str | None:
+        """The text that somebody has asked for since the last call, if any."""
+        text, self._asked = self._asked, None
+        return text or None
 
     def _guarded(self, action):
         def run(event) -> None:
@@ -158,7 +184,7 @@ class Viewer:
         return run
 
     def _reach(self) -> float:
-        if self.scene is None:
+        if self.scene is None:  # an object in the middle
             return 1.0
         return float(self.scene.c2w[:, :, 3].abs().max())
 
@@ -262,5 +288,6 @@ class Viewer:
         return True
 
     def close(self) -> None:
+        """Free the port."""
         self.on = False
         self.server.stop()

@@ -104,7 +104,8 @@ def fake_client(stamp=1.0):
 def open_viewer(monkeypatch, tmp_path, view):
     pytest.importorskip("viser")
     said, (client, sent) = [], fake_client()
-    shown = viewer.Viewer(view, None, tmp_path, "127.0.0.1", free_port(), said.append)
+    shown = viewer.Viewer(None, tmp_path, "127.0.0.1", free_port(), said.append)
+    shown.view = view
     monkeypatch.setattr(shown, "_clients", lambda: [(0, client)])
     return shown, client, sent, said
 
