@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nerf.cameras import orbit_path
-from nerf.datasets.images import read_images, shrink
+from nerf.datasets.images import inside, read_images, shrink
 from nerf.datasets.scene import SPLITS, Scene
 
 NEAR, FAR = 2.0, 6.0  # the synthetic cameras stand 4 units from objects about 1.5 units in radius
@@ -113,10 +113,7 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
 
 def picture_path(datadir: Path, file_path: str) -> Path:
     """Where a frame's picture lies: its extension may be missing, and stands for .png then."""
-    path = datadir / file_path.replace("\\", "/")
+    path = inside(datadir, file_path, f"{datadir}: file_path")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         path = path.with_name(path.name + ".png")
-    resolved = path.resolve()
-    if not resolved.is_relative_to(datadir.resolve()):
-        raise ValueError(f"{datadir}: file_path {file_path!r} leads out of the data folder")
-    return datadir / resolved.relative_to(datadir.resolve())
+    return path

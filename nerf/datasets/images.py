@@ -6,6 +6,7 @@ multiplied in). A rotation noted in a photo's EXIF data is carried out, unless i
 to be that of the picture as stored. Anything else is refused by name.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,23 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112  # 1: as stored; 2 to 4 keep width and height, 5 to 8 swap them
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path that ``name``, from a data file, means in ``folder``; it never leaves it.
+
+    Slashes may be backward; an absolute name must begin with the folder's. By name only: a link
+    that lies in the folder is followed, whoever put it there may read what it points to.
+    ValueError begins with ``where``.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(root, name.replace("\\", "/")))
+    if "\0" in name or not Path(path).is_relative_to(root):
+        raise ValueError(
+            f"{where}: {name!r} leads out of the data folder; put the pictures into {folder} and "
+            "name them from there"
+        )
+    return folder / os.path.relpath(path, root)
 
 
 def list_images(folder: Path) -> list[Path]:

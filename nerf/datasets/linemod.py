@@ -7,12 +7,12 @@ import torch
 
 from nerf.cameras import orbit_path
 from nerf.datasets.blender import number, read_splits, table
-from nerf.datasets.images import read_images, shrink
+from nerf.datasets.images import inside, read_images, shrink
 from nerf.datasets.scene import Scene
 
 
 def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
-    """The scene at ``datadir``; its file paths may be absolute or relative to the folder.
+    """The scene at ``datadir``; its file paths, absolute or not, must lie in it.
 
     One intrinsic matrix serves all views, as in nerf-pytorch (the last split's first); unlike
     there it is scaled along when pictures are reduced.
@@ -49,5 +49,7 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
 
 
 def _picture_path(datadir: Path, file_path: str) -> Path:
-    path = Path(file_path)
-    return path if path.is_absolute() or path.exists() else datadir / file_path
+    """Named from the folder, or from where the program runs, as in nerf-pytorch's; inside it."""
+    if not Path(file_path).is_absolute() and Path(file_path).exists():
+        file_path = str(Path(file_path).absolute())
+    return inside(datadir, file_path, f"{datadir}: file_path")
