@@ -303,10 +303,13 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
     health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
     skipped, skipped_in_row, saved_at = 0, 0, time.monotonic()
     rays_done, speed = 0, Speed(step, clock.seconds)
+    order = scene.block_order(args.seed + attempt)
+    position = found[1].get("rays_drawn", step * args.N_rand) if found else 0
 
     def save() -> None:
         extra = {"args": vars(args), "attempt": attempt, "best": best}
         extra |= {"train_seconds": clock.seconds, "best_step": best["step"]}
+        extra |= {"rays_drawn": position}
         checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     while step < args.N_iters:
@@ -325,6 +328,8 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
             one_image=args.no_batching,
             crop=args.precrop_frac if step < args.precrop_iters else 1.0,
             background=noise.background,
+            order=order,
+            position=position,
         )
         rays, target, noise = rays.part(share), target[share], noise.part(share)
         block = len(target) if args.occ_grid else painter.block
@@ -354,7 +359,7 @@ def train_attempt(args, world, run, scene, stop, found, attempt: int) -> int | N
         optimizer.zero_grad(set_to_none=True)
         if args.occ_grid:
             renderer.finish_step(num_rays, world.total(renderer.num_samples))
-        rays_done += num_rays
+        rays_done, position = rays_done + num_rays, position + num_rays
         step += 1  # updates finished, also when one was skipped
 
         # After the update: signals, health, and everything periodic.

@@ -24,6 +24,7 @@ def load(
     far: float,
     background: float,
     warn=print,
+    store=None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
@@ -55,7 +56,9 @@ def load(
     splits = capture.hold_out(len(views.names), llffhold)
     # Pictures of images_N/ are that much smaller already.
     reduced = 1 if views.files[0].is_relative_to(datadir / f"images_{factor}") else factor
-    return capture.scene_of(views, layout, splits, limits, factor=reduced, background=background)
+    return capture.scene_of(
+        views, layout, splits, limits, factor=reduced, background=background, store=store
+    )
 
 
 def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> capture.Views:

@@ -7,11 +7,12 @@ import torch
 
 from nerf.cameras import orbit_path
 from nerf.datasets.blender import number, read_splits, table
-from nerf.datasets.images import inside, read_images, shrink
+from nerf.datasets.images import inside, read_images
 from nerf.datasets.scene import Scene
+from nerf.datasets.store import as_tensor
 
 
-def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
+def load(datadir: Path, *, testskip: int, downscale: int, background: float, store=None) -> Scene:
     """The scene at ``datadir``; its file paths, absolute or not, must lie in it.
 
     One intrinsic matrix serves all views, as in nerf-pytorch (the last split's first); unlike
@@ -33,10 +34,11 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
         [number(splits[name][0], key, f"{datadir}/transforms_{name}.json") for name in bounded]
         for key in ("near", "far")
     )
-    images = np.stack([shrink(image, downscale, str(datadir)) for image in read_images(files)])
+    images = read_images(files, factor=downscale, store=store)
     intrinsics = np.array([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]) / downscale
     return Scene(
-        images=torch.from_numpy(images),
+        images=as_tensor(images),
+        stored=isinstance(images, np.memmap),
         c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32).repeat(len(files), 1),
         splits=numbers,

@@ -36,6 +36,7 @@ def load(
     far: float,
     background: float,
     warn=print,
+    store=None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
@@ -59,7 +60,7 @@ def load(
     layout = layout._replace(to_world=_unapplied(top, str(datadir)) @ layout.to_world)
     bounds = near or bounds[0], far or bounds[1]
     return capture.scene_of(
-        views, layout, splits, bounds, factor=factor, background=background, box=box
+        views, layout, splits, bounds, factor=factor, background=background, box=box, store=store
     )
 
 
