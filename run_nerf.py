@@ -366,15 +366,17 @@ def train_attempt(
     painter = make_painter(args, world, renderer, scene, stop, run.say)
     look_through(window, painter, ema)
     block = MOST_RAYS if args.occ_grid else painter.block  # rays in one graph
-    complaints: tuple[str, ...] = ()
-    health, progress = DeadStart(), Progress(args.N_iters, step, show=world.is_main)
+    health, complaints = DeadStart(), ()
+    progress = Progress(args.N_iters, step, show=world.is_main)
     seed = args.seed + attempt + returns.offset()
     watch, saved_at = recovery.FiniteWatch(), time.monotonic()
     rays_done, speed = 0, Speed(step, clock.seconds)
+    order = scene.block_order(args.seed + attempt)
+    position = found[1].get("rays_drawn", step * args.N_rand) if found else 0
 
     def save() -> bool:
         extra = {"args": vars(args), "attempt": attempt, "draws": returns.draws, "best": best}
-        extra |= {"train_seconds": clock.seconds, "best_step": best["step"]}
+        extra |= {"train_seconds": clock.seconds, "best_step": best["step"], "rays_drawn": position}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     while step < args.N_iters:
@@ -393,6 +395,8 @@ def train_attempt(
             one_image=args.no_batching,
             crop=args.precrop_frac if step < args.precrop_iters else 1.0,
             background=noise.background,
+            order=order,
+            position=position,
         )
         batch = rays.part(share), target[share], noise.part(share)
         grads, block = recovery.smaller_until_it_fits(
@@ -416,7 +420,7 @@ def train_attempt(
         if args.occ_grid:
             renderer.num_samples = grads.samples  # of all blocks
             renderer.finish_step(num_rays, world.total(grads.samples))
-        rays_done += num_rays
+        rays_done, position = rays_done + num_rays, position + num_rays
         step += 1  # updates finished, also when one was left out
 
         # After the update: signals, health, and everything periodic.

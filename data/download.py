@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import urllib.error
@@ -32,6 +33,9 @@ SCENES = {
     "fern": (EXAMPLE, "nerf_llff_data/fern"),
     **{name: (f"{BLENDER}{name}.zip", f"nerf_synthetic/{name}") for name in BLENDER_SCENES},
 }
+
+
+MAX_MEMBERS, MAX_RATIO = 100_000, 20  # of an archive of pictures, which hardly compress
 
 
 class DownloadError(Exception):
@@ -90,12 +94,38 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_members(infos: list[zipfile.ZipInfo], archive: Path, folder: Path) -> None:
+    """DownloadError unless all are plain files and folders that stay in ``folder`` and fit there.
+
+    zipfile itself would quietly rename what climbs out; what is no scene had better be said. It
+    writes no more bytes than an entry declares, so that declared sizes can be believed.
+    """
+    for info in infos:
+        name = info.orig_filename.replace("\\", "/")  # zipfile cuts names at a zero byte
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if name.startswith("/") or ".." in name.split("/") or ":" in name or "\0" in name:
+            raise DownloadError(f"{archive}: {name!r} leads out of its folder; nothing is unpacked")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DownloadError(f"{archive}: {name!r} is a link or device; nothing is unpacked")
+    total, packed = sum(info.file_size for info in infos), archive.stat().st_size
+    if len(infos) > MAX_MEMBERS or total > max(MAX_RATIO * packed, 100 << 20):
+        raise DownloadError(
+            f"{archive}: {packed} bytes claim to hold {len(infos)} files of {total} bytes; a scene "
+            f"has at most {MAX_MEMBERS} files and {MAX_RATIO} times the archive's size"
+        )
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise DownloadError(f"{folder.parent}: {free >> 20} MiB free, {total >> 20} MiB needed")
+
+
 def unpack(archive: Path, scene: str, target: Path) -> None:
     """Put the scene's files from a zip archive at ``target``, checking every file's checksum."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [name for name in file.namelist() if not name.startswith("__MACOSX")]
+            infos = [info for info in file.infolist() if not info.filename.startswith("__MACOSX")]
+            check_members(infos, archive, temporary)
+            members = [info.filename for info in infos]
             file.extractall(temporary, members)  # raises BadZipFile on a wrong CRC
         found = [path.parent for path in temporary.rglob("transforms_train.json")]
         found += [path.parent for path in temporary.rglob("poses_bounds.npy")]

@@ -52,7 +52,7 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
     Pictures are widened by a cell's half diagonal, so that a cell counts if any of it may be seen.
     What a camera does not see it does not rule out.
     """
-    device = scene.images.device
+    device = scene.c2w.device
     possible = torch.ones(grid.resolution**3, dtype=torch.bool, device=device)
     cell = float(((box.high - box.low) / grid.resolution).norm()) / 2
     shift = 0.0 if scene.pixel_center else 0.5
@@ -65,7 +65,7 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
         fx, fy, cx, cy = scene.intrinsics[view, :4].tolist()
         nearest = max(float(depth.min()), 1e-3)
         reach = int(min(max(fx, fy) * cell / nearest, 64)) + 1
-        alpha = scene.images[view, :height, :width, 3] > 0
+        alpha = (scene.images[view, :height, :width, 3] > 0).to(device)
         if scene.usable is not None:  # what is masked out shows nothing, so it rules nothing out
             alpha = alpha | ~scene.usable[view, :height, :width]
         alpha = alpha.float()[None, None]

@@ -69,12 +69,12 @@ def look(capture: Capture, num_rays: int) -> Seen:
     number = torch.randint(
         len(views) * scene.height * scene.width, (num_rays,), generator=generator
     )
-    view = views[number // (scene.height * scene.width)].to(scene.images.device)
-    number = number.to(scene.images.device)
+    view = views[number // (scene.height * scene.width)].to(scene.c2w.device)
+    number = number.to(scene.c2w.device)
     x, y = number % scene.width, number // scene.width % scene.height
     solid = torch.ones_like(x, dtype=torch.bool)
     if scene.images.shape[-1] == 4:
-        solid &= scene.images[view, y, x, 3] > 127
+        solid &= scene.pixels(view, x, y)[:, 3] > 127
     if scene.usable is not None:  # not padding, nor what a mask covers
         solid &= scene.usable[view, y, x]
     view, x, y = view[solid], x[solid], y[solid]
@@ -90,7 +90,7 @@ def look(capture: Capture, num_rays: int) -> Seen:
         points = rays.origins[hit] + rays.directions[hit] * rendered.depth[hit, None]
         parts[start] = Seen(points, rgb.clamp(0, 1), scene.c2w[view[part][hit], :, 3])
 
-    map_on_threads(render, range(0, len(x), capture.block), scene.images.device)
+    map_on_threads(render, range(0, len(x), capture.block), scene.c2w.device)
     found = [parts[start] for start in sorted(parts)]
     if sum(len(part.points) for part in found) < 16:
         raise ValueError(
@@ -127,7 +127,7 @@ def box_of(capture: Capture, seen: Seen) -> tuple[Box, object]:
         edge = torch.full((3,), float(half), device=seen.points.device)
         return Box(-edge, edge, 1), anywhere
     if space is None and scene.images.shape[-1] == 4 and not scene.ndc:
-        grid = OccupancyGrid().to(scene.images.device)
+        grid = OccupancyGrid().to(scene.c2w.device)
         wide = scene_space(scene, 1, bound=0.0, contract=False, cone_angle=0.0)
         tight, warning = carve(scene, grid, wide)
         if warning is None:
@@ -268,8 +268,9 @@ def scene_points(capture: Capture, num_points: int) -> Cloud:
     seen = look(capture, FEW_RAYS)
     box, possible = box_of(capture, seen)
     if scene.images.shape[-1] == 4:
-        shown = scene.images[scene.splits["train"], ..., 3] > 127
-        num_points = int(num_points / max(float(shown.float().mean()), 1e-3))
+        views = scene.splits["train"]  # one after the other: all may not fit into memory
+        shown = sum(float((scene.images[view, ..., 3] > 127).float().mean()) for view in views)
+        num_points = int(num_points / max(shown / len(views), 1e-3))
     seen = look(capture, num_points)
     inside = ((seen.points >= box.low) & (seen.points <= box.high)).all(-1)
     density = torch.cat([capture.renderer.density(part) for part in seen.points.split(CHUNK)])

@@ -169,6 +169,13 @@ def add_scene_flags(parser) -> None:
     add("--datadir", default="./data/llff/fern", help="folder of the scene")
     add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format; auto: look")
     add("--testskip", type=not_negative, default=8, help="keep 1/N of val and test views")
+    add(
+        "--data_store",
+        choices=("memory", "mmap", "auto"),
+        default="memory",
+        help="in memory, in a mapped file, or there if they take over half of what is free",
+    )
+    add("--store_dir", help="folder of that file; default: the data folder")
     add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
     add_switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
     add_switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
@@ -450,7 +457,7 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
         contract=args.contract,
         cone_angle=args.cone_angle,
     )
-    grid = OccupancyGrid(args.occ_res).to(scene.images.device)
+    grid = OccupancyGrid(args.occ_res).to(scene.c2w.device)
     has_alpha = scene.images.shape[-1] == 4
     if args.hull_init == "on" or (args.hull_init == "auto" and has_alpha and not args.contract):
         space, warning = carve(scene, grid, space)

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """The live viewer and its camera paths: geometry, files, faults, and that training is untouched."""
 
 import json
@@ -11,11 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_object_renderer import renderer
 
-from nerf import viewer
+from nerf import studio, viewer
 from nerf.camera_path import interpolate, read_path, write_path
 from nerf.cameras import look_at
+from nerf.ema import EMA
 from nerf.rays import Rays
+from nerf.runtime import World
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +36,13 @@ def test_a_saved_path_passes_through_its_keys(tmp_path):
         assert abs(fovs[at] - fov) < 1e-6
 
 
+def keyed(seconds, c2w, fov_deg, times: int) -> str:
+    """A path file with the same key several times."""
+    return json.dumps(
+        {"seconds": seconds, "keys": [{"c2w": c2w.tolist(), "fov_deg": fov_deg}] * times}
+    )
+
+
 def test_between_keys_cameras_stay_rotations_and_move_smoothly():
     poses, fovs = zip(*keys(), strict=True)
     frames, _ = interpolate(np.array(poses), np.array(fovs), 301)
@@ -50,10 +59,10 @@ def test_between_keys_cameras_stay_rotations_and_move_smoothly():
     [
         ("{", "is no camera path"),
         ("[1]", "is no camera path"),
-        (json.dumps({"seconds": 1, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 40}]}), "1 key frame"),
-        (json.dumps({"seconds": 1, "keys": [{"c2w": (2 * np.eye(3, 4)).tolist(), "fov_deg": 40}] * 2}), "no rotation"),
-        (json.dumps({"seconds": 1, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 0}] * 2}), "fov_deg"),
-        (json.dumps({"seconds": 1e9, "keys": [{"c2w": np.eye(3, 4).tolist(), "fov_deg": 9}] * 2}), "fps"),
+        (keyed(1, np.eye(3, 4), 40, 1), "1 key frame"),
+        (keyed(1, (2 * np.eye(3, 4)), 40, 2), "no rotation"),
+        (keyed(1, np.eye(3, 4), 0, 2), "fov_deg"),
+        (keyed(1e9, np.eye(3, 4), 9, 2), "fps"),
     ],
 )  # fmt: skip
 def test_a_broken_path_is_one_line(tmp_path, content, complaint):
@@ -169,3 +178,68 @@ def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
         weights.append(torch.load(path, weights_only=True)["network_fn_state_dict"])
     assert sent  # pictures were rendered in between
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def dream(*flags):
+    from test_run_dreamfusion import TINY
+
+    import run_dreamfusion
+
+    return run_dreamfusion.main([str(flag) for flag in (*TINY, "--no_reload", *flags)])
+
+
+def test_a_looker_changes_nothing_of_an_object(monkeypatch, tmp_path):
+    """Bit for bit the same weights with and without somebody who looks, and he does see it."""
+    pytest.importorskip("viser")
+    client, sent = fake_client()
+    monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [(0, client)])
+    monkeypatch.setattr(viewer, "BUDGET", 1.0)
+    flags = ["--N_iters", 6, "--basedir", tmp_path, "--video_frames", 1]
+    assert dream(*flags, "--expname", "alone") == 0 and not sent
+    assert dream(*flags, "--expname", "seen", "--viewer", "--viewer_port", free_port()) == 0
+    assert sent
+    alone, seen = (
+        torch.load(tmp_path / name / "000006.tar", weights_only=True)["network_fn_state_dict"]
+        for name in ("alone", "seen")
+    )
+    assert all(torch.equal(alone[key], seen[key]) for key in alone)
+
+
+def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
+    module = renderer()
+    place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
+    parts = (None, World(0, 1, torch.device("cpu")), module, EMA(module, 0.0), "off", 32, "white")
+    shown = studio.Studio(*parts, **place)
+    c2w = look_at((0.0, -3.0, 0.0), (0, 0, 0))
+    for mode in studio.MODES:
+        picture = studio.look_at(shown, c2w, 0.7, (16, 24), mode, None)
+        assert picture.shape == (16, 24, 3) and 0 <= picture.min() <= picture.max() <= 1
+    opacity = studio.look_at(shown, c2w, 0.7, (16, 24), "opacity", None)[..., 0]
+    assert opacity[8, 12] > 0.9 and opacity[0, 0] < 0.1
+    left = [[-1, -1, -1], [0, 1, 1]]
+    half = studio.look_at(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
+    assert half[8, 11] > 0.9 and (half[:, 13:] == 0).all()
+
+
+def test_a_new_text_is_handed_over_once(tmp_path):
+    pytest.importorskip("viser")
+    port, said = free_port(), []
+    with viewer.Viewer(None, tmp_path, "127.0.0.1", port, said.append, text="a red cone") as window:
+        window._asked = "a blue cube"
+        assert (window.new_text(), window.new_text()) == ("a blue cube", None)
+    viewer.check_server("127.0.0.1", port)  # closing has freed the port
+
+
+def test_an_object_is_rendered_along_a_saved_path(tmp_path):
+    path = tmp_path / "path.json"
+    write_path(path, keys(), 0.1)  # three frames
+    flags = [*("--basedir", tmp_path, "--expname", "ball")]
+    assert dream(*flags, "--N_iters", 2) == 0
+    from test_run_dreamfusion import TINY
+
+    import run_dreamfusion
+
+    flags += ["--render_only", "--camera_path", path]
+    assert run_dreamfusion.main([str(flag) for flag in (*TINY, *flags)]) == 0
+    frames = sorted((tmp_path / "ball" / "render_path_000002").glob("*.png"))
+    assert [frame.name for frame in frames] == ["000.png", "001.png", "002.png"]

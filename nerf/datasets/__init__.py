@@ -11,14 +11,23 @@ from nerf.datasets import blender, colmap, deepvoxels, linemod, llff, transforms
 from nerf.datasets.colmap_model import find_model
 from nerf.datasets.images import IMAGE_SUFFIXES
 from nerf.datasets.scene import Scene
+from nerf.datasets.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 
 
+def store_of(args, warn) -> Store | None:
+    """Where pictures are kept that do not fit into memory (``--data_store``); None: in memory."""
+    if args.data_store == "memory":
+        return None
+    return Store(Path(args.store_dir or args.datadir), args.data_store, warn)
+
+
 def load_blender(args, warn) -> Scene:
     return blender.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         testskip=args.testskip,
         downscale=args.downscale * (2 if args.half_res else 1),
         background=float(args.white_bkgd),
@@ -40,6 +49,7 @@ def load_demo(args, warn) -> Scene:
 def load_llff(args, warn) -> Scene:
     return llff.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         factor=args.factor,
         llffhold=args.llffhold,
         ndc=not args.no_ndc,
@@ -52,6 +62,7 @@ def load_llff(args, warn) -> Scene:
 def load_deepvoxels(args, warn) -> Scene:
     return deepvoxels.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         shape=args.shape,
         testskip=args.testskip,
         background=float(args.white_bkgd),
@@ -61,6 +72,7 @@ def load_deepvoxels(args, warn) -> Scene:
 def load_linemod(args, warn) -> Scene:
     return linemod.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         testskip=args.testskip,
         downscale=args.downscale * (2 if args.half_res else 1),
         background=float(args.white_bkgd),
@@ -70,6 +82,7 @@ def load_linemod(args, warn) -> Scene:
 def load_transforms(args, warn) -> Scene:
     return transforms.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         factor=args.downscale * (2 if args.half_res else 1),
         testskip=args.testskip,
         llffhold=args.llffhold,
@@ -83,6 +96,7 @@ def load_transforms(args, warn) -> Scene:
 def load_colmap(args, warn) -> Scene:
     return colmap.load(
         Path(args.datadir),
+        store=store_of(args, warn),
         factor=args.factor,
         llffhold=args.llffhold,
         ndc=not args.no_ndc,

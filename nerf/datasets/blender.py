@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from nerf.cameras import orbit_path
-from nerf.datasets.images import read_images, shrink
+from nerf.datasets.images import inside, read_images
 from nerf.datasets.scene import SPLITS, Scene
+from nerf.datasets.store import as_tensor
 
 NEAR, FAR = 2.0, 6.0  # the synthetic cameras stand 4 units from objects about 1.5 units in radius
 
@@ -80,10 +81,11 @@ def read_splits(datadir: Path, testskip: int) -> dict[str, tuple[dict, list[dict
     return found
 
 
-def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
+def load(datadir: Path, *, testskip: int, downscale: int, background: float, store=None) -> Scene:
     """The scene at ``datadir``. testskip: keep every n-th val and test view (0 or 1: all).
 
-    downscale: reduce pictures by area averaging. A missing val or test split is fine.
+    downscale: reduce pictures by area averaging. store: see ``read_images``. A missing val or test
+    split is fine.
     """
     splits = read_splits(datadir, testskip)
     angle = number(splits["train"][0], "camera_angle_x", str(datadir / "transforms_train.json"))
@@ -94,12 +96,12 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
         numbers[split] = list(range(len(files), len(files) + len(frames)))
         files += [picture_path(datadir, frame["file_path"]) for frame in frames]
         poses += split_poses
-    images = read_images(files)
-    images = np.stack([shrink(image, downscale, str(datadir)) for image in images])
+    images = read_images(files, factor=downscale, store=store)
     focal = 0.5 * images.shape[2] / np.tan(0.5 * angle)
     intrinsics = torch.tensor([focal, focal, 0.5 * images.shape[2], 0.5 * images.shape[1]])
     return Scene(
-        images=torch.from_numpy(images),
+        images=as_tensor(images),
+        stored=isinstance(images, np.memmap),
         c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
         intrinsics=intrinsics.float().repeat(len(files), 1),
         splits=numbers,
@@ -113,10 +115,7 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
 
 def picture_path(datadir: Path, file_path: str) -> Path:
     """Where a frame's picture lies: its extension may be missing, and stands for .png then."""
-    path = datadir / file_path.replace("\\", "/")
+    path = inside(datadir, file_path, f"{datadir}: file_path")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         path = path.with_name(path.name + ".png")
-    resolved = path.resolve()
-    if not resolved.is_relative_to(datadir.resolve()):
-        raise ValueError(f"{datadir}: file_path {file_path!r} leads out of the data folder")
-    return datadir / resolved.relative_to(datadir.resolve())
+    return path

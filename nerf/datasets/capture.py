@@ -23,8 +23,9 @@ from nerf.cameras import (
     recenter,
     spiral_path,
 )
-from nerf.datasets.images import padded, read_image, read_sized
+from nerf.datasets.images import padded, read_image, read_sized, store_sized
 from nerf.datasets.scene import Scene
+from nerf.datasets.store import as_tensor
 
 FACING_DEG = 30.0  # no camera of a forward-facing capture looks farther from the mean direction
 NEAR, FAR = 0.05, 20.0  # of a capture around something without points, in its camera distances
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
 # ----------------------------------------------------------------------------------- pictures
 
 
-def pictures_of(views: Views, factor: int) -> dict:
+def pictures_of(views: Views, factor: int, store=None) -> dict:
     """Members of a Scene: images, intrinsics, sizes, usable, all ``factor`` times smaller.
 
     ValueError names the first picture that does not fit its camera.
@@ -70,8 +71,12 @@ def pictures_of(views: Views, factor: int) -> dict:
                 f"{name}: focal length {row[0]:g}, {row[1]:g}, principal point {row[2]:g}, "
                 f"{row[3]:g}; expected finite numbers and focal lengths > 0"
             )
-    pictures = read_sized(views.files, views.sizes, factor)
-    images, sizes = padded(pictures)
+    images = store and store_sized(views.files, views.sizes, factor, store)
+    stored = images is not None
+    if stored:
+        sizes = np.tile(images.shape[1:3], (len(images), 1))
+    else:
+        images, sizes = padded(read_sized(views.files, views.sizes, factor))
     intrinsics = views.intrinsics.copy()
     ratio = sizes / views.sizes  # [V, 2]
     intrinsics[:, :4] *= ratio[:, [1, 0, 1, 0]]
@@ -79,13 +84,27 @@ def pictures_of(views: Views, factor: int) -> dict:
     if lenses.is_ideal(cameras):
         cameras = cameras[:, :4]
     same = bool((sizes == sizes[0]).all())
-    usable = _usable(views, cameras, images.shape[1:3], sizes)
+    if stored:
+        usable = _all_usable(views, cameras, images.shape[1:3])
+    else:
+        usable = _usable(views, cameras, images.shape[1:3], sizes)
     return {
-        "images": torch.from_numpy(images),
+        "images": as_tensor(images),
+        "stored": stored,
         "intrinsics": cameras,
         "sizes": None if same else torch.from_numpy(sizes),
         "usable": usable,
     }
+
+
+def _all_usable(views: Views, cameras: torch.Tensor, shape) -> None:
+    """ValueError unless every pixel may be trained on, which is all that a store can draw."""
+    blind = cameras.shape[-1] > 4 and not all(bool(_seen(row, *shape).all()) for row in cameras)
+    if blind or any(mask is not None for mask in views.masks):
+        raise ValueError(
+            f"{views.files[0].parent}: has masks, or corners that its lens does not see; "
+            "a store of pictures cannot leave pixels out, use --data_store memory"
+        )
 
 
 def _usable(views: Views, cameras: torch.Tensor, shape, sizes: np.ndarray) -> torch.Tensor | None:
@@ -259,11 +278,12 @@ def scene_of(
     *,
     factor: int,
     background: float,
+    store=None,
     **members,
 ) -> Scene:
     """The Scene of ``views`` in ``layout``; bounds: near and far in its units."""
     return Scene(
-        **pictures_of(views, factor),
+        **pictures_of(views, factor, store),
         c2w=torch.tensor(layout.c2w, dtype=torch.float32),
         splits=splits,
         names=views.names,

@@ -7,7 +7,7 @@ import numpy as np
 from nerf import lenses
 from nerf.datasets import capture
 from nerf.datasets.colmap_model import Model, find_model, read_model
-from nerf.datasets.images import IMAGE_SUFFIXES
+from nerf.datasets.images import IMAGE_SUFFIXES, inside
 from nerf.datasets.scene import Scene, check_pose
 
 PERCENTILES = (0.1, 99.9)  # of a view's depths, as LLFF takes them: single points may be wrong
@@ -24,6 +24,7 @@ def load(
     far: float,
     background: float,
     warn=print,
+    store=None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
@@ -55,13 +56,15 @@ def load(
     splits = capture.hold_out(len(views.names), llffhold)
     # Pictures of images_N/ are that much smaller already.
     reduced = 1 if views.files[0].is_relative_to(datadir / f"images_{factor}") else factor
-    return capture.scene_of(views, layout, splits, limits, factor=reduced, background=background)
+    return capture.scene_of(
+        views, layout, splits, limits, factor=reduced, background=background, store=store
+    )
 
 
 def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> capture.Views:
     """The registered pictures. Others beside them are named and left out."""
     images = picture_folder(datadir, model.names, factor)
-    files = [images / name for name in model.names]
+    files = [inside(images, name, f"{folder}: image name") for name in model.names]
     missing = [name for name, file in zip(model.names, files, strict=True) if not file.is_file()]
     if missing:
         raise ValueError(
@@ -101,7 +104,7 @@ def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> ca
 def picture_folder(datadir: Path, names: list[str], factor: int) -> Path:
     """images_N/ if it holds every picture ``factor`` = N times smaller, else images/."""
     reduced = datadir / f"images_{factor}"
-    if factor > 1 and all((reduced / name).is_file() for name in names):
+    if factor > 1 and all(inside(reduced, name, "image name").is_file() for name in names):
         return reduced
     images = datadir / "images"
     if not images.is_dir():

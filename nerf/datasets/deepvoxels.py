@@ -11,12 +11,13 @@ import torch
 
 from nerf.datasets.images import list_images, read_images
 from nerf.datasets.scene import Scene
+from nerf.datasets.store import as_tensor
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def load(datadir: Path, *, shape: str, testskip: int, background: float) -> Scene:
+def load(datadir: Path, *, shape: str, testskip: int, background: float, store=None) -> Scene:
     """The object ``shape`` under ``datadir``; every ``testskip``-th val and test view is kept."""
     files, poses, numbers = [], [], {}
     for split, folder in FOLDERS.items():
@@ -37,14 +38,15 @@ def load(datadir: Path, *, shape: str, testskip: int, background: float) -> Scen
         numbers[split] = list(range(len(files), len(files) + len(pictures[::skip])))
         files += pictures[::skip]
         poses += [read_pose(path) for path in pose_files[::skip]]
-    images = read_images(files)
+    images = read_images(files, store=store)
     height, width = images.shape[1:3]
     focal = read_focal(datadir / "train" / shape / "intrinsics.txt", height)
     c2w = np.stack(poses)
     radius = float(np.linalg.norm(c2w[:, :, 3], axis=-1).mean())
     render = c2w[numbers["test"]] if "test" in numbers else c2w
     return Scene(
-        images=torch.from_numpy(images),
+        images=as_tensor(images),
+        stored=isinstance(images, np.memmap),
         c2w=torch.tensor(c2w, dtype=torch.float32),
         intrinsics=torch.tensor([focal, focal, 0.5 * width, 0.5 * height]).repeat(len(files), 1),
         splits=numbers,

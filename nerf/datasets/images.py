@@ -6,13 +6,33 @@ multiplied in). A rotation noted in a photo's EXIF data is carried out, unless i
 to be that of the picture as stored. Anything else is refused by name.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from nerf.datasets.store import Store
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112  # 1: as stored; 2 to 4 keep width and height, 5 to 8 swap them
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path that ``name``, from a data file, means in ``folder``; it never leaves it.
+
+    Slashes may be backward; an absolute name must begin with the folder's. By name only: a link
+    that lies in the folder is followed, whoever put it there may read what it points to.
+    ValueError begins with ``where``.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(root, name.replace("\\", "/")))
+    if "\0" in name or not Path(path).is_relative_to(root):
+        raise ValueError(
+            f"{where}: {name!r} leads out of the data folder; put the pictures into {folder} and "
+            "name them from there"
+        )
+    return folder / os.path.relpath(path, root)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -75,21 +95,33 @@ class _Ambiguous(ValueError):
     """A rotation that may or may not have been carried out already."""
 
 
-def read_images(paths: list[Path], size: tuple[float, float] | None = None) -> np.ndarray:
-    """Pictures of one common size as uint8 [V, H, W, C].
+def read_images(
+    paths: list[Path],
+    size: tuple[float, float] | None = None,
+    *,
+    factor: int = 1,
+    store: Store | None = None,
+) -> np.ndarray:
+    """Pictures of one common size as uint8 [V, H, W, C], ``factor`` times smaller (``shrink``).
 
     C is 4 if any has alpha; pictures without alpha are opaque then. size: as in ``read_image``.
+    store: keeps them on the disk instead of in memory, if they are too many.
     """
-    pictures: list[np.ndarray] = []
-    for path in paths:
-        picture = read_image(path, size)
-        if pictures and picture.shape[:2] != pictures[0].shape[:2]:
-            (h, w), (h0, w0) = picture.shape[:2], pictures[0].shape[:2]
+    first = read_image(paths[0], size) if paths else None
+
+    def read(number: int) -> np.ndarray:
+        picture = read_image(paths[number], size) if number else first
+        if picture.shape[:2] != first.shape[:2]:
+            (h, w), (h0, w0) = picture.shape[:2], first.shape[:2]
             raise ValueError(
-                f"{path}: is {w}x{h} pixels but {paths[0].name} is {w0}x{h0}; "
+                f"{paths[number]}: is {w}x{h} pixels but {paths[0].name} is {w0}x{h0}; "
                 "all pictures of a scene must have one size"
             )
-        pictures.append(picture)
+        return shrink(picture, factor, str(paths[number]))
+
+    if store is not None and paths and store.wanted(len(paths) * first.size // factor**2):
+        return store.keep(paths, read, {"factor": factor, "size": size and list(map(float, size))})
+    pictures = [read(number) for number in range(len(paths))]
     if any(picture.shape[-1] == 4 for picture in pictures):
         pictures = [with_alpha(picture) for picture in pictures]
     return np.stack(pictures)
@@ -101,24 +133,39 @@ def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.nda
     sizes [V, 2]: height and width that their cameras are for. C is 4 for all if any has alpha.
     ValueError if a picture has other proportions.
     """
-    pictures = []
-    for path, (height, width) in zip(paths, sizes, strict=True):
-        picture = read_image(path, (width, height))
-        h, w = picture.shape[:2]
-        # A pixel more or less may come from rounding when pictures were reduced.
-        if abs(w * height / width - h) > 1 and abs(h * width / height - w) > 1:
-            raise ValueError(
-                f"{path}: is {w}x{h} pixels but its camera is for {width:g}x{height:g}; "
-                "give the picture that the camera was made for, or one of its proportions"
-            )
-        if factor > 1:
-            target = (max(1, round(w / factor)), max(1, round(h / factor)))
-            image = Image.fromarray(picture)
-            picture = np.asarray(image.resize(target, Image.Resampling.BOX))
-        pictures.append(picture)
+    pictures = [_sized(path, size, factor) for path, size in zip(paths, sizes, strict=True)]
     if any(picture.shape[-1] == 4 for picture in pictures):
         pictures = [with_alpha(picture) for picture in pictures]
     return pictures
+
+
+def store_sized(
+    paths: list[Path], sizes: np.ndarray, factor: int, store: Store
+) -> np.ndarray | None:
+    """What ``read_sized`` reads, in a store: uint8 [V, H, W, C]. None: they fit into memory.
+
+    ValueError if they are of different sizes.
+    """
+    if not store.wanted(int(sizes.prod(-1).sum()) * 3 // factor**2):
+        return None
+    how = {"factor": factor, "sizes": np.asarray(sizes, float).tolist()}
+    return store.keep(paths, lambda number: _sized(paths[number], sizes[number], factor), how)
+
+
+def _sized(path: Path, size, factor: int) -> np.ndarray:
+    height, width = size
+    picture = read_image(path, (width, height))
+    h, w = picture.shape[:2]
+    # A pixel more or less may come from rounding when pictures were reduced.
+    if abs(w * height / width - h) > 1 and abs(h * width / height - w) > 1:
+        raise ValueError(
+            f"{path}: is {w}x{h} pixels but its camera is for {width:g}x{height:g}; "
+            "give the picture that the camera was made for, or one of its proportions"
+        )
+    if factor > 1:
+        target = (max(1, round(w / factor)), max(1, round(h / factor)))
+        picture = np.asarray(Image.fromarray(picture).resize(target, Image.Resampling.BOX))
+    return picture
 
 
 def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,13 @@ import torch
 
 from nerf.cameras import orbit_path
 from nerf.datasets.blender import number, read_splits, table
-from nerf.datasets.images import read_images, shrink
+from nerf.datasets.images import inside, read_images
 from nerf.datasets.scene import Scene
+from nerf.datasets.store import as_tensor
 
 
-def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> Scene:
-    """The scene at ``datadir``; its file paths may be absolute or relative to the folder.
+def load(datadir: Path, *, testskip: int, downscale: int, background: float, store=None) -> Scene:
+    """The scene at ``datadir``; its file paths, absolute or not, must lie in it.
 
     One intrinsic matrix serves all views, as in nerf-pytorch (the last split's first); unlike
     there it is scaled along when pictures are reduced.
@@ -33,10 +34,11 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
         [number(splits[name][0], key, f"{datadir}/transforms_{name}.json") for name in bounded]
         for key in ("near", "far")
     )
-    images = np.stack([shrink(image, downscale, str(datadir)) for image in read_images(files)])
+    images = read_images(files, factor=downscale, store=store)
     intrinsics = np.array([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]) / downscale
     return Scene(
-        images=torch.from_numpy(images),
+        images=as_tensor(images),
+        stored=isinstance(images, np.memmap),
         c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32).repeat(len(files), 1),
         splits=numbers,
@@ -49,5 +51,7 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float) -> 
 
 
 def _picture_path(datadir: Path, file_path: str) -> Path:
-    path = Path(file_path)
-    return path if path.is_absolute() or path.exists() else datadir / file_path
+    """Named from the folder, or from where the program runs, as in nerf-pytorch's; inside it."""
+    if not Path(file_path).is_absolute() and Path(file_path).exists():
+        file_path = str(Path(file_path).absolute())
+    return inside(datadir, file_path, f"{datadir}: file_path")

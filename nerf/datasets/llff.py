@@ -18,6 +18,7 @@ from PIL import Image
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
 from nerf.datasets.images import list_images, read_image, read_images
 from nerf.datasets.scene import Scene, check_pose
+from nerf.datasets.store import as_tensor
 
 BOUND_FACTOR = 0.75  # the nearest depth is scaled to 1 / 0.75: NDC's near plane at 1 is in front
 
@@ -31,6 +32,7 @@ def load(
     spherical: bool,
     background: float,
     warn=print,
+    store=None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
@@ -38,7 +40,7 @@ def load(
     ndc: forward-facing rays. spherical: 360 degrees, camera centres scaled to a unit sphere.
     """
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
-    images, names = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn)
+    images, names = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
     if len(images) != len(poses):
         raise ValueError(
             f"{datadir}: {len(images)} pictures but {len(poses)} poses in poses_bounds.npy; "
@@ -65,7 +67,8 @@ def load(
     center = np.broadcast_to([0.5 * width, 0.5 * height], (len(poses), 2))
     intrinsics = np.concatenate([np.stack([focal, focal], -1), center], axis=-1)
     return Scene(
-        images=torch.from_numpy(images),
+        images=as_tensor(images),
+        stored=isinstance(images, np.memmap),
         c2w=torch.tensor(poses, dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32),
         splits={
@@ -107,7 +110,9 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([right, -down, back, position], axis=-1), sizes, bounds
 
 
-def read_pictures(datadir, factor, count, full_size, warn) -> tuple[np.ndarray, list[str]]:
+def read_pictures(
+    datadir, factor, count, full_size, warn, store=None
+) -> tuple[np.ndarray, list[str]]:
     """uint8 [V, H, W, 3] at 1 / factor of their size, and their names.
 
     images_N/ is used when it holds ``count`` pictures of the size that ``full_size`` (height,
@@ -119,16 +124,21 @@ def read_pictures(datadir, factor, count, full_size, warn) -> tuple[np.ndarray, 
     size = (full_size[1], full_size[0])  # a rotation in EXIF data may be in the poses, or not
     if factor == 1:
         files = list_images(originals)
-        return read_images(files, size)[..., :3], [file.stem for file in files]
+        return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
     cache, complaint = datadir / f"images_{factor}", None
     if cache.is_dir():
         files = list_images(cache)
         complaint = _unusable(files, count, full_size / factor)
         if not complaint:
-            return read_images(files, size)[..., :3], [file.stem for file in files]
+            return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
         if not originals.is_dir():
             raise ValueError(f"{cache}: {complaint}, and there is no images/ to make it from")
         warn(f"{cache} is ignored: {complaint}; delete it and it will be made again")
+    if store is not None and store.kind == "mmap":
+        raise ValueError(
+            f"{cache}: not there yet, and --data_store mmap reads it; make it once with "
+            "--data_store memory where memory is large enough, or use --factor 1"
+        )
     files = list_images(originals)
     pictures = [_reduced(file, factor, size) for file in files]
     if len({picture.size for picture in pictures}) > 1:

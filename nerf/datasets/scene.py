@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nerf.datasets.store import BlockOrder
 from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
@@ -29,6 +30,7 @@ class Scene:
     it. usable: bool [V, H, W] pixels that training and metrics look at; None: all. box: [2, 3] low
     and high corner of what the data says the scene fills. to_world: [4, 4] similarity from the
     scene's coordinates to those of the data; None: they are the same, or not known.
+    stored: ``images`` is a mapped file (``nerf.datasets.store``), which stays where it is.
     """
 
     images: Tensor
@@ -46,12 +48,13 @@ class Scene:
     usable: Tensor | None = None
     box: Tensor | None = None
     to_world: Tensor | None = None
+    stored: bool = False
     _train: Tensor = field(init=False, repr=False)
     _pools: dict = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         self._validate()
-        self._train = torch.tensor(self.splits["train"], device=self.images.device)
+        self._train = torch.tensor(self.splits["train"], device=self.c2w.device)
 
     def _validate(self) -> None:
         num_views = len(self.images)
@@ -86,8 +89,9 @@ class Scene:
         return self.images.shape[2]
 
     def to(self, device) -> "Scene":
-        """The same scene with its tensors on ``device``."""
-        names = ("images", "c2w", "intrinsics", "render_poses", "sizes", "usable", "box")
+        """The same scene with its tensors on ``device``; a mapped file stays a mapped file."""
+        names = ("c2w", "intrinsics", "render_poses", "sizes", "usable", "box")
+        names += () if self.stored else ("images",)
         moved = {name: getattr(self, name) for name in names}
         return replace(self, **{n: t if t is None else t.to(device) for n, t in moved.items()})
 
@@ -169,9 +173,24 @@ class Scene:
         self, views: Tensor, x: Tensor, y: Tensor, background: Tensor | None = None
     ) -> tuple[Rays, Tensor]:
         """Rays and colours [B, 3] of pixels x, y [B] (integers) in views [B]."""
-        target = self.over_background(self.images[views, y, x], background)
-        rays = self.rays(x.float(), y.float(), self.c2w[views], self.intrinsics[views])
-        return rays, target
+        return self._rays_of(views, x, y), self.over_background(
+            self.pixels(views, x, y), background
+        )
+
+    def pixels(self, views: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """uint8 [B, C] of pixels x, y [B] in views [B], on the scene's device."""
+        if self.stored:
+            views, x, y = views.cpu(), x.cpu(), y.cpu()
+        return self.images[views, y, x].to(self.c2w.device)
+
+    def _rays_of(self, views: Tensor, x: Tensor, y: Tensor) -> Rays:
+        return self.rays(x.float(), y.float(), self.c2w[views], self.intrinsics[views])
+
+    def block_order(self, seed: int) -> BlockOrder | None:
+        """How rays are drawn from a mapped file, for ``sample_rays``; None: they are in memory."""
+        if not self.stored:
+            return None
+        return BlockOrder(self.images, self.splits["train"], seed, self.c2w.device)
 
     def sample_rays(
         self,
@@ -181,14 +200,20 @@ class Scene:
         one_image: bool = False,
         crop: float = 1.0,
         background: Tensor | None = None,
+        order: BlockOrder | None = None,
+        position: int = 0,
     ) -> tuple[Rays, Tensor]:
         """Random training rays [B] and their colours [B, 3] in [0, 1].
 
         one_image: all from one random picture (``--no_batching``). crop: fraction of the height
         and width around the centre to draw from (``--precrop_frac``). background [B, 3]: behind
-        transparent pixels, instead of the scene's.
+        transparent pixels, instead of the scene's. order: of ``block_order``: instead of random
+        ones, those after the first ``position`` rays of the run (not for one_image and crop).
         """
-        device = self.images.device
+        device = self.c2w.device
+        if order is not None and not one_image and crop == 1.0:
+            numbers, colors = order.draw(position, num_rays)
+            return self._rays_of(*self.place(numbers)), self.over_background(colors, background)
 
         def draw(low: int, high: int, count: int) -> Tensor:
             return torch.randint(low, high, (count,), generator=generator, device=device)

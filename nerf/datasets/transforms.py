@@ -16,7 +16,7 @@ from PIL import Image
 from nerf import lenses
 from nerf.datasets import capture
 from nerf.datasets.blender import number, read_frames, read_splits, table
-from nerf.datasets.images import EXIF_ORIENTATION, IMAGE_SUFFIXES
+from nerf.datasets.images import EXIF_ORIENTATION, IMAGE_SUFFIXES, inside
 from nerf.datasets.scene import SPLITS, Scene, check_pose
 
 PERSPECTIVE_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
@@ -36,6 +36,7 @@ def load(
     far: float,
     background: float,
     warn=print,
+    store=None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
@@ -59,7 +60,7 @@ def load(
     layout = layout._replace(to_world=_unapplied(top, str(datadir)) @ layout.to_world)
     bounds = near or bounds[0], far or bounds[1]
     return capture.scene_of(
-        views, layout, splits, bounds, factor=factor, background=background, box=box
+        views, layout, splits, bounds, factor=factor, background=background, box=box, store=store
     )
 
 
@@ -172,13 +173,7 @@ def find_picture(datadir: Path, file_path, where: str) -> Path:
     """The file that ``file_path`` means: its extension may be missing, slashes may be backward."""
     if not isinstance(file_path, str):
         raise ValueError(f"{where}: {file_path!r} is not a file path")
-    path = Path(os.path.normpath(datadir / file_path.replace("\\", "/")))
-    # By name, not resolved: a link inside the folder is the user's own business.
-    if not path.is_relative_to(os.path.normpath(datadir)):
-        raise ValueError(
-            f"{where}: leads out of the data folder; put the pictures beside the file and shorten "
-            "its file_path"
-        )
+    path = inside(datadir, file_path, where)
     if not path.is_file():
         for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)):
             if path.with_name(path.name + suffix).is_file():

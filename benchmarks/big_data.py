@@ -1,0 +1,154 @@
+"""More data than memory: rays/s from a mapped store beside rays/s from memory, in one run.
+
+    python benchmarks/big_data.py --gib 4 --limit_mib 1024
+
+Makes a scene of --gib GiB of random pictures as a store (no picture files: those would only be
+decoded once), and a smaller one that fits into memory; draws and trains on both, by turns. The
+process' own memory is limited by RLIMIT_DATA: what is allocated counts, files mapped for reading do
+not, and that the pictures would not fit is shown by trying. The page cache is not in that limit, so
+the file is thrown out of it before every turn: what is read comes from the disk.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nerf import options, runtime  # noqa: E402
+from nerf.cameras import orbit_path  # noqa: E402
+from nerf.datasets.scene import Scene  # noqa: E402
+from nerf.datasets.store import _write, as_tensor  # noqa: E402
+from nerf.losses import squared_error  # noqa: E402
+
+SIDE = 1024
+
+
+def make_store(path: Path, num_bytes: int) -> int:
+    """A store of random pictures; returns how many."""
+    count = num_bytes // (SIDE * SIDE * 3)
+    base = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    _write(path, count, lambda number: np.roll(base, number * 7919, axis=0))
+    return count
+
+
+def scene_of(images: torch.Tensor, stored: bool) -> Scene:
+    count = len(images)
+    poses = torch.tensor(orbit_path(count), dtype=torch.float32)
+    return Scene(
+        images=images,
+        c2w=poses,
+        intrinsics=torch.tensor([1200.0, 1200.0, SIDE / 2, SIDE / 2]).repeat(count, 1),
+        splits={"train": list(range(count)), "test": [0]},
+        names=[str(number) for number in range(count)],
+        near=2.0,
+        far=6.0,
+        render_poses=poses[:1],
+        stored=stored,
+    )
+
+
+def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
+    """Rays per second of training steps (drawn, rendered, learnt), and of drawing alone."""
+    flags = "--use_viewdirs --N_samples 16 --netwidth 64 --netdepth 4"
+    args = options.parse(options.nerf_parser(), flags.split())
+    runtime.seed_everything(0)
+    renderer = options.build_renderer(args, scene)
+    optimizer = torch.optim.Adam(renderer.parameters(), 5e-4)
+    order = scene.block_order(0)
+    steps, drawing, began = 0, 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        generator = runtime.step_generator(0, start + steps, "cpu")
+        noise = renderer.draw_noise(num_rays, generator)
+        moment = time.perf_counter()
+        place = {"order": order, "position": (start + steps) * num_rays}
+        rays, target = scene.sample_rays(num_rays, generator, **place)
+        drawing += time.perf_counter() - moment
+        loss = sum(squared_error(level.rgb, target) for level in renderer(rays, noise))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    spent = time.perf_counter() - began
+    return {"trained": steps * num_rays / spent, "drawn": steps * num_rays / drawing}
+
+
+def work(store: Path, args) -> dict:
+    """Both, by turns. memory: one sixteenth of the pictures, copied."""
+    mapped = as_tensor(np.load(store, mmap_mode="r", allow_pickle=False))
+    few = mapped[: max(1, len(mapped) // 16)].clone()
+    scenes = {"memory": scene_of(few, False), "mmap": scene_of(mapped, True)}
+    for scene in scenes.values():
+        measure(scene, 1.0, args.rays, 0)
+    found = {kind: [] for kind in scenes}
+    for turn in range(args.turns):
+        for kind, scene in scenes.items():
+            # Each turn elsewhere in the epoch: windows that were not read before.
+            forget(store)
+            found[kind].append(measure(scene, args.seconds, args.rays, 1 + turn * 100_003))
+    result = {
+        kind: {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
+        for kind, rows in found.items()
+    }
+    result["ratio_trained"] = result["mmap"]["trained"] / result["memory"]["trained"]
+    result["own_mib"] = own_memory_mib()
+    result |= {"limit_mib": args.limit_mib, "whole_set_fits": fits(mapped)}
+    return result
+
+
+def own_memory_mib() -> int:
+    """Memory that is this process' own, without pages of files."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) >> 10
+
+
+def forget(path: Path) -> None:
+    """Throw a file out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def fits(pictures: torch.Tensor) -> bool:
+    """Whether a copy of them can be allocated."""
+    try:
+        torch.empty_like(pictures)
+    except RuntimeError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the store")
+    parser.add_argument("--limit_mib", type=int, default=1024, help="0: none")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rays", type=int, default=1024, help="a step")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        if args.limit_mib:
+            resource.setrlimit(resource.RLIMIT_DATA, (args.limit_mib << 20,) * 2)
+        print(json.dumps(work(args.worker, args)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        store = Path(folder) / "pictures.npy"
+        count = make_store(store, int(args.gib * 2**30))
+        print(f"{count} pictures, {store.stat().st_size >> 20} MiB", flush=True)
+        # A process of its own, whose memory was never larger than it says.
+        subprocess.run([sys.executable, *sys.argv, "--worker", str(store)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""nerf.datasets.store: pictures in a mapped file, and rays drawn from it block by block."""
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+
+import run_nerf
+from nerf import options
+from nerf.checkpoint import list_checkpoints, load_checkpoint
+from nerf.datasets import load_scene, store
+from nerf.datasets.store import BLOCK, BlockOrder
+
+TINY = (
+    "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
+    "--N_samples 8 --N_importance 8 --multires 4 --N_rand 64 --lrate 5e-3 --device cpu --i_img 0 "
+    "--i_video 0 --i_print 5 --ckpt_secs 0 --expname tiny --dataset_type blender --testskip 1 "
+    "--data_store mmap"
+).split()
+
+
+def load(folder, kind="blender", *flags, warn=print):
+    words = ["--datadir", str(folder), "--dataset_type", kind, "--testskip", "1", "--factor", "1"]
+    return load_scene(options.parse(options.nerf_parser(), [*words, *flags]), warn)
+
+
+NAMES = {"linemod": "LINEMOD"}
+FORMATS = {kind: kind for kind in ("blender", "llff", "deepvoxels", "linemod")}
+FORMATS |= {"transforms": "blender"}  # a capture of one size, without masks
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_store_holds_what_memory_would_in_every_format(demo_copy, kind):
+    folder, flags = demo_copy(FORMATS[kind]), ("--shape", "demo")
+    memory = load(folder, NAMES.get(kind, kind), *flags)
+    mapped = load(folder, NAMES.get(kind, kind), "--data_store", "mmap", *flags)
+    assert mapped.stored and not memory.stored
+    assert torch.equal(mapped.images, memory.images)
+    assert torch.equal(mapped.intrinsics, memory.intrinsics) and mapped.splits == memory.splits
+    assert len(list(folder.glob(".pictures_*.npy"))) == 1
+
+
+def test_pictures_with_and_without_alpha_and_reduced_ones(demo_copy):
+    from PIL import Image
+
+    folder = demo_copy("blender")
+    first = folder / "train" / "r_0.png"
+    Image.open(first).convert("RGB").save(first)  # RGB first: the store finds alpha later
+    flags = ("--downscale", "2")
+    mapped, memory = (
+        load(folder, "blender", "--data_store", "mmap", *flags),
+        load(folder, "blender", *flags),
+    )
+    assert mapped.images.shape[-1] == 4 and torch.equal(mapped.images, memory.images)
+
+
+def test_a_store_is_made_once_and_again_when_a_picture_changes(demo_copy):
+    folder, said = demo_copy("blender"), []
+    flags = ("--data_store", "mmap")
+    load(folder, "blender", *flags, warn=said.append)
+    load(folder, "blender", *flags, warn=said.append)
+    assert sum("putting" in line for line in said) == 1
+    shutil.copy(folder / "train" / "r_1.png", folder / "train" / "r_0.png")
+    scene = load(folder, "blender", *flags, warn=said.append)
+    assert torch.equal(scene.images[0], scene.images[1])
+    assert sum("of other pictures" in line for line in said) == 1
+    assert len(list(folder.glob(".pictures_*.npy*"))) == 1
+
+
+def test_a_damaged_or_unfinished_store_is_made_again(demo_copy):
+    folder, said = demo_copy("blender"), []
+    whole = load(folder, "blender", "--data_store", "mmap").images.clone()
+    path = next(folder.glob(".pictures_*.npy"))
+    for keep in (0, 60, path.stat().st_size - 1):
+        with open(path, "r+b") as file:
+            file.truncate(keep)
+        path.with_name(path.name + ".part").write_bytes(b"half")
+        again = load(folder, "blender", "--data_store", "mmap", warn=said.append)
+        assert torch.equal(again.images, whole)
+        assert not list(folder.glob("*.part"))
+    assert sum("made again" in line for line in said) == 3
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(demo_copy, tmp_path, monkeypatch, capsys):
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    flags = [*TINY, "--datadir", str(demo_copy("blender")), "--basedir", str(tmp_path)]
+    flags += ["--store_dir", str(tmp_path / "stores"), "--N_iters", "1"]
+    assert run_nerf.main(flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in error and "--store_dir" in error
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == [".pictures.lock"]
+
+
+def test_what_a_store_cannot_do_is_one_line(demo_copy):
+    from PIL import Image
+
+    folder = demo_copy("blender")
+    Image.new("RGBA", (8, 8)).save(folder / "train" / "r_3.png")
+    with pytest.raises(ValueError, match="must have one size"):
+        load(folder, "blender", "--data_store", "mmap")
+    for kind in ("transforms", "colmap"):  # these demo scenes have sizes of all kinds and masks
+        with pytest.raises(ValueError, match="--data_store memory"):
+            load(demo_copy(kind), kind, "--data_store", "mmap")
+    with pytest.raises(ValueError, match="--data_store memory"):
+        load(demo_copy("llff"), "llff", "--data_store", "mmap", "--factor", "2")
+
+
+# ------------------------------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("pixels", [7 * 5, BLOCK, 3 * BLOCK + 17])
+def test_every_pixel_is_drawn_once_an_epoch_in_whatever_steps(monkeypatch, pixels):
+    monkeypatch.setattr(store, "WINDOW", 3)
+    images = torch.arange(6 * pixels).view(6, 1, pixels, 1)  # a colour is its own number
+    order = BlockOrder(images, [0, 2, 3, 5], 7, "cpu")
+    drawn, position = [], 0
+    for count in (1, 11, pixels, 2 * pixels, pixels - 12, 4 * pixels):
+        numbers, colors = order.draw(position, count)
+        assert torch.equal(numbers, colors[:, 0])
+        drawn.append(numbers)
+        position += count
+    drawn = torch.cat(drawn).view(2, 4 * pixels)
+    expected = images[[0, 2, 3, 5]].flatten()
+    assert torch.equal(drawn.sort(-1).values, expected.expand(2, -1))
+    assert not torch.equal(drawn[0], drawn[1])  # another epoch, another order
+    elsewhere = BlockOrder(images, [0, 2, 3, 5], 7, "cpu").draw(4 * pixels + 5, 9)[0]
+    assert torch.equal(elsewhere, drawn[1, 5:14])  # from the position alone, as on resume
+    other = BlockOrder(images, [0, 2, 3, 5], 8, "cpu").draw(0, 4 * pixels)[0]
+    assert not torch.equal(other, drawn[0])
+
+
+def test_batches_are_spread_as_evenly_as_random_ones():
+    """Views and places in a batch: the order's spread is that of independent draws or better."""
+    images = torch.zeros(40, 128, 128, 3, dtype=torch.uint8)
+    order = BlockOrder(images, list(range(40)), 0, "cpu")
+    counts = []
+    for batch in range(150):  # 640 blocks: one window
+        numbers, _ = order.draw(batch * 4096, 4096)
+        counts.append(torch.bincount(numbers // 128**2, minlength=40))
+    counts = torch.stack(counts).double()
+    independent = 4096 / 40 * (1 - 1 / 40)  # variance of a multinomial
+    assert counts.var(0).mean() < 1.15 * independent
+    assert (counts.mean(0) - 4096 / 40).abs().max() < 4 * (independent / 150) ** 0.5
+
+
+def flat(state):
+    parts = [
+        *state["network_fn_state_dict"].values(),
+        *(state.get("network_fine_state_dict") or {}).values(),
+    ]
+    parts += [v for s in state["optimizer_state_dict"]["state"].values() for v in s.values()]
+    return torch.cat([torch.as_tensor(part).double().flatten() for part in parts])
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "precrop", "fast"])
+def test_resuming_is_bit_exact(demo_blender, tmp_path, mode):
+    flags = [*TINY, "--datadir", str(demo_blender), "--basedir", str(tmp_path)]
+    flags += ["--store_dir", str(tmp_path / "store")]
+    flags += {"vanilla": [], "precrop": ["--precrop_iters", "6"]}.get(mode, [])
+    if mode == "fast":  # its rays a step change: only their count tells where it stands
+        flags = ["--fast", "--amp", "off", "--target_samples", "512", "--occ_res", "16", *flags]
+        flags.remove("--N_importance")
+        flags.remove("8")
+    for name, stops in {"whole": (16,), "halves": (7, 16)}.items():
+        for stop in stops:  # in cosine schedules N_iters counts: stop by time would, too
+            more = ["--lr_schedule", "exp", "--expname", name, "--N_iters", str(stop)]
+            assert run_nerf.main([*flags, *more]) == 0
+    whole, halves = (
+        load_checkpoint(list_checkpoints(tmp_path / name)[0]) for name in ("whole", "halves")
+    )
+    assert whole["rays_drawn"] == halves["rays_drawn"] > 0
+    if mode == "fast":
+        assert whole["rays_drawn"] != 16 * 64
+    assert torch.equal(flat(whole), flat(halves))
+
+
+def test_two_processes_train_as_one_from_a_store(demo_blender, tmp_path):
+    flags = [*TINY, "--datadir", str(demo_blender), "--basedir", str(tmp_path), "--N_iters", "6"]
+    flags += ["--store_dir", str(tmp_path / "store")]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = run_script([*flags, "--expname", "two"], launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert run_nerf.main([*flags, "--expname", "one"]) == 0
+    one, two = (load_checkpoint(list_checkpoints(tmp_path / n)[0]) for n in ("one", "two"))
+    names = ("network_fn_state_dict", "network_fine_state_dict")
+    for key in names:
+        for name, value in one[key].items():
+            torch.testing.assert_close(two[key][name], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_memory_and_store_give_the_same_quality(demo_blender, tmp_path):
+    """120 steps of the fast path: the spread over three seeds covers the difference."""
+    psnr = {}
+    for kind in ("memory", "mmap"):
+        for seed in (0, 1, 2):
+            flags = ["--fast", "--amp", "off", "--target_samples", "2048", "--occ_res", "16"]
+            flags += [*TINY, "--datadir", str(demo_blender), "--basedir", str(tmp_path)]
+            flags += ["--store_dir", str(tmp_path / "store"), "--data_store", kind]
+            flags += ["--expname", f"{kind}{seed}", "--seed", str(seed), "--N_iters", "120"]
+            assert run_nerf.main(flags) == 0
+            metrics = tmp_path / f"{kind}{seed}" / "metrics.json"
+            psnr[kind, seed] = json.loads(metrics.read_text())["psnr"]
+    means = [np.mean([v for (k, _), v in psnr.items() if k == kind]) for kind in ("memory", "mmap")]
+    spread = np.std([v for (k, _), v in psnr.items() if k == "memory"])
+    assert abs(means[0] - means[1]) < max(0.5, 3 * spread), psnr
