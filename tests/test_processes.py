@@ -1,0 +1,169 @@
+"""Several processes as one: gradients, weights, metrics, frames, failures. gloo ranks on a CPU."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import imageio.v3 as iio
+import make_demo
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, run_script
+
+from nerf.checkpoint import list_checkpoints, load_checkpoint
+
+TINY = (
+    "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
+    "--N_samples 8 --N_importance 8 --multires 4 --N_rand 64 --lrate 5e-4 --device cpu --i_img 0 "
+    "--i_video 0 --i_print 50 --ckpt_secs 0 --dataset_type blender --testskip 1"
+).split()
+
+
+def ranks(count: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene") / "demo"
+    make_demo.make(folder, "blender", 16, {"train": 5, "val": 2, "test": 3})
+    return folder
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+GRADIENTS = """
+import sys, torch
+sys.path[:0] = ["tests", "data", "."]
+from test_run_nerf import gradient_case
+from nerf import runtime
+world = runtime.setup("cpu")
+renderer, rays, target, noise = gradient_case()
+model = torch.nn.parallel.DistributedDataParallel(renderer) if world.size > 1 else renderer
+share = world.share(len(target))
+past = world.size > 1 and sys.argv[1] == "past"
+levels = (model.module if past else model)(rays.part(share), noise.part(share))
+sum(((level.rgb - target[share]) ** 2).mean() for level in levels).backward()
+found = torch.cat([p.grad.flatten() for p in renderer.parameters()])
+every = world.gather(found)
+if world.is_main:
+    torch.save(torch.stack(every), sys.argv[2])
+world.barrier()
+runtime.cleanup()
+"""
+
+
+def gradients(path, count: int, way: str) -> torch.Tensor:
+    """Gradients [ranks, N] of one global batch, as every rank holds them after backward."""
+    script = path / "gradients.py"
+    script.write_text(GRADIENTS)
+    launcher = ranks(count) if count > 1 else []
+    done = run_script([way, path / "found.pt"], launcher=launcher, script=str(script))
+    assert done.returncode == 0, done.stderr
+    return torch.load(path / "found.pt", weights_only=True)
+
+
+def averaged(found: torch.Tensor, one: torch.Tensor) -> bool:
+    """What must hold: all ranks hold the gradient of the whole batch."""
+    return bool((found - one).abs().max() <= 1e-6 * max(1.0, float(one.abs().max())))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_are_averaged_and_the_popular_bug_would_be_caught(tmp_path, count):
+    """The bug: calling ``ddp.module`` goes past DDP, every rank keeps the gradient of its share."""
+    one = gradients(tmp_path, 1, "through")
+    assert averaged(gradients(tmp_path, count, "through"), one)
+    wrong = gradients(tmp_path, count, "past")
+    assert not averaged(wrong, one)
+    assert not torch.equal(wrong[0], wrong[1])
+    assert averaged(wrong.mean(0, keepdim=True), one)  # what DDP would have made of them
+
+
+def test_the_loop_goes_through_ddp():
+    """run_nerf.py has one forward a step, and it is the wrapper's."""
+    source = (REPOSITORY / "run_nerf.py").read_text(encoding="utf-8")
+    assert len(re.findall(r"levels = model\(", source)) == 1
+    assert ".module" not in re.sub(r"nn\.module", "", source)
+    assert "model = DistributedDataParallel(renderer) if world.size > 1 else renderer" in source
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def train(data, folder, name, count, *more):
+    flags = [*TINY, "--datadir", data, "--basedir", folder, "--expname", name, *more]
+    done = run_script(flags, launcher=ranks(count) if count > 1 else [], timeout=300)
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(list_checkpoints(folder / name)[0])
+    return state, json.loads((folder / name / "metrics.json").read_text())
+
+
+def weights(state) -> torch.Tensor:
+    nets = [state[f"network_{kind}_state_dict"] or {} for kind in ("fn", "fine")]
+    return torch.cat([value.flatten() for net in nets for value in net.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_200_steps_of_several_ranks_are_those_of_one(data, tmp_path, count):
+    one, told = train(data, tmp_path, "one", 1, "--N_iters", 200)
+    many, told_many = train(data, tmp_path, "many", count, "--N_iters", 200)
+    assert (weights(one) - weights(many)).abs().max() <= 1e-4
+    assert [v["name"] for v in told["views"]] == [v["name"] for v in told_many["views"]]
+    for key in ("psnr", "psnr_8bit"):
+        assert told[key] == pytest.approx(told_many[key], abs=1e-3)
+    assert told["ssim"] == pytest.approx(told_many["ssim"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_frames_are_shared_out_whatever_their_number(data, tmp_path, count):
+    """3 test views on 2 ranks (not divisible) and on 4 (fewer than ranks): the same pictures."""
+    train(data, tmp_path, "run", 1, "--N_iters", 3)
+    folder, found = tmp_path / "run" / "render_test_000003", {}
+    flags = [*TINY, "--datadir", data, "--basedir", tmp_path, "--expname", "run"]
+    for many in (1, count):
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+        launcher = ranks(many) if many > 1 else []
+        done = run_script([*flags, "--render_only", "--render_test"], launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        rows = [(v["name"], v["psnr"], v["ssim"]) for v in metrics["views"]]
+        found[many] = rows, [iio.imread(path) for path in sorted(folder.glob("0*.png"))]
+    assert len(found[count][1]) == 3 and found[1][0] == found[count][0]
+    np.testing.assert_array_equal(found[1][1], found[count][1])
+
+
+FAILING = """
+import os, sys
+sys.path[:0] = ["."]
+from nerf.datasets.scene import Scene
+draw = Scene.sample_rays
+calls = []
+def sample_rays(*given, **named):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        raise ValueError("this rank's disk is gone")
+    return draw(*given, **named)
+Scene.sample_rays = sample_rays
+import run_nerf
+sys.exit(run_nerf.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_all_soon_and_its_reason_is_seen(data, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = [*TINY, "--datadir", data, "--basedir", tmp_path, "--expname", "run"]
+    command = [sys.executable, *ranks(2), tmp_path / "failing.py", *flags, "--N_iters", 100000]
+    began = time.monotonic()
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=100
+    )
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "this rank's disk is gone" in done.stderr
+    assert not list((tmp_path / "run").glob("*.tar"))
