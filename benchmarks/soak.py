@@ -1,0 +1,172 @@
+"""Is anything ever lost? Real runs, killed at random moments and started again.
+
+    python benchmarks/soak.py --kills 100                      # run_nerf.py
+    python benchmarks/soak.py --kills 100 --script dreamfusion
+
+A tiny run is killed (SIGKILL: no handler, no goodbye) at a random moment and started again by the
+same command, over and over, until it is done; then the next one begins, until --kills are spent.
+Every second run writes slowly, so that kills fall into saves. After each kill the newest checkpoint
+must verify, and be at most the saving cadence behind the last step that was logged; at the end
+weights, optimiser and averaged weights must equal those of a run that was never touched, bit for
+bit. Exits with 1 if anything was lost.
+"""
+
+import argparse
+import csv
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nerf import checkpoint  # noqa: E402
+
+CADENCE, STEPS = 4, 60
+COMMON = (
+    f"--device cpu --N_iters {STEPS} --i_weights {CADENCE} --i_print 1 --i_img 0 --i_video 0 "
+    "--ckpt_secs 0 --keep_ckpts 2 --netdepth 2 --netwidth 32 --multires 4 --ema_decay 0.9"
+)
+COMMANDS = {
+    "nerf": "run_nerf.py --config configs/demo_vanilla.txt --datadir {data} --N_samples 8 "
+    "--N_importance 8 --N_rand 256 --netdepth_fine 2 --netwidth_fine 32 --testskip 25 "
+    "--dead_restarts 0 --i_testset 0 --amp off",
+    "dreamfusion": "run_dreamfusion.py --guidance gaussian --prompt ball --train_res 16 "
+    "--batch_views 2 --march_steps 24 --occ_res 16 --eval_res 16 --video_frames 2",
+}
+# Writing is slow here, not in the product: the file is whole but has not got its name yet.
+SLOWLY = (
+    "import os, runpy, sys, time; fsync = os.fsync; "
+    "os.fsync = lambda file: (time.sleep({pause}), fsync(file))[1]; "
+    "sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+KEPT = ("network_fn_state_dict", "network_fine_state_dict", "optimizer_state_dict")
+KEPT += ("ema_state_dict", "occupancy_state_dict", "global_step")
+
+
+def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
+    """The training process; ``pause`` seconds are added to every write."""
+    words = COMMANDS[args.script].format(data=args.data).split()
+    flags = [*COMMON.split(), "--basedir", str(folder), "--expname", name]
+    launcher = ["-c", SLOWLY.format(pause=pause)] if pause else []
+    log = open(folder / f"{name}.out", "a", encoding="utf-8")  # noqa: SIM115
+    command = [sys.executable, *launcher, *words, *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def logged_step(run: Path) -> int:
+    """The last step in metrics.csv; a line cut short by the kill does not count."""
+    try:
+        rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines(keepends=True)))
+    except OSError:
+        return 0
+    steps = [int(row["step"]) for row in rows if row["step"].isdigit() and None not in row.values()]
+    return max(steps, default=0)
+
+
+def after_kill(run: Path) -> tuple[int, str]:
+    """(step of the newest checkpoint that verifies, what was lost or "")."""
+    reached, complaints = logged_step(run), []
+    found = checkpoint.newest_checkpoint(run, complaints.append) if run.is_dir() else None
+    step = checkpoint.finished_updates(found[1]) if found else 0
+    if complaints:
+        return step, f"a broken checkpoint: {'; '.join(complaints)}"
+    # The last step may be in the middle of its own save.
+    if reached - step > CADENCE:
+        return step, f"step {reached} was logged, the newest checkpoint is {step}"
+    return step, ""
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Names of what two checkpoints do not hold alike."""
+    one, other = (checkpoint.load_checkpoint(path) for path in (first, second))
+    return [key for key in KEPT if not same(one.get(key), other.get(key))]
+
+
+def same(one, other) -> bool:
+    if torch.is_tensor(one):
+        return torch.is_tensor(other) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, pause: float) -> dict:
+    """Kill and restart until done or ``kills`` are spent; then let it end. What happened."""
+    told = {"kills": 0, "in_a_save": 0, "lost": []}
+    run, reached = folder / name, 0
+    while True:
+        process = start(args, folder, name, pause)
+        if told["kills"] < kills:
+            wait_for_progress(process, run, reached)
+            try:
+                process.wait(timeout=draw.uniform(0.0, args.longest + 3 * pause))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                told["kills"] += 1
+                told["in_a_save"] += any(run.glob(".*.tmp"))
+                step, lost = after_kill(run)
+                told["lost"] += [f"{name}, kill {told['kills']}: {lost}"] if lost else []
+                reached = max(reached, step)
+                continue
+        if process.wait():
+            told["lost"].append(f"{name}: exit code {process.returncode}")
+        return told
+
+
+def wait_for_progress(process, run: Path, step: int) -> None:
+    """Until it trains (importing torch is no moment to lose anything in) or has ended."""
+    stamp = (run / "metrics.csv").stat().st_mtime if (run / "metrics.csv").exists() else 0.0
+    while process.poll() is None:
+        path = run / "metrics.csv"
+        if path.exists() and path.stat().st_mtime > stamp:
+            return
+        time.sleep(0.02)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--script", choices=list(COMMANDS), default="nerf")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--longest", type=float, default=0.6, help="seconds that a start trains")
+    parser.add_argument("--pause", type=float, default=0.5, help="of the slow writer, seconds")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo")
+    parser.add_argument("--json", type=Path, help="write the counts there as well")
+    args = parser.parse_args()
+    draw, total = random.Random(args.seed), {"kills": 0, "in_a_save": 0, "runs": 0, "lost": []}
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    try:
+        if start(args, folder, "untouched", 0.0).wait():
+            sys.exit((folder / "untouched.out").read_text())
+        end = f"{STEPS:06d}.tar"
+        while total["kills"] < args.kills:
+            name = f"killed_{total['runs']}"
+            pause = args.pause if total["runs"] % 2 else 0.0
+            told = one_run(args, folder, name, args.kills - total["kills"], draw, pause)
+            apart = differences(folder / "untouched" / end, folder / name / end)
+            told["lost"] += [f"{name}: {', '.join(apart)} differ at the end"] if apart else []
+            for key, value in told.items():
+                total[key] += value
+            total["runs"] += 1
+            print(f"{args.script}: {total}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if args.json:
+        args.json.write_text(json.dumps({"script": args.script, **total}, indent=1) + "\n")
+    return 1 if total["lost"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
