@@ -11,8 +11,8 @@
 #
 # Posed pictures in, a volume that can be seen from anywhere out: everything NeRF needs
 # ([Mildenhall et al. 2020](https://arxiv.org/abs/2003.08934)) in about a hundred lines, on the
-# embedded demo scene, in two or three minutes on a laptop. Each step ends with where the project does
-# the same thing properly. Run it from the repository's root or from `notebooks/`.
+# embedded demo scene, in two or three minutes on a laptop. Each step ends with where the project
+# does the same thing properly. Run it from the repository's root or from `notebooks/`.
 
 # %%
 import os
