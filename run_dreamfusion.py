@@ -311,12 +311,18 @@ def open_viewer(args, world, run, studio: Studio) -> viewer.Viewer | None:
 
 
 def reword(args, prior, run, text: str, step: int):
-    """``make_conditions`` for a text that was typed into the viewer; says what that means."""
+    """``make_conditions`` for a text that was typed into the viewer, or None if it cannot be."""
+    own = argparse.Namespace(**(vars(args) | {"prompt": text}))
+    try:
+        conditions_of = make_conditions(own, prior, run)
+    except Exception as error:  # whatever a viewer does, training goes on
+        run.say(f"step {step}: the viewer's text {text!r} is not used: {error}")
+        return None
     run.say(
         f"step {step}: the text is now {text!r}, by the viewer; flags alone do not make this "
         f"object again, and a resumed run begins with {args.prompt!r}"
     )
-    return make_conditions(argparse.Namespace(**(vars(args) | {"prompt": text})), prior, run)
+    return conditions_of
 
 
 def write_attention(args, run, prior, images, distilled, noise, conditions, step) -> None:
@@ -444,7 +450,7 @@ def train(args, world, run, priors: dict) -> int:
     prior = make_prior(args, world, run, priors)
     conditions_of = make_conditions(args, prior, run)
     copy = make_copy(args, world, run, prior, priors)
-    if not args.prompt_file and args.guidance != "gaussian":
+    if args.guidance != "gaussian" and not (args.prompt_file or args.viewer):
         prior.free_text_encoder()
     parts = renderer, optimizer, scaler, ema = prepare(args, world)
     step, clock = resume(args, world, run, parts, prior, copy)
@@ -507,8 +513,9 @@ def train(args, world, run, priors: dict) -> int:
             if window is not None:
                 with clock:  # what lookers cost is not training's time
                     window.tick(lambda: bool(stop.number))
-                if text := window.new_text():
-                    told[step], conditions_of = text, reword(args, prior, run, text, step)
+                    text = window.new_text()
+                    if text and (asked := reword(args, prior, run, text, step)):
+                        told[step], conditions_of = text, asked
             watch.count(broken, step, world, lambda: (recovery.broken_gradients(renderer), {}))
             optimizer.zero_grad(set_to_none=True)
             left_out += int(distilled.skipped)

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         options.check_nerf_flags(args, world.size)
         if args.camera_path:
             read_path(Path(args.camera_path))  # a broken one is to fail before the work begins
-        if args.viewer and world.is_main:
+        if args.viewer and world.is_main and not (args.export or args.export_points):
             viewer.check_server(args.viewer_host, args.viewer_port)
         folder = Path(args.basedir) / args.expname
         reading = args.render_only or args.export or args.export_points
@@ -261,7 +261,8 @@ def read_run(args, world, run) -> int:
     run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
     painter = make_painter(args, world, renderer, scene, say=run.say)
     write_exports(args, run, painter, renderer, ema)
-    serves = args.render_only and not args.render_test and not args.camera_path
+    others = args.render_test, args.camera_path, args.export, args.export_points
+    serves = args.render_only and not any(others)
     window = open_viewer(args, world, run, scene) if serves else None
     if window is not None:
         look_through(window, painter, ema)

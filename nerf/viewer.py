@@ -128,19 +128,25 @@ class Viewer:
         self.shown: dict[int, tuple] = {}  # client -> what its picture shows, and how finely
         self.frames = 0
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
-        if self.server.get_port() != port:
+        try:
+            self._set_up(port, modes, text, may_pause)
+        except Exception:
             self.server.stop()
+            raise
+        say(f"viewer: http://{host}:{port}")
+
+    def _set_up(self, port: int, modes, text: str | None, may_pause: bool) -> None:
+        if self.server.get_port() != port:
             raise ValueError(f"--viewer_port {port} is taken; choose another")
         self._controls(modes, text, may_pause)
         self.server.scene.set_up_direction("+z")
         self.server.initial_camera.position = (2.75, 0.0, 1.0)
         self.server.initial_camera.look_at = (0.0, 0.0, 0.0)
-        if scene is not None:
+        if self.scene is not None:
             self._cameras()
             cameras = self.server.gui.add_checkbox("training cameras", True)
             node = self.server.scene.add_frame("/cameras", show_axes=False)
             cameras.on_update(lambda event: setattr(node, "visible", cameras.value))
-        say(f"viewer: http://{host}:{port}")
 
     def __enter__(self) -> "Viewer":
         return self

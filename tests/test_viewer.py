@@ -1,12 +1,15 @@
 """The live viewer and its camera paths: geometry, files, faults, and that training is untouched."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -243,3 +246,101 @@ def test_an_object_is_rendered_along_a_saved_path(tmp_path):
     assert run_dreamfusion.main([str(flag) for flag in (*TINY, *flags)]) == 0
     frames = sorted((tmp_path / "ball" / "render_path_000002").glob("*.png"))
     assert [frame.name for frame in frames] == ["000.png", "001.png", "002.png"]
+
+
+def test_a_text_typed_into_the_viewer_is_followed_from_then_on(monkeypatch, tmp_path):
+    """The log and metrics.json keep it; one that cannot be embedded changes nothing."""
+    pytest.importorskip("viser")
+    import run_dreamfusion
+
+    monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [])
+    texts = iter(["a blue cube", None, "broken"])
+    monkeypatch.setattr(viewer.Viewer, "new_text", lambda self: next(texts, None))
+    made = run_dreamfusion.make_conditions
+
+    def make(args, prior, run):
+        if args.prompt == "broken":
+            raise RuntimeError("no memory")
+        return made(args, prior, run)
+
+    monkeypatch.setattr(run_dreamfusion, "make_conditions", make)
+    flags = "--config configs/dream_tiny.txt --N_iters 4 --video_frames 1 --no-mesh --eval_res 16"
+    flags += " --batch_views 1 --march_steps 16 --device cpu --expname typed --prompt"
+    flags = [*flags.split(), "a red cone", "--basedir", tmp_path, "--viewer"]
+    monkeypatch.chdir(ROOT)
+    words = [str(flag) for flag in (*flags, "--viewer_port", free_port())]
+    assert run_dreamfusion.main(words) == 0
+    metrics = json.loads((tmp_path / "typed" / "metrics.json").read_text())
+    assert metrics["prompts_by_viewer"] == {"1": "a blue cube"}
+    log = (tmp_path / "typed" / "log.txt").read_text()
+    assert "the text is now 'a blue cube'" in log and "'broken' is not used: no memory" in log
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium, driven by selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    places = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in places:
+        pytest.skip("no chromium with chromedriver in PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = places[0]
+    flags = "headless no-sandbox use-angle=swiftshader enable-unsafe-swiftshader no-first-run"
+    flags += " disable-background-networking disable-component-update window-size=900,600"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    service = webdriver.chrome.service.Service(places[1])
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_object_and_its_buttons_work(browser, tmp_path):
+    """Chromium sees a ball on white, pauses training, and saves a path."""
+    from selenium.webdriver.common.by import By
+    from test_run_dreamfusion import TINY
+
+    port = free_port()
+    flags = [*TINY, "--basedir", tmp_path, "--N_iters", 100_000, "--viewer", "--viewer_port", port]
+    command = [sys.executable, "run_dreamfusion.py", *map(str, flags), "--lrate", "3e-2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: can_connect(port), 120)
+        browser.get(f"http://127.0.0.1:{port}")
+
+        def shown():
+            shot = iio.imread(browser.get_screenshot_as_png())[..., :3] / 255.0
+            return shot[:, : shot.shape[1] * 2 // 3]
+
+        # Orange where the ball is (guidance.gaussian), in the middle third.
+        wait_for(lambda: is_orange(shown()).mean() > 0.005, 120)
+        buttons = {b.text.strip(): b for b in browser.find_elements(By.TAG_NAME, "button")}
+        buttons["pause / resume training"].click()
+        log = tmp_path / "ball" / "metrics.csv"
+        time.sleep(2.0)
+        before = log.read_text()
+        time.sleep(2.0)
+        assert log.read_text() == before
+        buttons["add key"].click()
+        buttons["save path"].click()
+        wait_for(lambda: (tmp_path / "ball" / "camera_path.json").exists(), 20)
+    finally:
+        process.kill()
+
+
+def is_orange(picture):
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    return (red > 0.6) & (red - blue > 0.3) & (green < red)
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(happened, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.5)
