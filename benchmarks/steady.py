@@ -1,0 +1,154 @@
+"""Does anything grow over hours? A long run, watched from outside.
+
+    python benchmarks/steady.py --minutes 120                        # run_nerf.py
+    python benchmarks/steady.py --minutes 120 --script dreamfusion
+
+The real script trains with previews, videos, test sets and checkpoints far more often than usual,
+and every few seconds its resident memory, threads, open files, and the files and bytes of its run
+folder are read from the system (Linux's /proc). The first third warms up; a straight line through
+the rest says what each grows by in an hour. Every save is timed: its share of the time at the
+default cadence of --ckpt_secs is what a user pays. At the end the run is asked to stop (SIGTERM)
+and must save and leave with the exit code that says so (143).
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nerf.options import nerf_parser  # noqa: E402
+
+COMMANDS = {
+    "nerf": "run_nerf.py --config configs/demo.txt --N_iters 100000000 --i_print 20 --i_img 200 "
+    "--i_video 1000 --i_testset 1000 --i_weights 200 --ckpt_secs 30 --lr_schedule exp",
+    "dreamfusion": "run_dreamfusion.py --config configs/dream_tiny.txt --prompt 'a red cone' "
+    "--N_iters 100000000 --i_print 20 --i_img 50 --i_video 200 --i_weights 50 --ckpt_secs 30",
+}
+# The saves of the watched process, timed where they happen.
+TIMED = (
+    "import json, runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+    "from nerf import checkpoint; save = checkpoint.save_run\n"
+    "def timed(*args, **kwargs):\n"
+    "    began = time.perf_counter(); done = save(*args, **kwargs)\n"
+    "    with open({log!r}, 'a') as file: print(time.perf_counter() - began, file=file)\n"
+    "    return done\n"
+    "checkpoint.save_run = timed\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+READINGS = ("MB", "threads", "open files", "files", "folder MB")
+
+
+def read(pid: int, run: Path) -> list[float]:
+    """The numbers of READINGS at this moment; raises OSError when the process has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    field = dict(line.split(":", 1) for line in status.splitlines())
+    sizes = []
+    for path in run.rglob("*"):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:  # replaced this very moment
+            continue
+    handles = len(os.listdir(f"/proc/{pid}/fd"))
+    memory = int(field["VmRSS"].split()[0]) / 1024
+    return [memory, int(field["Threads"]), handles, len(sizes), sum(sizes) / 2**20]
+
+
+def summary(times: np.ndarray, values: np.ndarray) -> dict:
+    """First, median, last, most and hourly growth (least squares) after the warm-up third.
+
+    times [N] seconds, values [N].
+    """
+    late = times >= times[0] + (times[-1] - times[0]) / 3
+    hours, late_values = times[late] / 3600, values[late]
+    slope = float(np.polyfit(hours, late_values, 1)[0]) if late.sum() > 1 else 0.0
+    return {
+        "warm": float(late_values[0]),
+        "median": float(np.median(late_values)),
+        "end": float(values[-1]),
+        "most": float(values.max()),
+        "per hour": slope,
+    }
+
+
+def watch(process, run: Path, minutes: float, every: float) -> np.ndarray:
+    """[N, 1 + readings] until the time is over or the process has ended."""
+    rows, began = [], time.monotonic()
+    while time.monotonic() - began < 60 * minutes and process.poll() is None:
+        time.sleep(every)
+        try:
+            rows.append([time.monotonic() - began, *read(process.pid, run)])
+        except OSError:
+            break
+    return np.array(rows)
+
+
+def last_step(run: Path) -> int:
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    return max((int(row["step"]) for row in rows if row["step"].isdigit()), default=0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--script", choices=list(COMMANDS), default="nerf")
+    parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between readings")
+    parser.add_argument("--flags", default="", help="more flags for the script")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="steady_"))
+    saves, run = folder / "saves.txt", folder / "run"
+    words = shlex.split(f"{COMMANDS[args.script]} {args.flags}")
+    launcher = [sys.executable, "-c", TIMED.format(log=str(saves)), *words]
+    try:
+        with open(folder / "out.txt", "w") as log:
+            command = [*launcher, "--basedir", str(folder), "--expname", "run"]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            try:
+                rows = watch(process, run, args.minutes, args.every)
+                process.send_signal(signal.SIGTERM)
+                code = process.wait(timeout=600)
+            finally:
+                process.kill()
+        if code != 128 + signal.SIGTERM or len(rows) < 3:
+            print((folder / "out.txt").read_text()[-3000:], file=sys.stderr)
+            print(f"exit code {code} after {len(rows)} readings", file=sys.stderr)
+            return 1
+        report(args, rows, [float(line) for line in saves.read_text().split()], last_step(run))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def report(args, rows: np.ndarray, saves: list[float], steps: int) -> None:
+    cadence = nerf_parser().get_default("ckpt_secs")
+    share = 100 * float(np.median(saves)) / cadence
+    found = {name: summary(rows[:, 0], rows[:, 1 + n]) for n, name in enumerate(READINGS)}
+    print(f"{args.script}: {rows[-1, 0] / 60:.0f} minutes, {steps} steps, {len(saves)} saves")
+    print("| reading | after a third | median | end | most | growth per hour |")
+    print("|---|---|---|---|---|---|")
+    for name, row in found.items():
+        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row.values()) + " |")
+    print(
+        f"a save takes {1000 * float(np.median(saves)):.0f} ms (median; most "
+        f"{1000 * max(saves):.0f}): {share:.3f} % of the time at one in {cadence:g} s"
+    )
+    if args.json:
+        told = {"script": args.script, "steps": steps, "saves": saves, "readings": found}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
