@@ -164,11 +164,13 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of 1, 2, 5 times powers of ten, or of these alone; even ones if few are left."""
+    """Logarithms of 1, 2, 5 times powers of ten, or of these alone, or of other round numbers."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for factors in ((1, 2, 5), (1,)):
         found = [power + math.log10(factor) for power in powers for factor in factors]
         found = [number for number in found if low <= number <= high]
         if 2 <= len(found) <= 6:
             return found
-    return _ticks(low, high)
+    if len(found) > 6:
+        return _ticks(low, high)  # whole powers, some of them
+    return [math.log10(number) for number in _ticks(10**low, 10**high) if number > 0]

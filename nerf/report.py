@@ -125,7 +125,8 @@ def diagrams(runs: list[Run]) -> str:
 
 def figures(run: Run) -> list[list]:
     """Name and value of what was measured and how long it took."""
-    rows = [[said, run.metrics[key]] for key, said in FIGURES.items() if run.metrics.get(key)]
+    rows = [["text", run.args["prompt"]]] if "prompt" in run.args else []
+    rows += [[said, run.metrics[key]] for key, said in FIGURES.items() if run.metrics.get(key)]
     if run.metrics.get("num_views"):
         width, height = run.metrics["resolution"]
         size = f"{run.metrics['num_views']} of {width}x{height}, {run.metrics['weights']} weights"
@@ -149,9 +150,8 @@ def views(run: Run) -> list[str]:
     """The test views beside target, error and depth, worst first."""
     rows = run.views
     if not rows:
-        if "prompt" in run.args:  # text to 3D has none
-            return [f"<p>Text: {pages.text(run.args['prompt'])}</p>"]
-        return ["<p>No test views have been measured yet.</p>"]
+        # text to 3D has none
+        return [] if "prompt" in run.args else ["<p>No test views have been measured yet.</p>"]
     parts = [f"<h2>Test views, worst first (step {run.metrics.get('step')})</h2>"]
     unit = _json(run.test_folder / "depth" / "unit.json")
     if unit:
@@ -174,7 +174,8 @@ def pictures_and_videos(run: Run) -> list[str]:
     """The newest camera path's videos, the newest preview and validation strip."""
     parts = []
     if run.path_folder is not None:
-        for path in sorted(run.path_folder.glob("*.mp4")):
+        found = run.path_folder.glob("*.mp4")
+        for path in sorted(found, key=lambda path: (path.stem != "rgb", path.name)):
             parts.append(pages.video(path, f"{run.path_folder.name}/{path.name}"))
     if parts:
         parts.insert(0, "<h2>Camera path</h2>")

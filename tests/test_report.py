@@ -130,6 +130,10 @@ def test_curves_are_well_formed_and_leave_out_what_is_no_number():
     assert len(points) == 3  # without 0
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert {"1", "10", "100"} <= {text.text for text in svg.iter("text")}
+    # less than a decade, without two of 1, 2, 5: other round numbers, none of ten digits
+    svg = ElementTree.fromstring(pages.curves("n", {"n": (x, x / 100 + 0.025)}, log=True))
+    said = [text.text for text in svg.iter("text")]
+    assert {"0.04", "0.06"} <= set(said) and max(map(len, said)) <= 5, said
     assert pages.curves("none", {"one": (x, np.full(5, np.nan))}) == ""
     for value in (0.0, 3.0):  # constants and single points
         assert "svg" in pages.curves("flat", {"flat": (x, np.full(5, value))})
