@@ -103,9 +103,13 @@ def run_prompt(args, world, priors: dict) -> int:
         code = read_run(args, world, run) if reading else train(args, world, run, priors)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not recovery.out_of_memory(error):
+            raise
         advice = guidance_options.next_saving(args, world.device.type)
-        raise ValueError(f"out of memory ({str(error).splitlines()[0]}); {advice}") from None
+        raise ValueError(
+            f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
+        ) from None
     except recovery.NotFinite as error:
         raise ValueError(
             f"{recovery.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "

@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         if run is not None:
             run.note(traceback.format_exc())
         return 2 if isinstance(error, ValueError) else 3
+    except (MemoryError, RuntimeError) as error:
+        if not recovery.out_of_memory(error):
+            raise
+        print(f"run_nerf.py: {recovery.too_large(error)}", file=sys.stderr)
+        return 2
     finally:
         if run is not None:
             run.close()
@@ -119,7 +124,7 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
     run.say(f"resumed from {path} at step {step}{done}")
-    return step, state.get("best", best), Clock(state.get("train_seconds", 0.0))
+    return step, state.get("best") or best, Clock(state.get("train_seconds", 0.0))
 
 
 def make_painter(args, world, renderer, scene, stop=None, say=print) -> evaluation.Painter:

@@ -5,6 +5,7 @@ ones are removed last. Loading runs no code (``weights_only=True``), checks ever
 and reserves no more memory than the file has bytes. ``global_step`` counts finished updates.
 """
 
+import math
 import os
 import re
 import zipfile
@@ -28,6 +29,9 @@ PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is
     "best": dict,
     "format": int,
 }
+
+
+COUNTS = "global_step attempt draws rays_drawn".split()
 
 
 class CheckpointError(ValueError):
@@ -86,11 +90,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     """CheckpointError unless every byte is as written and nothing claims more than the file has."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: is a folder; expected a checkpoint, a .tar that a run wrote"
+        )
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\3\4":
-                raise CheckpointError(f"{path}: it breaks off: its end is missing")
-        return  # the format of torch before 1.6
+            start = file.read(4)
+        if start == b"PK\3\4":
+            raise CheckpointError(f"{path}: it breaks off: its end is missing")
+        if not start.startswith(b"\x80"):  # what torch before 1.6 wrote begins so
+            kind = "not a checkpoint, it is neither zip nor pickle" if start else "empty (0 bytes)"
+            raise CheckpointError(f"{path}: {kind}; expected a .tar that a run wrote")
+        return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -121,8 +133,16 @@ def _check_state(path: Path, state) -> None:
     for key, kind in PARTS.items():
         if not isinstance(state.get(key, kind()), kind) and state[key] is not None:
             raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is no {kind.__name__})")
-    if not isinstance(state.get("global_step"), int) or state["global_step"] < 0:
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (global_step is no count)")
+    for key in COUNTS:
+        count = state.get(key, 0 if key != "global_step" else None)
+        if type(count) is not int or not 0 <= count < 2**53:
+            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is no count)")
+    seconds, best = state.get("train_seconds", 0.0), state.get("best") or {"step": None, "psnr": 0}
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (train_seconds is no time)")
+    kinds = type(best.get("step")) in (int, type(None)), type(best.get("psnr")) in (int, float)
+    if not all(kinds):
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (best is no step and PSNR)")
     if state.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{path}: written by a newer version (format {state['format']}, this one reads up to "

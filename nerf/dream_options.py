@@ -168,12 +168,20 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         low, high = getattr(args, f"{name}_range")
         if not low <= high or not math.isfinite(low + high):
             raise ValueError(f"--{name}_range {low} {high}; expected two numbers, smaller first")
-    if args.radius_range[0] <= 0 or not 0 < args.fov_range[0] <= args.fov_range[1] < 180:
-        raise ValueError("--radius_range has to lie above 0, --fov_range within 0 and 180 degrees")
+    if (
+        not 1e-6 < args.radius_range[0] <= args.radius_range[1] < 1e6
+        or not 0 < args.fov_range[0] <= args.fov_range[1] < 180
+    ):
+        raise ValueError(
+            "--radius_range has to lie above 0 (to 1e6), --fov_range within 0 and 180 degrees"
+        )
     if not -90 <= args.elevation_range[0] <= args.elevation_range[1] <= 90:
         raise ValueError(f"--elevation_range {args.elevation_range}; expected -90 to 90")
-    if min(parse_schedule(args.train_res)[1]) < 8:
-        raise ValueError(f"--train_res {args.train_res}; expected at least 8 pixels")
+    sizes = parse_schedule(args.train_res)[1]
+    if min(sizes) < 8 or any(size % 1 for size in sizes):
+        raise ValueError(f"--train_res {args.train_res}; expected whole numbers, at least 8 pixels")
+    if not -90 <= args.eval_elevation <= 90:
+        raise ValueError(f"--eval_elevation {args.eval_elevation}; expected -90 to 90 degrees")
     guidance_options.check_guidance_flags(args)
     options.check_run_flags(args)
 
@@ -240,7 +248,7 @@ def look_settings(args: argparse.Namespace) -> LookSettings:
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line; empty lines and lines that start with # are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt_file {path}: cannot be read ({error})") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

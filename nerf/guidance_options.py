@@ -97,8 +97,13 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     for name in ("t_min", "t_max"):
         if not all(0 <= value <= 1 for value in parse_schedule(getattr(args, name))[1]):
             raise ValueError(f"--{name} {getattr(args, name)}; expected parts from 0 to 1")
-    if min(parse_schedule(args.latent_clip)[1]) < 0:
-        raise ValueError(f"--latent_clip {args.latent_clip}; expected 0 or more")
+    steps = {s for n in ("t_min", "t_max") for s in parse_schedule(getattr(args, n))[0]}
+    if any(scheduled(args.t_min, step) > scheduled(args.t_max, step) for step in steps):
+        raise ValueError(f"--t_min {args.t_min} is above --t_max {args.t_max}; exchange them")
+    positive = [n for n in vars(args) if n.startswith("lambda_")]
+    for name in ("latent_clip", *positive):
+        if min(parse_schedule(getattr(args, name))[1]) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}; expected 0 or more")
     if args.guidance == "gaussian" and (args.perp_neg or args.i_attn):
         raise ValueError("--guidance gaussian has no words: leave out --perp_neg and --i_attn")
     if args.perp_neg and args.space == "2d":

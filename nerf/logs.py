@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -132,13 +133,14 @@ class RunFolder:
             file.write(_provenance())
 
     def write_json(self, name: str, content) -> None:
-        """``content`` to a JSON file, replaced as a whole."""
+        """``content`` to a JSON file, replaced as a whole; null where a number is not finite."""
         if not self.is_main:
             return
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
     def start_wandb(self, flags: dict) -> None:
@@ -247,9 +249,19 @@ class RunFolder:
             self._lock = None
 
 
+def _finite(content):
+    """``content`` with None for every number that JSON cannot hold."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _open_table(path: Path, step: int, header: list[str]):
     """A CSV file to append to, without the rows from ``step`` on that a broken-off run left."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     kept = [",".join(header) + "\n"] + [
         line
         for line in lines[1:]

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import configargparse
@@ -66,8 +67,8 @@ def fraction(text: str) -> float:
 
 def amount(text: str) -> float:
     value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more")
+    if not 0.0 <= value <= 1e9:  # no flag means more, and float32 has no room for its square
+        raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more, up to 1e9")
     return value
 
 
@@ -80,8 +81,8 @@ def part(text: str) -> float:
 
 def positive_number(text: str) -> float:
     value = amount(text)
-    if value == 0.0:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0")
+    if value < 1e-9:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0, 1e-9 or more")
     return value
 
 
@@ -92,6 +93,20 @@ def grid_side(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number from 0 to 2^62")
+    return value
+
+
+def frequencies(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 32:  # 2^32 x is beyond the digits of float32
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 to 32")
+    return value
+
+
 def decay(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < 1.0:
@@ -99,12 +114,37 @@ def decay(text: str) -> float:
     return value
 
 
+class ConfigFile(configargparse.DefaultConfigFileParser):
+    """``flag = value`` lines; text only, and no flag twice with different values."""
+
+    def parse(self, stream):
+        name = getattr(stream, "name", "the config file")
+        try:
+            lines = io.StringIO(stream.read())
+        except UnicodeDecodeError:
+            raise configargparse.ConfigFileParserException(
+                f"{name}: is no text file; expected lines of flag = value, in UTF-8"
+            ) from None
+        lines.name = name
+        seen = {}
+        for line in lines:
+            if match := re.match(r"\s*(?:--)?(\w+)\s*[=:\s]\s*(.*?)\s*$", line):
+                key, value = match.groups()
+                if seen.setdefault(key, value) != value:
+                    raise configargparse.ConfigFileParserException(
+                        f"{name}: {key} is there twice, {seen[key]} and {value}; leave one out"
+                    )
+        lines.seek(0)
+        return super().parse(lines)
+
+
 def new_parser(description: str) -> configargparse.ArgumentParser:
     """A parser that reads ``--config`` files and NERF_* variables and never guesses a name."""
     return configargparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        config_file_parser_class=configargparse.DefaultConfigFileParser,
+        config_file_parser_class=ConfigFile,
+        config_file_open_func=partial(open, encoding="utf-8-sig"),  # with or without a BOM
         auto_env_var_prefix=ENV_PREFIX,
         allow_abbrev=False,
         add_env_var_help=False,
@@ -128,7 +168,7 @@ def add_run_flags(parser) -> None:
     )
     add("--expname", help="name of the run; default: the config's or the data folder's name")
     add("--basedir", default="./logs/", help="folder that holds run folders")
-    add("--seed", type=not_negative, default=0, help="decides weights and every random draw")
+    add("--seed", type=seed, default=0, help="decides weights and every random draw")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--N_iters", type=positive, default=200000, help="train up to this many updates in all")
     add("--max_minutes", type=amount, default=0.0, help="stop training after so long; 0: no limit")
@@ -197,7 +237,7 @@ def add_network_flags(parser) -> None:
     add("--netdepth", type=positive, default=8, help="layers")
     add("--netwidth", type=positive, default=256, help="channels per layer")
     add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
-    add("--multires", type=positive, default=10, help="frequencies of the position")
+    add("--multires", type=frequencies, default=10, help="frequencies of the position")
     add(
         "--field",
         choices=("mlp", *sorted(ENCODINGS)),
@@ -213,7 +253,7 @@ def add_grid_flags(parser) -> None:
     add = group.add_argument
     add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
     add("--march_steps", type=positive, default=128, help="samples across the whole scene box")
-    add("--early_stop", type=amount, default=1e-3, help="transmittance that ends a ray; 0: none")
+    add("--early_stop", type=decay, default=1e-3, help="transmittance that ends a ray; 0: none")
 
 
 def add_field_flags(parser) -> None:
@@ -224,7 +264,7 @@ def add_field_flags(parser) -> None:
     add("--netdepth_fine", type=positive, default=8, help="layers of the fine network")
     add("--netwidth_fine", type=positive, default=256, help="channels per layer, fine network")
     add_switch(group, "use_viewdirs", "colour depends on the viewing direction (5D input)")
-    add("--multires_views", type=positive, default=4, help="frequencies of the direction")
+    add("--multires_views", type=frequencies, default=4, help="frequencies of the direction")
     add_grid_flags(parser)
     group = parser.add_argument_group("fast path")
     add = group.add_argument
@@ -253,7 +293,7 @@ def add_field_flags(parser) -> None:
     add = group.add_argument
     add("--N_samples", type=positive, default=64, help="coarse samples per ray")
     add("--N_importance", type=not_negative, default=0, help="further, fine samples per ray")
-    add("--perturb", type=float, default=1.0, help="1: jitter training samples, 0: do not")
+    add("--perturb", type=amount, default=1.0, help="1: jitter training samples, 0: do not")
     add(
         "--raw_noise_std",
         type=amount,
@@ -365,7 +405,7 @@ def parse(parser, argv: list[str] | None = None, name_of=None) -> argparse.Names
 
 def run_name(args: argparse.Namespace) -> str:
     """The name of a run of posed pictures that was given none."""
-    return Path(args.config).stem if args.config else Path(args.datadir).name
+    return Path(args.config).stem if args.config else Path(args.datadir).resolve().name
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -401,6 +441,10 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
     if args.lambda_tv and args.field != "triplane":
         raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
+    fast_only = [f"--{n}" for n in ("contract", "random_bg") if getattr(args, n)]
+    fast_only += ["--hull_init on"] * (args.hull_init == "on")
+    if fast_only and not args.occ_grid:
+        raise ValueError(f"{fast_only[0]} needs --occ_grid (or use --fast); or leave it out")
     if args.hull_init == "on" and args.contract:
         raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
     check_run_flags(args)
@@ -412,8 +456,15 @@ def check_run_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
         )
-    if not 0 < args.lrate < float("inf"):
-        raise ValueError(f"--lrate {args.lrate}; expected a positive number")
+    if not 0 < args.lrate <= 10:
+        raise ValueError(f"--lrate {args.lrate}; expected a positive number, at most 10")
+    name = args.expname
+    if Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name)):
+        raise ValueError(
+            f"--expname {name!r} leads out of --basedir; give a name, and the folder by --basedir"
+        )
+    if not name.strip() or not name.isprintable():
+        raise ValueError(f"--expname {name!r}: expected a name of letters, digits, _ and -")
 
 
 def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=print):

@@ -136,6 +136,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def too_large(error: BaseException) -> str:
+    """What to say where nothing can be halved."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"out of memory ({reason}); make something smaller: --N_rand, --chunk, --netwidth, "
+        "--N_samples, --N_importance, --grid_res, --occ_res, --mesh_res or the pictures"
+    )
+
+
 def smaller_until_it_fits(job: Callable, size: int, say=print, *, may_halve: bool = True):
     """(job(size), size), with ``size``, rays at a time, halved whenever memory runs out.
 

@@ -37,9 +37,10 @@ def check_server(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"--viewer_port {port} on {host}: {error.strerror}; choose another --viewer_port"
+                f"--viewer_port {port} on {host}: {reason}; choose another --viewer_port"
             ) from None
 
 

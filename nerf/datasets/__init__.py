@@ -178,6 +178,13 @@ def load_scene(args, warn=print) -> Scene:
             f"python data/download.py {name}"
         )
     scene = DATASETS[kind](args, warn)
+    small = f"{folder}: pictures of {scene.width}x{scene.height} pixels"
+    if min(scene.height, scene.width) < 2:
+        raise ValueError(
+            f"{small}; expected 2x2 or more (--factor, --downscale, --half_res make them smaller)"
+        )
+    if args.render_factor > min(scene.height, scene.width):
+        raise ValueError(f"{small} leave nothing at --render_factor {args.render_factor}; lower it")
     kind = recognise(folder) if kind == "auto" else kind
     scene.pixel_center = args.pixel_center or kind in WITH_PIXEL_CENTERS
     return scene

@@ -17,11 +17,12 @@ NEAR, FAR = 2.0, 6.0  # the synthetic cameras stand 4 units from objects about 1
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError names the file and what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); re-export it") from None
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits
+        reason = str(error).split(";")[0]
+        raise ValueError(f"{path}: is not valid JSON ({reason}); re-export it") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     return content
@@ -92,7 +93,13 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float, sto
     if not 0 < angle < np.pi:
         raise ValueError(f"{datadir}: camera_angle_x is {angle:g}; expected radians in (0, pi)")
     files, poses, numbers = [], [], {}
-    for split, (_, frames, split_poses) in splits.items():
+    for split, (content, frames, split_poses) in splits.items():
+        own = content.get("camera_angle_x", angle)
+        if not isinstance(own, int | float) or abs(own - angle) > 1e-4 * angle:
+            raise ValueError(
+                f"{datadir}/transforms_{split}.json: camera_angle_x is {own!r}, that of train "
+                f"{angle:g}; use --dataset_type transforms, which takes a camera for each file"
+            )
         numbers[split] = list(range(len(files), len(files) + len(frames)))
         files += [picture_path(datadir, frame["file_path"]) for frame in frames]
         poses += split_poses

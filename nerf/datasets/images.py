@@ -7,6 +7,7 @@ to be that of the picture as stored. Anything else is refused by name.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ def inside(folder: Path, name: str, where: str) -> Path:
     that lies in the folder is followed, whoever put it there may read what it points to.
     ValueError begins with ``where``.
     """
+    if not name.isprintable() or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
+        if "\0" not in name:
+            raise ValueError(f"{where}: {name[:80]!r} is no file name; correct it")
     root = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(root, name.replace("\\", "/")))
     if "\0" in name or not Path(path).is_relative_to(root):
@@ -32,6 +36,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
             f"{where}: {name!r} leads out of the data folder; put the pictures into {folder} and "
             "name them from there"
         )
+    if path == root:
+        raise ValueError(f"{where}: {name!r} is the data folder itself; expected a picture in it")
     return folder / os.path.relpath(path, root)
 
 
@@ -54,6 +60,9 @@ def read_image(path: Path, size: tuple[float, float] | None = None) -> np.ndarra
     """
     try:
         with Image.open(path) as image:
+            # A photo may carry a small copy of itself (MPO); that is no animation.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ValueError(f"it is an animation of {image.n_frames} frames, expected one")
             image.load()
             image = _oriented(image, path, size)
     except FileNotFoundError:

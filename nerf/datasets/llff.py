@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
-from nerf.datasets.images import list_images, read_image, read_images
+from nerf.datasets.images import IMAGE_SUFFIXES, list_images, read_image, read_images
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import as_tensor
 
@@ -63,6 +63,15 @@ def load(
         center = average_pose(poses)[:, 3]
         test = [int(np.argmin(((poses[:, :, 3] - center) ** 2).sum(-1)))]
     height, width = images.shape[1:3]
+    # A pixel more or less comes from rounding when pictures are reduced.
+    off = np.abs(sizes[:, 0] * width / sizes[:, 1] - height) > 1.0
+    off &= np.abs(sizes[:, 1] * height / sizes[:, 0] - width) > 1.0
+    if off.any():
+        row = int(np.argmax(off))
+        raise ValueError(
+            f"{datadir}/poses_bounds.npy: row {row} is for pictures of {sizes[row, 1]:g}x"
+            f"{sizes[row, 0]:g}, {names[row]} is {width}x{height}; expected the same proportions"
+        )
     focal = sizes[:, 2] * width / sizes[:, 1]
     center = np.broadcast_to([0.5 * width, 0.5 * height], (len(poses), 2))
     intrinsics = np.concatenate([np.stack([focal, focal], -1), center], axis=-1)
@@ -100,12 +109,13 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = rows.astype(np.float64)
     matrices, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
     down, right, back, position, sizes = np.moveaxis(matrices, 2, 0)
-    bad = ~(np.isfinite(rows).all(1) & (bounds[:, 0] > 0) & (bounds[:, 0] < bounds[:, 1]))
+    bad = ~(np.isfinite(rows).all(1) & (bounds[:, 0] > 1e-9) & (bounds[:, 0] < bounds[:, 1]))
+    bad |= bounds[:, 1] > 1e9
     bad |= ~(sizes > 0).all(1)
     if bad.any():
         raise ValueError(
             f"{path}: row {int(np.argmax(bad))} holds NaN, a size <= 0 or bounds "
-            f"{bounds[bad][0].tolist()}; expected finite numbers and 0 < near < far"
+            f"{bounds[bad][0].tolist()}; expected finite numbers and 0 < near < far < 1e9"
         )
     return np.stack([right, -down, back, position], axis=-1), sizes, bounds
 
@@ -123,7 +133,7 @@ def read_pictures(
     originals = datadir / "images"
     size = (full_size[1], full_size[0])  # a rotation in EXIF data may be in the poses, or not
     if factor == 1:
-        files = list_images(originals)
+        files = _originals(originals)
         return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
     cache, complaint = datadir / f"images_{factor}", None
     if cache.is_dir():
@@ -139,13 +149,22 @@ def read_pictures(
             f"{cache}: not there yet, and --data_store mmap reads it; make it once with "
             "--data_store memory where memory is large enough, or use --factor 1"
         )
-    files = list_images(originals)
+    files = _originals(originals)
     pictures = [_reduced(file, factor, size) for file in files]
     if len({picture.size for picture in pictures}) > 1:
         read_images(files, size)  # says which file differs
     if not complaint and len(files) == count:
         _write_cache(cache, files, pictures, warn)
     return np.stack([np.asarray(picture) for picture in pictures]), [file.stem for file in files]
+
+
+def _originals(folder: Path) -> list[Path]:
+    files = list_images(folder)
+    if not files:
+        raise ValueError(
+            f"{folder}: holds no pictures; put the capture's {'/'.join(IMAGE_SUFFIXES)}"
+        )
+    return files
 
 
 def _unusable(files: list[Path], count: int, expected_size: np.ndarray) -> str | None:

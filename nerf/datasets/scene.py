@@ -15,6 +15,7 @@ from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
 SPLITS = ("train", "val", "test")
+FARTHEST = 1e8  # in units of the scene; maps in metres reach 1e7
 
 
 @dataclass
@@ -68,11 +69,20 @@ class Scene:
         assert self.sizes is None or self.usable is not None
         for number, (name, pose) in enumerate(zip(self.names, self.c2w, strict=True)):
             check_pose(pose.cpu().numpy(), f"view {number} ({name})")
-        if not bool((self.intrinsics[:, :2] > 0).all() and self.intrinsics.isfinite().all()):
-            raise ValueError(f"focal lengths must be positive, got {self.intrinsics[:, :2].min()}")
-        if not 0 <= self.near < self.far < float("inf"):
+        if num_views > 1 and bool((self.c2w == self.c2w[0]).all()):
             raise ValueError(
-                f"bounds near = {self.near:g}, far = {self.far:g}; expected 0 <= near < far"
+                f"all {num_views} cameras have the same pose; expected views from several places"
+            )
+        focal = self.intrinsics[:, :2]
+        fine = (focal > 1e-3 * self.width) & (focal < 1e4 * self.width)
+        if not bool(fine.all() and self.intrinsics.isfinite().all()):
+            raise ValueError(
+                f"focal lengths of {focal.min():g} to {focal.max():g} pixels for pictures "
+                f"{self.width} wide; expected 0.001 to 10000 times the width"
+            )
+        if not 0 <= self.near < self.far < FARTHEST:
+            raise ValueError(
+                f"bounds near = {self.near:g}, far = {self.far:g}; expected 0 <= near < far < 1e8"
             )
         if not self.splits.get("train"):
             raise ValueError(
@@ -285,6 +295,11 @@ def check_pose(c2w: np.ndarray, name: str) -> None:
     """Raise ValueError unless c2w [3, 4] is finite and its first three columns are a rotation."""
     if c2w.shape != (3, 4) or not np.isfinite(c2w).all():
         raise ValueError(f"{name}: its pose holds NaN, infinity or not 3x4 numbers; re-export it")
+    if np.abs(c2w[:, 3]).max() > FARTHEST:
+        raise ValueError(
+            f"{name}: its camera stands {np.abs(c2w[:, 3]).max():.3g} units from the origin; "
+            f"expected less than {FARTHEST:.0e}, float32 has no digits left there"
+        )
     rotation = c2w[:, :3].astype(np.float64)
     error = np.abs(rotation.T @ rotation - np.eye(3)).max()
     if error > 1e-2 or np.linalg.det(rotation) < 0:
