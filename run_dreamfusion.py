@@ -27,7 +27,7 @@ from guidance import memory, sds
 from guidance.attention import attention_sheet, picked_tokens
 from guidance.gaussian import Gaussian, ball
 from guidance.lora import load_lora, save_lora
-from guidance.prompts import VIEW_WORDS, ViewPrompts, view_texts
+from guidance.prompts import VIEW_WORDS, ViewPrompts, towards_middle, view_texts
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import RenderCopy
 from nerf import (
@@ -427,7 +427,10 @@ class Drawn(NamedTuple):
 
 def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
-    cameras = random_orbit_cameras(args.batch_views, dream_options.orbit_ranges(args), generator)
+    ranges = dream_options.orbit_ranges(args)
+    if args.view_spread < 1:
+        ranges = ranges._replace(settle=partial(towards_middle, share=args.view_spread))
+    cameras = random_orbit_cameras(args.batch_views, ranges, generator)
     settings, lit = dream_options.look_settings(args), step >= args.albedo_steps
     look = draw_look(cameras.c2w[:, :, 3], settings, generator, lit=lit)
     options = {"generator": generator, "device": generator.device}

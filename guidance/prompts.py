@@ -8,6 +8,7 @@ its back. Elevation 0 is level with the object, 90 straight above.
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, cat
 
 from guidance.sds import Conditions
@@ -20,6 +21,7 @@ DIRECTIONS = (  # of 45 degrees each, around multiples of 45
     "back", "back left", "left side", "front left",
 )  # fmt: skip
 HEIGHTS = {"low": 10.0, "raised": 40.0, "high": OVERHEAD_DEG, "overhead": 90.0}  # up to, degrees
+LOWEST_DEG, HIGHEST_DEG = -15.0, 85.0  # of cameras around an object on the ground
 FINE_VIEW_WORDS = tuple(f"{where} {height}" for height in HEIGHTS for where in DIRECTIONS)
 
 
@@ -52,6 +54,22 @@ def fine_view_word(azimuth_deg: float, elevation_deg: float) -> str:
     direction = DIRECTIONS[math.floor(((azimuth_deg + 22.5) % 360.0) / 45.0) % 8]
     below = [height for height, end in HEIGHTS.items() if elevation_deg <= end]
     return f"{direction} {below[0] if below else 'overhead'}"
+
+
+def towards_middle(azimuth_deg: Tensor, elevation_deg: Tensor, share: float):
+    """Viewpoints [V], each pulled into the middle ``share`` of the fine view that it is in.
+
+    share: in (0, 1]; 1 leaves them as they are. What a word stands for is an average over all
+    viewpoints that share it; near the middle there is less to average, and corners stay corners.
+    Heights reach from -15 to 85 degrees here, as in the pictures of the embedded model. Returns
+    azimuths and elevations [V], which have the same fine view words.
+    """
+    middle = 45.0 * torch.floor((azimuth_deg + 22.5) / 45.0)
+    azimuth = middle + share * (azimuth_deg - middle)
+    ends = elevation_deg.new_tensor([LOWEST_DEG, *list(HEIGHTS.values())[:-1], HIGHEST_DEG])
+    height = torch.bucketize(elevation_deg, ends[1:-1])
+    middle = 0.5 * (ends[height] + ends[height + 1])
+    return azimuth, middle + share * (elevation_deg - middle)
 
 
 PLAIN_WORDS = {"right side": "side", "left side": "side"}  # what models trained on photos know

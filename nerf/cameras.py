@@ -4,6 +4,7 @@ c2w [3, 4], conventions of ``nerf.rays``. Orbits run around the world's z axis. 
 and turns towards +x, so 90 degrees sees the right side of someone who looks along +y.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -171,6 +172,7 @@ class OrbitRanges(NamedTuple):
     jitter_position: float = 0.1  # largest shift along each axis
     jitter_target: float = 0.2  # deviation of what is looked at
     jitter_up: float = 0.02
+    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # moves both angles
 
 
 def orbit_cameras(
@@ -223,6 +225,8 @@ def random_orbit_cameras(
     sine = torch.sin(torch.deg2rad(torch.tensor(ranges.elevation_deg)))
     by_area = torch.rad2deg(torch.asin(between(sine.tolist(), uniform())))
     elevation = torch.where(uniform() < ranges.sphere_rate, by_area, by_angle)
+    if ranges.settle is not None:
+        azimuth, elevation = ranges.settle(azimuth, elevation)
     radius, fov = between(ranges.radius, uniform()), between(ranges.fov_deg, uniform())
     return orbit_cameras(
         azimuth,

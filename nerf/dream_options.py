@@ -73,6 +73,8 @@ def add_object_flags(parser) -> None:
         default=0.5,
         help="elevations even by area",
     )
+    add("--view_spread", type=options.fraction, default=1.0,
+        help="share of each of 8 directions and 4 heights, about its middle")  # fmt: skip
     add("--jitter_pos", type=options.amount, default=0.1, help="largest shift of a camera")
     add("--jitter_target", type=options.amount, default=0.2, help="deviation of its aim")
     add("--jitter_up", type=options.amount, default=0.02, help="deviation of its up direction")

@@ -11,6 +11,7 @@ from guidance.prompts import (
     ViewPrompts,
     fine_view_word,
     perp_neg_weights,
+    towards_middle,
     view_texts,
     view_word,
 )
@@ -167,3 +168,20 @@ def test_perp_neg_pushes_away_from_front_and_the_side_that_is_near():
     assert torch.equal(told.others[1], embed([right, front, right]))
     assert told.weights[0][2] == told.weights[1][2] == 0.0  # overhead avoids nothing
     assert (torch.stack(told.weights)[:, :2] < 0).all()
+
+
+def test_viewpoints_pulled_to_the_middle_keep_their_word():
+    generator = torch.Generator().manual_seed(0)
+    azimuth = 1080 * torch.rand(2000, generator=generator) - 540
+    elevation = 100 * torch.rand(2000, generator=generator) - 15
+    before = list(map(fine_view_word, azimuth.tolist(), elevation.tolist()))
+    for share in (1.0, 0.3, 1e-6):
+        near, height = towards_middle(azimuth, elevation, share)
+        assert list(map(fine_view_word, near.tolist(), height.tolist())) == before
+        if share == 1.0:
+            torch.testing.assert_close((near, height), (azimuth, elevation))
+        off = (near + 22.5) % 45.0 - 22.5
+        assert off.abs().max() <= 22.5 * share + 1e-3
+    # share 0 in the limit: 8 directions, 4 heights
+    assert len(near.round().remainder(360.0).unique()) == 8
+    assert sorted(height.round(decimals=1).unique().tolist()) == [-2.5, 25.0, 50.0, 72.5]

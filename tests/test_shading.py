@@ -96,6 +96,20 @@ def test_azimuths_of_a_batch_are_spread():
         assert (gaps < 180).all() and gaps.sum() == pytest.approx(360, abs=1e-3)
 
 
+def test_settled_angles_are_where_the_cameras_stand():
+    settle = OrbitRanges(
+        jitter_position=0.0, settle=lambda azimuth, elevation: (0 * azimuth + 45, elevation / 2)
+    )
+    free = random_orbit_cameras(4, settle._replace(settle=None), generator())
+    cameras = random_orbit_cameras(4, settle, generator())
+    assert (cameras.azimuth_deg == 45).all()
+    torch.testing.assert_close(cameras.elevation_deg, free.elevation_deg / 2)
+    x, y, z = cameras.c2w[:, :, 3].unbind(-1)
+    torch.testing.assert_close(x, y)
+    sine = torch.sin(torch.deg2rad(cameras.elevation_deg))
+    torch.testing.assert_close(z, sine * free.c2w[:, :, 3].norm(dim=-1))
+
+
 def test_elevations_even_by_area_or_by_angle():
     by_area = random_orbit_cameras(20000, OrbitRanges(sphere_rate=1.0), generator()).elevation_deg
     by_angle = random_orbit_cameras(20000, OrbitRanges(sphere_rate=0.0), generator()).elevation_deg

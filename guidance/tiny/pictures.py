@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guidance.prompts import FINE_VIEW_WORDS, VIEW_WORDS, fine_view_word, view_word
+from guidance.prompts import (
+    FINE_VIEW_WORDS,
+    HIGHEST_DEG,
+    LOWEST_DEG,
+    VIEW_WORDS,
+    fine_view_word,
+    towards_middle,
+    view_word,
+)
 from guidance.tiny.shapes import DETAIL_RGB, SHAPES, orbit_cameras, view_shape
 
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -33,8 +41,10 @@ PHRASES = (
 )  # fmt: skip
 NAMES, COLOR_NAMES = tuple(SHAPES), tuple(COLORS)
 TEXTURELESS_RGB = 0.8
-VIEW_RATE, FINE_VIEW_RATE, DROPOUT_RATE = 0.2, 0.55, 0.12
+VIEW_RATE, FINE_VIEW_RATE, DROPOUT_RATE = 0.2, 0.6, 0.12
+MIDDLE_RATE, FINE_VIEW_SHARE = 0.8, 0.3  # of the pictures; of the range of a fine view
 TEXTURELESS_RATE, TWO_COLOR_RATE, ALBEDO_RATE = 0.08, 0.4, 0.2
+SHARES = {"cube": 3.0, "pyramid": 3.0}  # what has corners looks different from every side
 CHUNK = 512  # pictures drawn from one generator
 BOX = 2  # rays per pixel side
 
@@ -46,7 +56,7 @@ class Facts(NamedTuple):
     color: Tensor  # -1: textureless
     second: Tensor  # colour of the second part, -1: as the rest
     view: Tensor  # of VIEW_WORDS
-    fine: Tensor  # of FINE_VIEW_WORDS
+    fine: Tensor  # of FINE_VIEW_WORDS, -1: not near the middle of one
 
 
 def article(words: str) -> str:
@@ -77,7 +87,7 @@ def caption(facts, draws) -> str:
     if color < 0 and int(phrase * 1000) % 2:
         words = f"textureless {words}"
     text = PHRASES[int(phrase * len(PHRASES))].format(article(words), bare=words)
-    if with_view < FINE_VIEW_RATE:
+    if with_view < FINE_VIEW_RATE and fine >= 0:
         return f"{text}, {FINE_VIEW_WORDS[fine]} view"
     return f"{text}, {VIEW_WORDS[view]} view" if with_view < FINE_VIEW_RATE + VIEW_RATE else text
 
@@ -107,14 +117,16 @@ def _uniform(generator, count: int, low: float, high: float) -> Tensor:
 def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str, Tensor]]:
     """Random content and cameras of ``count`` pictures."""
     # Composed shapes are harder and hold more than half of the asymmetric ones: shown more often.
-    weight = torch.tensor([1.0 if shape.second is None else 1.5 for shape in SHAPES.values()])
+    composed = torch.tensor([shape.second is not None for shape in SHAPES.values()])
+    weight = torch.where(composed, 1.5, 1.0)
+    for name, share in SHARES.items():
+        weight[NAMES.index(name)] = share
     shape = torch.multinomial(weight, count, replacement=True, generator=generator)
     color = torch.randint(len(COLORS), (count,), generator=generator)
     other = (color + torch.randint(1, len(COLORS), (count,), generator=generator)) % len(COLORS)
-    composed = weight[shape] > 1
-    two = (torch.rand(count, generator=generator) < TWO_COLOR_RATE) & composed
+    two = (torch.rand(count, generator=generator) < TWO_COLOR_RATE) & composed[shape]
     plain = torch.rand(count, generator=generator) < TEXTURELESS_RATE
-    low, high = torch.sin(torch.deg2rad(torch.tensor([-15.0, 85.0])))
+    low, high = torch.sin(torch.deg2rad(torch.tensor([LOWEST_DEG, HIGHEST_DEG])))
     height = low + (high - low) * torch.rand(count, generator=generator)
     camera = {
         "azimuth_deg": _uniform(generator, count, -180.0, 180.0),
@@ -124,6 +136,12 @@ def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str,
         # The larger of two draws: 0.6 to 1.1, mostly large enough for thin parts to be seen.
         "scale": torch.maximum(*_uniform(generator, 2 * count, 0.6, 1.1).view(2, count)),
     }
+    # A word for a whole range of views teaches their average. Most pictures are near its middle,
+    # and only those say the word.
+    middle = torch.rand(count, generator=generator) < MIDDLE_RATE
+    pulled = towards_middle(camera["azimuth_deg"], camera["elevation_deg"], FINE_VIEW_SHARE)
+    for name, angle in zip(("azimuth_deg", "elevation_deg"), pulled, strict=True):
+        camera[name] = torch.where(middle, angle, camera[name])
     seen = (camera["azimuth_deg"].tolist(), camera["elevation_deg"].tolist())
     views = [VIEW_WORDS.index(view_word(*view)) for view in zip(*seen, strict=True)]
     fine = [FINE_VIEW_WORDS.index(fine_view_word(*view)) for view in zip(*seen, strict=True)]
@@ -132,7 +150,7 @@ def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str,
         torch.where(plain, -1, color),
         torch.where(two & ~plain, other, -1),
         torch.tensor(views),
-        torch.tensor(fine),
+        torch.where(middle, torch.tensor(fine), -1),
     )
     return facts, camera
 

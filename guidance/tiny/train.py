@@ -46,7 +46,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--size", type=int, choices=sorted(build.SIZES), default=32, help="pixels")
-    parser.add_argument("--pictures", type=int, default=40960, help=f"multiple of {pictures.CHUNK}")
+    parser.add_argument("--pictures", type=int, default=81920, help=f"multiple of {pictures.CHUNK}")
     parser.add_argument("--held_out", type=int, default=512, help="of them, for the VAE's PSNR")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vae_steps", type=int, default=1500)
