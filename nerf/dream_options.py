@@ -25,7 +25,7 @@ from nerf.shading import LookSettings
 STRUCTURAL = (
     *guidance_options.STRUCTURAL,
     *"space field activation netdepth netwidth multires i_embed grid_res occ_res bound".split(),
-    *"blob_scale blob_std density_scale background n_particles".split(),
+    *"blob_scale blob_std density_scale background n_particles smooth_planes".split(),
 )
 MAX_NAME = 80  # characters of a run folder's name made from a prompt
 
@@ -53,6 +53,7 @@ def add_object_flags(parser) -> None:
         default=1.0,
         help="larger: harder surfaces, fewer samples behind them",
     )
+    options.add_switch(group, "smooth_planes", "blur a triplane as it is read: smoother surfaces")
     add("--normals", choices=("analytic", "fd"), help="default: analytic for mlp, fd for grids")
     group = parser.add_argument_group("cameras")
     add = group.add_argument
@@ -153,6 +154,8 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
             f"--batch_views {args.batch_views} does not divide by {num_ranks} processes; "
             f"use a multiple of {num_ranks}"
         )
+    if args.smooth_planes and args.field != "triplane":
+        raise ValueError(f"--smooth_planes is for --field triplane, not {args.field}; leave it out")
     if args.space == "2d" and args.export:
         raise ValueError("--export writes a mesh, and --space 2d has none; leave one out")
     if args.space == "2d" and len(parse_schedule(args.train_res)[1]) > 1:
@@ -207,7 +210,8 @@ def _one_object(args: argparse.Namespace) -> ObjectRenderer:
             activation=args.activation,
         )
     else:
-        field = FeatureField(ENCODINGS[args.field](args.grid_res), use_viewdirs=False)
+        smooth = {"smooth": True} if args.smooth_planes else {}
+        field = FeatureField(ENCODINGS[args.field](args.grid_res, **smooth), use_viewdirs=False)
     return ObjectRenderer(
         field,
         OccupancyGrid(args.occ_res, decay=0.5),  # the fog it starts with goes in a few looks

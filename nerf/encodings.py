@@ -46,11 +46,14 @@ class TriPlane(nn.Module):
 
     (Chan et al. 2022, EG3D, section 4; products as in Fridovich-Keil et al. 2023, K-Planes,
     section 3.1.) Unit points [N, 3] in [-1, 1] -> [N, channels x 3], float32. Sides of the planes:
-    a quarter, half and all of ``finest``.
+    a quarter, half and all of ``finest``. ``smooth``: read through a 3x3 binomial filter.
+    Each entry's gradient then reaches its neighbours too: noisy ones, as of score distillation,
+    leave no woven pattern on the surface.
     """
 
-    def __init__(self, finest: int = 128, channels: int = 8):
+    def __init__(self, finest: int = 128, channels: int = 8, *, smooth: bool = False):
         super().__init__()
+        self.smooth = smooth
         resolutions = (finest // 4, finest // 2, finest)
         self.planes = nn.ParameterList(
             nn.Parameter(torch.empty(3, channels, size, size).uniform_(0.5, 1.5))
@@ -65,6 +68,7 @@ class TriPlane(nn.Module):
         )  # [3, N, 2]
         features = []
         for plane in self.planes:
+            plane = _binomial(plane) if self.smooth else plane
             values = F.grid_sample(
                 plane, places[:, :, None], padding_mode="border", align_corners=True
             )  # [3, C, N, 1]
@@ -77,6 +81,13 @@ class TriPlane(nn.Module):
         return sum(
             plane.diff(dim=axis).square().mean() for plane in self.planes for axis in (-1, -2)
         )
+
+
+def _binomial(plane: Tensor) -> Tensor:
+    """[P, C, H, W] -> the same, each entry the mean of 3x3, weights 1 2 1 along both sides."""
+    padded = F.pad(plane, (1, 1, 1, 1), mode="replicate")
+    rows = (padded[..., :-2, :] + padded[..., 2:, :]) / 4 + padded[..., 1:-1, :] / 2
+    return (rows[..., :-2] + rows[..., 2:]) / 4 + rows[..., 1:-1] / 2
 
 
 class HashGrid(nn.Module):

@@ -95,3 +95,14 @@ def test_near_scaling_leaves_values_and_scales_gradients_by_distance_squared():
         slopes += torch.autograd.grad(rendered.opacity.sum(), renderer.field.inside)
     assert slopes[0] > 0 and slopes[1] == slopes[0]
     assert (3.4 / 8) ** 2 < slopes[2] / slopes[0] < (4.6 / 8) ** 2
+
+
+def test_smooth_planes_are_planes_blurred_beforehand():
+    sharp, smooth = TriPlane(16), TriPlane(16, smooth=True)
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    for plane, own in zip(sharp.planes, smooth.planes, strict=True):
+        wide = torch.nn.functional.pad(own.detach(), (1, 1, 1, 1), mode="replicate")
+        windows = wide.unfold(-2, 3, 1).unfold(-2, 3, 1)  # [3, C, H, W, 3, 3]
+        plane.data = torch.einsum("pchwab,a,b->pchw", windows, kernel, kernel)
+    points = torch.rand(50, 3) * 2 - 1
+    torch.testing.assert_close(smooth(points), sharp(points), rtol=1e-5, atol=1e-5)
