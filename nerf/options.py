@@ -81,8 +81,8 @@ def part(text: str) -> float:
 
 def positive_number(text: str) -> float:
     value = amount(text)
-    if value < 1e-9:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0, 1e-9 or more")
+    if value < 1e-15:  # its square has to be a float32
+        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0, 1e-15 or more")
     return value
 
 
@@ -456,8 +456,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
         )
-    if not 0 < args.lrate <= 10:
-        raise ValueError(f"--lrate {args.lrate}; expected a positive number, at most 10")
+    if not 0 < args.lrate <= 1e30:
+        raise ValueError(f"--lrate {args.lrate}; expected a positive number, at most 1e30")
     name = args.expname
     if Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name)):
         raise ValueError(

@@ -69,9 +69,11 @@ class Scene:
         assert self.sizes is None or self.usable is not None
         for number, (name, pose) in enumerate(zip(self.names, self.c2w, strict=True)):
             check_pose(pose.cpu().numpy(), f"view {number} ({name})")
-        if num_views > 1 and bool((self.c2w == self.c2w[0]).all()):
+        train = self.c2w[self.splits.get("train") or []]
+        if len(train) > 1 and bool((train == train[0]).all()):
             raise ValueError(
-                f"all {num_views} cameras have the same pose; expected views from several places"
+                f"all {len(train)} training cameras have the same pose; expected views from "
+                "several places"
             )
         focal = self.intrinsics[:, :2]
         fine = (focal > 1e-3 * self.width) & (focal < 1e4 * self.width)
