@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from guidance import memory, sds
+from guidance import sds
 from guidance.attention import attention_sheet, picked_tokens
-from guidance.gaussian import Gaussian, ball
-from guidance.lora import load_lora, save_lora
-from guidance.prompts import VIEW_WORDS, ViewPrompts, towards_middle, view_texts
-from guidance.stable_diffusion import StableDiffusion
-from guidance.vsd import RenderCopy
+from guidance.guide import make_guide
+from guidance.lora import save_lora
+from guidance.prompts import towards_middle
 from nerf import (
     checkpoint,
     dream_options,
@@ -110,12 +108,6 @@ def run_prompt(args, world, priors: dict) -> int:
         raise ValueError(
             f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
         ) from None
-    except recovery.NotFinite as error:
-        raise ValueError(
-            f"{recovery.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
-            f"{error.step}: {error.trouble}; lower --lrate, set --grad_clip 1, or use --amp bf16 "
-            "or off"
-        ) from None
     except ValueError:
         run.note(traceback.format_exc())
         raise
@@ -137,122 +129,21 @@ def prepare(args, world):
     return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
 
 
-def open_model(args, world, run, path: str, priors: dict):
-    """The frozen diffusion model at ``path``; ``priors`` keeps it for the next prompt."""
-    if path not in priors:
-        saving = memory.Memory(**guidance_options.memory_fields(args))
-        trains = args.guidance == "vsd"
-        saving.check(world.device, trains_unet=trains, wants_maps=bool(args.i_attn))
-        beside = Path(__file__).parent / path  # the embedded model, from anywhere
-        priors[path] = StableDiffusion(
-            str(beside) if beside.is_dir() else path,
-            world.device,
-            dtype=args.guidance_dtype,
-            local_files_only=args.local_files_only,
-            allow_pickle=args.allow_pickle,
-            scheduler=args.scheduler,
-            memory=saving,
-            warn=run.say,
-        )
-    priors[path].warn = run.say  # of this run's log, where several share the model
-    return priors[path]
+def resume(found, args, run, parts, guide) -> tuple[int, Clock]:
+    """Finished updates and the training clock of ``found``, restored into all parts.
 
-
-def make_prior(args, world, run, priors: dict):
-    """What says how the text looks: the model, or the closed form that tests the loop."""
-    if args.guidance == "gaussian":
-        return Gaussian(world.device)
-    return open_model(args, world, run, args.sd_model, priors)
-
-
-def make_conditions(args, prior, run):
-    """(cameras, size, background) -> ``sds.Conditions``."""
-    if args.guidance == "gaussian":
-
-        def target(cameras, size, background):
-            rays, num_views = cameras.rays(size, size), len(cameras.c2w)
-            behind = background.repeat_interleave(size * size, dim=0)
-            picture = ball(rays.origins, rays.directions, behind)
-            picture = picture.view(num_views, size, size, 3).permute(0, 3, 1, 2)
-            return sds.Conditions(picture, picture)
-
-        return target
-    flags = dict(zip(VIEW_WORDS, guidance_options.VIEWS, strict=True))
-    own = {word: getattr(args, f"prompt_{view}") for word, view in flags.items()}
-    known, placement = prior.vocabulary and prior.vocabulary["views"], args.view_text
-    texts = view_texts(
-        args.prompt,
-        "none" if args.space == "2d" else placement,
-        known_views=known,
-        overrides=own,
-    )
-    negatives = {
-        word: getattr(args, f"negative_{view}") or args.negative_prompt
-        for word, view in flags.items()
-    }
-    coarse = [word for word in known or () if word in VIEW_WORDS]
-    coarse = view_texts(args.prompt, placement, known_views=coarse, overrides=own)
-    prompts = ViewPrompts(prior.embed, texts, negatives, coarse if args.perp_neg else None)
-    said = [repr(text) for text in dict.fromkeys(texts.values())]
-    if len(said) > 6:
-        said = [*said[:2], f"{len(said) - 2} more, by viewpoint"]
-    run.say(f"text: {', '.join(said)}; negative: {args.negative_prompt!r}")
-    return lambda cameras, size, background: prompts.at(*cameras[2:])
-
-
-def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
-    """The copy that learns how the renders look, for variational score distillation."""
-    if args.guidance != "vsd":
-        return None
-    base = open_model(args, world, run, args.lora_model, priors) if args.lora_model else prior
-    if base.latent_shape(64, 64) != prior.latent_shape(64, 64):
-        raise ValueError(
-            f"--lora_model {args.lora_model}: latents {base.latent_shape(64, 64)} of a 64 x 64 "
-            f"picture, --sd_model {args.sd_model} has {prior.latent_shape(64, 64)}; use one family"
-        )
-    runtime.seed_everything(args.seed)  # the same on all ranks: same first adapters
-    copy = RenderCopy(
-        base,
-        base.embed([args.prompt]),
-        rank=args.lora_rank,
-        lrate=args.lrate_lora,
-        camera_dropout=args.camera_dropout,
-        views=args.lora_views,
-    )
-    if args.lora_file:
-        load_lora(Path(args.lora_file), copy.lora)
-    return copy
-
-
-def check_resume(path, state, args, prior) -> None:
-    """ValueError if the checkpoint at ``path`` was made for another text, model or network."""
-    refused = options.structural_changes(state.get("args", {}), args, dream_options.STRUCTURAL)
-    before, now = state.get("model"), prior.fingerprint
-    if before != now:
-        refused.append(f"the model: {before} -> {now} ({args.sd_model})")
-    if refused:
-        raise ValueError(
-            f"{path} was made with other flags ({'; '.join(refused)}); "
-            "use those, or another --expname"
-        )
-
-
-def resume(args, world, run, parts, prior, copy) -> tuple[int, Clock]:
-    """Finished updates and the training clock of the newest checkpoint, restored into all parts."""
-    found = checkpoint.find_checkpoint(
-        run.folder, args.ft_path, world, run.say, reload=not args.no_reload
-    )
+    found: (path, state), or None for a new object.
+    """
     if not found:
         if args.init_from:
             start_from(args, run, *parts)
         return 0, Clock()
     path, state = found
-    check_resume(path, state, args, prior)
     for change in options.other_changes(state.get("args", {}), args, dream_options.STRUCTURAL):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, *parts)
-    if copy is not None:
-        copy.restore(state.get("copy"), str(path))
+    if guide.copy is not None:
+        guide.copy.restore(state.get("copy"), str(path))
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
     run.say(f"resumed from {path} at step {step}{done}")
@@ -314,31 +205,17 @@ def open_viewer(args, world, run, studio: Studio) -> viewer.Viewer | None:
     return window
 
 
-def reword(args, prior, run, text: str, step: int):
-    """``make_conditions`` for a text that was typed into the viewer, or None if it cannot be."""
-    own = argparse.Namespace(**(vars(args) | {"prompt": text}))
-    try:
-        conditions_of = make_conditions(own, prior, run)
-    except Exception as error:  # whatever a viewer does, training goes on
-        run.say(f"step {step}: the viewer's text {text!r} is not used: {error}")
-        return None
-    run.say(
-        f"step {step}: the text is now {text!r}, by the viewer; flags alone do not make this "
-        f"object again, and a resumed run begins with {args.prompt!r}"
-    )
-    return conditions_of
-
-
-def write_attention(args, run, prior, images, distilled, noise, conditions, step) -> None:
+def write_attention(args, run, prior, noise, found: "Gradients", step) -> None:
     """attentions/STEP.png: each view, and where each word of the prompt is looked at in it."""
     if not run.is_main:
         return
     words = prior.tokens(args.prompt)
     places = picked_tokens(words, args.attn_tokens)
-    noisy = sds.add_noise(distilled.latents, noise.epsilon, prior.alphas_cumprod[distilled.t])
-    maps = prior.attention(noisy, distilled.t, conditions.text)
+    latents, t = found.distilled.latents, found.distilled.t
+    noisy = sds.add_noise(latents, noise.epsilon, prior.alphas_cumprod[t])
+    maps = prior.attention(noisy, t, found.text)
     maps = maps[:, [place + 1 for place in places]]  # place 0 is the start of the text
-    sheet = attention_sheet(images.detach(), maps, [words[place] for place in places])
+    sheet = attention_sheet(found.images, maps, [words[place] for place in places])
     run.picture(step, "attention", sheet)
 
 
@@ -368,20 +245,23 @@ def read_run(args, world, run) -> int:
     return 0
 
 
-def finish(args, run, studio: Studio, step, clock, told: dict[int, str]) -> None:
-    """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are.
-
-    told: step -> the text that the viewer asked for from then on.
-    """
+def finish(args, run, studio: Studio, step, clock, guide) -> None:
+    """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are."""
     metrics = {"prompt": args.prompt, "step": step, "weights": studio.ema.kind}
-    metrics |= {"prompts_by_viewer": told} if told else {}
+    metrics |= {"prompts_by_viewer": guide.told} if guide.told else {}
     metrics |= {"train_seconds": clock.seconds, "args": vars(args)}
     if args.space == "3d":
-        write_turntable(studio, step, args.video_frames)
+        with run.guard("turntable"):
+            write_turntable(studio, step, args.video_frames)
         if args.mesh:
             path = run.folder / "mesh.glb"
-            write_mesh(studio, path, resolution=args.mesh_res, level=args.mesh_level)
-    run.write_json("metrics.json", metrics)
+            with run.guard("mesh"):
+                write_mesh(studio, path, resolution=args.mesh_res, level=args.mesh_level)
+    if guide.copy is not None and run.is_main:
+        with run.guard("lora.safetensors"):
+            save_lora(run.folder / "lora.safetensors", guide.copy.lora)
+    with run.guard("metrics.json"):
+        run.write_json("metrics.json", metrics)
     if run.is_main:
         try_report(run.folder, run.say)
     run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
@@ -415,13 +295,13 @@ class Drawn(NamedTuple):
     look: Look
     jitter: Tensor  # [V, size * size] in [0, 1), of the samples along each ray
     noise: sds.GuidanceNoise
+    lit: bool  # whether any view of all processes needs normals: all have them then
 
-    def part(self, world, num_views: int) -> "Drawn":
-        """This process' views."""
-        share = world.share(num_views)
+    def part(self, share: slice) -> "Drawn":
+        """Some of the views."""
         return Drawn(
             self.cameras.part(share), self.look.part(share), self.jitter[share],
-            self.noise.part(share),
+            self.noise.part(share), self.lit,
         )  # fmt: skip
 
 
@@ -436,7 +316,7 @@ def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     options = {"generator": generator, "device": generator.device}
     jitter = torch.rand(args.batch_views * size * size, 1, **options)
     noise = sds.draw_noise(args.batch_views, prior.latent_shape(size, size), generator)
-    return Drawn(cameras, look, jitter.view(args.batch_views, -1), noise)
+    return Drawn(cameras, look, jitter.view(args.batch_views, -1), noise, look.is_lit)
 
 
 def shape_losses(args, step, out, renderer):
@@ -452,81 +332,171 @@ def shape_losses(args, step, out, renderer):
     return sum(weight * terms[name]() for name, weight in weights.items() if weight)
 
 
+class Gradients(NamedTuple):
+    """What a step's views left behind besides gradients."""
+
+    distilled: sds.Distilled
+    weight: float  # of the guidance's loss
+    shape: Tensor  # [] the weighted losses on the object's shape
+    images: Tensor  # [V, 3, H, W]
+    text: Tensor  # [V, ...] what the views are asked for
+    opacity: Tensor  # [] mean
+    samples: int
+
+    @property
+    def loss(self) -> Tensor:
+        """[] with all terms."""
+        return self.weight * self.distilled.loss.detach() + self.shape
+
+    @staticmethod
+    def joined(pieces: list["Gradients"]) -> "Gradients":
+        """Of all views, from those of some each."""
+        distilled, weights, shape, images, texts, opacity, samples = zip(*pieces, strict=True)
+        counts = [len(each) for each in texts]
+        shares = [count / sum(counts) for count in counts]
+        gradient = [each.gradient * share for each, share in zip(distilled, shares, strict=True)]
+        gradient = torch.cat(gradient)
+        whole = sds.Distilled(
+            0.5 * gradient.float().square().sum(),
+            torch.cat([each.t for each in distilled]),
+            torch.cat([each.latents for each in distilled]),
+            gradient,
+            sum(each.skipped for each in distilled),
+        )
+
+        def mean(values):
+            return sum(value * share for value, share in zip(values, shares, strict=True))
+
+        pictures, rows = torch.cat(images), torch.cat(texts)
+        return Gradients(
+            whole, weights[0], mean(shape), pictures, rows, mean(opacity), sum(samples)
+        )
+
+
+def backward(args, world, model, renderer, scaler, guide, drawn, step, views: int) -> Gradients:
+    """Gradients of all ``drawn`` views, so many ``views`` at a time: they add up to the same."""
+    renderer.zero_grad(set_to_none=True)  # of an attempt that did not fit
+    size, num_views = stepped(args.train_res, step), len(drawn.jitter)
+    recipe = sds.Recipe(**guidance_options.recipe_fields(args, step))
+    pieces = []
+    for start in range(0, num_views, views):
+        cameras, look, jitter, noise, lit = drawn.part(slice(start, start + views))
+        renderer.first = world.rank * num_views + start  # of a picture each, in 2-D
+        with runtime.autocast(world.device, args.amp):
+            rays = cameras.rays(size, size)
+            out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1), lit)
+        images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
+        conditions = guide.conditions(cameras, size, look.background)
+        seen = guide.copy.at(cameras.c2w) if guide.copy is not None else None
+        distilled = sds.distill(guide.prior, images, conditions, noise, recipe, seen)
+        weight, shape = scheduled(args.lambda_sds, step), shape_losses(args, step, out, renderer)
+        loss = weight * distilled.loss + shape
+        scaler.scale(loss * (len(images) / num_views)).backward()  # DDP averages the gradients here
+        mean, samples = out.opacity.detach().mean(), renderer.report().get("samples", 0)
+        shape = torch.as_tensor(shape).detach()  # 0 without any
+        told = weight, shape, images.detach(), conditions.text, mean, samples
+        pieces.append(Gradients(distilled, *told))
+    return pieces[0] if len(pieces) == 1 else Gradients.joined(pieces)
+
+
+def trouble(renderer, drawn: Drawn, found: Gradients) -> tuple[str, dict]:
+    """What was not finite first in a step, and the step's tensors."""
+    tensors = {"cameras": drawn.cameras.c2w, "rendered_colours": found.images}
+    tensors |= {"guidance": found.distilled.gradient, "loss": found.loss}
+    return recovery.first_broken(**tensors) or recovery.broken_gradients(renderer), tensors
+
+
 def train(args, world, run, priors: dict) -> int:
-    """The loop: train until N_iters, --max_minutes or a signal."""
-    prior = make_prior(args, world, run, priors)
-    conditions_of = make_conditions(args, prior, run)
-    copy = make_copy(args, world, run, prior, priors)
-    if args.guidance != "gaussian" and not (args.prompt_file or args.viewer):
-        prior.free_text_encoder()
-    parts = renderer, optimizer, scaler, ema = prepare(args, world)
-    step, clock = resume(args, world, run, parts, prior, copy)
+    """Train until N_iters, --max_minutes or a signal; go back where numbers went bad."""
+    if args.no_reload and world.is_main:
+        checkpoint.set_aside(run.folder, run.say)
+    find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.say)
+    found = find(reload=not args.no_reload)
+    guide = make_guide(args, world, run, priors, found)
     run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
     if args.wandb:
         run.start_wandb(vars(args))
+    returns = recovery.Returns(found[1].get("draws", 0) if found else 0)
+    try:
+        with runtime.StopSignal() as stop:
+            while True:
+                try:
+                    return train_attempt(args, world, run, stop, found, guide, returns)
+                except recovery.NotFinite as error:
+                    # What lies in the folder by now is this run's, whatever --no_reload says. The
+                    # copy needs no way back: a bad step of its own never reaches it.
+                    found = returns.go_back(error, run, find)
+    finally:
+        if guide.copy is not None:
+            guide.copy.lora.remove()  # the next prompt's copy hangs on the same model
+
+
+def train_attempt(args, world, run, stop, found, guide, returns) -> int:
+    """The loop. Returns the exit code."""
+    parts = renderer, optimizer, scaler, ema = prepare(args, world)
+    step, clock = resume(found, args, run, parts, guide)
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
-    if args.space == "2d":
-        renderer.first = world.share(args.batch_views).start
     studio = studio_of(args, world, run, renderer, ema)
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     watch, left_out = recovery.FiniteWatch(), 0
-    window, told = open_viewer(args, world, run, studio), {}
+    seed, views = args.seed + returns.offset(), args.batch_views // world.size
+    advice = guidance_options.next_saving(args, world.device.type)
 
     def save() -> bool:
-        extra = {"args": vars(args), "model": prior.fingerprint, "train_seconds": clock.seconds}
-        extra |= {"copy": copy.checkpoint()} if copy is not None else {}
+        extra = {"args": vars(args), "model": guide.prior.fingerprint, "draws": returns.draws}
+        extra |= {"train_seconds": clock.seconds, "told": guide.told}
+        extra |= {"copy": guide.copy.checkpoint()} if guide.copy is not None else {}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
-    with runtime.StopSignal() as stop, window or nullcontext():
+    with open_viewer(args, world, run, studio) or nullcontext() as window:
         while step < args.N_iters:
             # One update. Every random number comes from (seed, step), see runtime.step_generator.
             rate = options.learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            generator = runtime.step_generator(args.seed, step, world.device)
+            generator = runtime.step_generator(seed, step, world.device)
             renderer.prepare_step(step, generator)
             size = stepped(args.train_res, step)
-            drawn = draw_views(args, prior, step, size, generator).part(world, args.batch_views)
-            cameras, look, jitter, noise = drawn
-            with runtime.autocast(world.device, args.amp):
-                rays = cameras.rays(size, size)
-                out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1))
-            images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
-            conditions = conditions_of(cameras, size, look.background)
-            recipe = sds.Recipe(**guidance_options.recipe_fields(args, step))
-            seen = copy.at(cameras.c2w) if copy is not None else None
-            distilled = sds.distill(prior, images, conditions, noise, recipe, seen)
-            loss = scheduled(args.lambda_sds, step) * distilled.loss
-            loss = loss + shape_losses(args, step, out, renderer)
-            scaler.scale(loss).backward()  # DDP averages the gradients here
+            drawn = draw_views(args, guide.prior, step, size, generator)
+            drawn = drawn.part(world.share(args.batch_views))
+            grads, views = recovery.smaller_until_it_fits(
+                partial(backward, args, world, model, renderer, scaler, guide, drawn, step),
+                views,
+                run.say,
+                may_halve=world.size == 1,
+                unit="views",
+                advice=advice,
+            )
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 renderer.parameters(), args.grad_clip or math.inf
             )
-            broken = not (math.isfinite(grad_norm) and math.isfinite(loss.item()))
+            broken = not (math.isfinite(grad_norm) and math.isfinite(grads.loss.item()))
             time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
             number, time_up, broken = world.largest(stop.number, time_up, broken)
             if not broken:  # anywhere: a rank alone must not go on
                 scaler.step(optimizer)
                 ema.update()
             scaler.update()
-            copy_loss = copy.learn(distilled.latents, cameras.c2w, noise, world) if copy else 0.0
+            values = {"loss": grads.loss.item(), "grad_norm": float(grad_norm)}
+            if guide.copy is not None:
+                latents, c2w = grads.distilled.latents, drawn.cameras.c2w
+                values["copy_loss"] = guide.copy.learn(latents, c2w, drawn.noise, world)
             step += 1  # updates finished, also when one was left out
 
             # After the update: signals, health, and everything periodic.
             if window is not None:
                 with clock:  # what lookers cost is not training's time
                     window.tick(lambda: bool(stop.number))
-                    text = window.new_text()
-                    if text and (asked := reword(args, prior, run, text, step)):
-                        told[step], conditions_of = text, asked
-            watch.count(broken, step, world, lambda: (recovery.broken_gradients(renderer), {}))
+                    if text := window.new_text():
+                        guide.reword(args, run, text, step)
+            watch.count(broken, step, world, partial(trouble, renderer, drawn, grads))
             optimizer.zero_grad(set_to_none=True)
-            left_out += int(distilled.skipped)
-            opacity = out.opacity.detach().mean().item()
+            left_out += int(grads.distilled.skipped)
+            opacity = grads.opacity.item()
             if args.space == "3d":
                 collapse.watch(opacity, step, run.say)
             if number:
@@ -535,41 +505,30 @@ def train(args, world, run, priors: dict) -> int:
                 return 128 + int(number)
             last = bool(time_up) or step == args.N_iters
             if every(step, args.i_print) or last:
-                values = {
-                    "loss": loss.item(),
-                    "grad_norm": float(grad_norm),
-                    "opacity": opacity,
-                    "lr": rate,
-                    "views_left_out": left_out,
-                    "skipped": watch.skipped,
-                    **({"copy_loss": copy_loss} if copy is not None else {}),
-                    "memory_mb": runtime.peak_memory_mb(world.device),
-                    **renderer.report(),
-                }
-                report(args, run, progress, step, distilled, values, speed, clock)
+                values |= {"opacity": opacity, "lr": rate, "views_left_out": left_out}
+                values |= {"skipped": watch.skipped, **renderer.report()}
+                values |= {"memory_mb": runtime.peak_memory_mb(world.device)}
+                values |= {"samples": grads.samples} if "samples" in values else {}
+                report(args, run, progress, step, grads.distilled, values, speed, clock)
             progress.advance()
             if every(step, args.i_img) or last:
-                with clock:
+                with clock, run.guard("previews"):
                     preview(args, studio, step)
             if every(step, args.i_attn):
-                with clock:
-                    write_attention(args, run, prior, images, distilled, noise, conditions, step)
+                with clock, run.guard("attention maps"):
+                    write_attention(args, run, guide.prior, drawn.noise, grads, step)
             due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs
             if every(step, args.i_weights) or due or last:
                 with clock:
                     save()
                 saved_at = time.monotonic()
             if every(step, args.i_video) and not last:
-                with clock:
+                with clock, run.guard("turntable"):
                     write_turntable(studio, step, args.video_frames)
             if last:
                 break
     progress.close()
-    finish(args, run, studio, step, clock, told)
-    if copy is not None:
-        if run.is_main:
-            save_lora(run.folder / "lora.safetensors", copy.lora)
-        copy.lora.remove()  # the next prompt's copy hangs on the same model
+    finish(args, run, studio, step, clock, guide)
     return 0
 
 

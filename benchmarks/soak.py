@@ -2,20 +2,24 @@
 
     python benchmarks/soak.py --kills 100                      # run_nerf.py
     python benchmarks/soak.py --kills 100 --script dreamfusion
+    python benchmarks/soak.py --kills 20 --ranks 2              # one rank at a time, under torchrun
 
 A tiny run is killed (SIGKILL: no handler, no goodbye) at a random moment and started again by the
 same command, over and over, until it is done; then the next one begins, until --kills are spent.
 Every second run writes slowly, so that kills fall into saves. After each kill the newest checkpoint
 must verify, and be at most the saving cadence behind the last step that was logged; at the end
 weights, optimiser and averaged weights must equal those of a run that was never touched, bit for
-bit. Exits with 1 if anything was lost.
+bit. With --ranks one of torchrun's processes is killed, any of them; torchrun ends the others and
+starts all again. Exits with 1 if anything was lost.
 """
 
 import argparse
 import csv
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,10 +57,17 @@ KEPT += ("ema_state_dict", "occupancy_state_dict", "global_step")
 
 
 def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
-    """The training process; ``pause`` seconds are added to every write."""
+    """The training process, or torchrun's; ``pause`` seconds are added to every write."""
     words = COMMANDS[args.script].format(data=args.data).split()
     flags = [*COMMON.split(), "--basedir", str(folder), "--expname", name]
-    launcher = ["-c", SLOWLY.format(pause=pause)] if pause else []
+    launcher = []
+    if args.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=100000"]
+        launcher += [f"--nproc_per_node={args.ranks}"]
+    if pause:
+        slowly = folder / "slowly.py"
+        slowly.write_text(SLOWLY.format(pause=pause), encoding="utf-8")
+        launcher += [str(slowly)]
     log = open(folder / f"{name}.out", "a", encoding="utf-8")  # noqa: SIM115
     command = [sys.executable, *launcher, *words, *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -101,31 +112,60 @@ def same(one, other) -> bool:
     return one == other
 
 
+def children(pid: int) -> set[int]:
+    """The processes that ``pid`` has started and that are alive."""
+    try:
+        numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {
+            int(number)
+            for number in numbers
+            if Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        }
+    except OSError:
+        return set()
+
+
+def strike(process, ranks: int, draw: random.Random):
+    """Kill it, or one of its ranks. The process if it goes on by itself, else None."""
+    if ranks == 1:
+        process.kill()
+        process.wait()
+        return None
+    victims = children(process.pid)
+    if victims:
+        os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while victims & children(process.pid):  # until torchrun has ended the others
+        if time.monotonic() > deadline:
+            raise SystemExit("the other ranks hang after one was killed")
+        time.sleep(0.02)
+    return process
+
+
 def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, pause: float) -> dict:
     """Kill and restart until done or ``kills`` are spent; then let it end. What happened."""
     told = {"kills": 0, "in_a_save": 0, "lost": []}
-    run, reached = folder / name, 0
+    run, process = folder / name, None
     while True:
-        process = start(args, folder, name, pause)
+        if process is None:
+            process = start(args, folder, name, pause)
         if told["kills"] < kills:
-            wait_for_progress(process, run, reached)
+            wait_for_progress(process, run)
             try:
                 process.wait(timeout=draw.uniform(0.0, args.longest + 3 * pause))
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                process = strike(process, args.ranks, draw)
                 told["kills"] += 1
                 told["in_a_save"] += any(run.glob(".*.tmp"))
-                step, lost = after_kill(run)
+                lost = after_kill(run)[1]
                 told["lost"] += [f"{name}, kill {told['kills']}: {lost}"] if lost else []
-                reached = max(reached, step)
                 continue
         if process.wait():
             told["lost"].append(f"{name}: exit code {process.returncode}")
         return told
 
 
-def wait_for_progress(process, run: Path, step: int) -> None:
+def wait_for_progress(process, run: Path) -> None:
     """Until it trains (importing torch is no moment to lose anything in) or has ended."""
     stamp = (run / "metrics.csv").stat().st_mtime if (run / "metrics.csv").exists() else 0.0
     while process.poll() is None:
@@ -139,6 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", choices=list(COMMANDS), default="nerf")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run, under torchrun")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--longest", type=float, default=0.6, help="seconds that a start trains")
     parser.add_argument("--pause", type=float, default=0.5, help="of the slow writer, seconds")

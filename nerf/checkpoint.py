@@ -27,6 +27,7 @@ PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is
     "background_state_dict": dict,
     "args": dict,
     "best": dict,
+    "told": dict,
     "format": int,
 }
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -87,6 +88,10 @@ class RunFolder:
             yield
         except OSError as error:
             self.lose(what, what, error)
+        except ValueError as error:
+            if not isinstance(error.__context__, OSError):  # one that was put into our words
+                raise
+            self.lose(what, what, error.__context__)
 
     def lose(self, kind: str, what: str, error: Exception) -> None:
         """Say that ``what`` is not written, and go on; ``exit_code`` tells it at the end."""
@@ -224,6 +229,7 @@ class RunFolder:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _without_disk_errors
             self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step)
         return self._writer
 
@@ -247,6 +253,12 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _without_disk_errors(caught) -> None:
+    """A thread's traceback, unless it is of a disk: TensorBoard's raises that in ours as well."""
+    if not isinstance(caught.exc_value, OSError):
+        threading.__excepthook__(caught)
 
 
 def _finite(content):

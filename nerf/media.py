@@ -45,7 +45,9 @@ def nearness(depth: np.ndarray, near: float, far: float, ndc: bool) -> np.ndarra
 def write_png(path: Path, picture: np.ndarray) -> None:
     """[H, W, 3] in [0, 1], or uint8, to a PNG file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, picture if picture.dtype == np.uint8 else to_8bit(picture))
+    pixels = picture if picture.dtype == np.uint8 else to_8bit(picture)
+    # By way of memory: on a full disk the library would print a traceback of its own later.
+    path.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
 
 
 def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -> bool:

@@ -106,8 +106,14 @@ class ObjectRenderer(nn.Module):
         if step % UPDATE_EVERY == 0:
             self.grid.update(self.density, step, self.space.step, generator)
 
-    def forward(self, rays: Rays, look: Look, jitter: Tensor | None = None) -> ObjectRendered:
-        """Rays [R] under ``look`` [R]. jitter [R, 1] uniform; None: the same places every time."""
+    def forward(
+        self, rays: Rays, look: Look, jitter: Tensor | None = None, lit: bool | None = None
+    ) -> ObjectRendered:
+        """Rays [R] under ``look`` [R]. jitter [R, 1] uniform; None: the same places every time.
+
+        lit: whether normals are wanted; None: if any of the rays is lit. A part of a batch must be
+        told, or its orientation loss would depend on how the batch was parted.
+        """
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, jitter)
         if self.early_stop:
@@ -116,7 +122,7 @@ class ObjectRenderer(nn.Module):
         background = look.background
         if self.behind is not None:
             background = torch.lerp(background, self.behind(rays.viewdirs), look.learned)
-        sigma, albedo, normals = self._query(samples, rays, look)
+        sigma, albedo, normals = self._query(samples, rays, look.is_lit if lit is None else lit)
         weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
         color = albedo
         if normals is None:
@@ -141,9 +147,9 @@ class ObjectRenderer(nn.Module):
         rgb = sums[:, :3] + background * (1.0 - opacity[:, None])
         return ObjectRendered(rgb, opacity, depth, sums[:, 6:9], backfacing, spread)
 
-    def _query(self, samples: Samples, rays: Rays, look: Look):
-        """Density, albedo and, where the look asks for light, unit normals of packed samples."""
-        need = look.is_lit and len(samples.ray) > 0
+    def _query(self, samples: Samples, rays: Rays, lit: bool):
+        """Density, albedo and, where light is asked for, unit normals of packed samples."""
+        need = lit and len(samples.ray) > 0
         points, graph = samples.points, torch.is_grad_enabled()
         analytic = need and self.normals == "analytic"
         # The density's gradient needs float32 throughout, whatever autocast is on outside.
@@ -228,7 +234,9 @@ class Picture(nn.Module):
     def prepare_step(self, step: int, generator: torch.Generator) -> None:
         """Nothing to keep up to date."""
 
-    def forward(self, rays: Rays, look: Look, jitter: Tensor | None = None) -> ObjectRendered:
+    def forward(
+        self, rays: Rays, look: Look, jitter: Tensor | None = None, lit: bool | None = None
+    ) -> ObjectRendered:
         """The pixels of as many pictures as there are rays for."""
         num_views, _, height, width = self.logits.shape
         count = len(rays.origins) // (height * width)

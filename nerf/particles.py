@@ -23,8 +23,8 @@ class Particles(nn.Module):
         # Each keeps its own count, so that its occupancy grid is looked at as often as if alone.
         self.shown.prepare_step(step // len(self.members), generator)
 
-    def forward(self, rays, look, jitter=None):
-        return self.shown(rays, look, jitter)
+    def forward(self, rays, look, jitter=None, lit=None):
+        return self.shown(rays, look, jitter, lit)
 
     def report(self) -> dict[str, float]:
         return {"particle": self.current, **self.shown.report()}

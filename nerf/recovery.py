@@ -145,11 +145,19 @@ def too_large(error: BaseException) -> str:
     )
 
 
-def smaller_until_it_fits(job: Callable, size: int, say=print, *, may_halve: bool = True):
+def smaller_until_it_fits(
+    job: Callable,
+    size: int,
+    say=print,
+    *,
+    may_halve: bool = True,
+    unit: str = "rays",
+    advice: str = "lower --chunk, --N_rand, --netwidth or --N_samples",
+):
     """(job(size), size), with ``size``, rays at a time, halved whenever memory runs out.
 
     job must give the same whatever the size, and bear being broken off and called again. ValueError
-    at one ray, or without ``may_halve``: among several processes the others would wait for ever.
+    with ``advice`` at one, or without ``may_halve``: of several processes the others would wait.
     """
     while True:
         try:
@@ -160,11 +168,8 @@ def smaller_until_it_fits(job: Callable, size: int, say=print, *, may_halve: boo
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         # Out of the handler: the error's traceback held what filled the memory.
         if size <= 1 or not may_halve:
-            raise ValueError(
-                f"out of memory with {size} rays at a time ({reason}); lower --chunk, --N_rand, "
-                "--netwidth or --N_samples"
-            )
+            raise ValueError(f"out of memory with {size} {unit} at a time ({reason}); {advice}")
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(f"out of memory ({reason}); going on with {size} rays at a time")
+        say(f"out of memory ({reason}); going on with {size} {unit} at a time")

@@ -118,6 +118,16 @@ def test_200_steps_of_several_ranks_are_those_of_one(data, tmp_path, count):
     assert told["ssim"] == pytest.approx(told_many["ssim"], abs=1e-5)
 
 
+def test_a_run_goes_on_with_more_and_with_fewer_processes(data, tmp_path):
+    """1 -> 2 -> 1 processes, four steps each: what twelve steps of one give."""
+    flags = ["--lr_schedule", "exp"]
+    one, _ = train(data, tmp_path, "one", 1, *flags, "--N_iters", 12)
+    for steps, count in ((4, 1), (8, 2), (12, 1)):
+        state, _ = train(data, tmp_path, "changing", count, *flags, "--N_iters", steps)
+        assert state["global_step"] == steps
+    assert (weights(one) - weights(state)).abs().max() <= 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_frames_are_shared_out_whatever_their_number(data, tmp_path, count):
@@ -136,6 +146,42 @@ def test_frames_are_shared_out_whatever_their_number(data, tmp_path, count):
         found[many] = rows, [iio.imread(path) for path in sorted(folder.glob("0*.png"))]
     assert len(found[count][1]) == 3 and found[1][0] == found[count][0]
     np.testing.assert_array_equal(found[1][1], found[count][1])
+
+
+POISONED = """
+import os, sys
+sys.path[:0] = ["."]
+from nerf.datasets.scene import Scene
+rank = sys.argv.pop(1)
+draw = Scene.sample_rays
+calls = []
+def sample_rays(*given, **named):
+    rays, target = draw(*given, **named)
+    calls.append(1)
+    if len(calls) in (3, 4) and os.environ["RANK"] == rank:
+        target[:] = float("nan")
+    return rays, target
+Scene.sample_rays = sample_rays
+import run_nerf
+sys.exit(run_nerf.main())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nan_on_one_rank_is_left_out_by_all(data, tmp_path, rank):
+    """Or the ranks' weights would part: both take the same steps, with and without the NaN."""
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    flags = [*TINY, "--datadir", data, "--basedir", tmp_path, "--expname", "run", "--N_iters", 6]
+    flags += ["--i_print", 1]
+    script = str(tmp_path / "poisoned.py")
+    done = run_script([rank, *flags], launcher=ranks(2), script=script, timeout=300)
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[0])  # refuses NaN anywhere
+    adam = state["optimizer_state_dict"]["state"].values()
+    assert {int(entry["step"]) for entry in adam} == {4}
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    skipped = rows[0].split(",").index("skipped")
+    assert [row.split(",")[skipped] for row in rows[1:]] == ["0", "0", "1", "2", "2", "2"]
 
 
 FAILING = """

@@ -8,7 +8,7 @@ from test_checkpoint import state, write
 from test_run_nerf import assert_same_training, data, newest, tiny  # noqa: F401  fixtures
 
 import run_nerf
-from nerf import checkpoint, recovery
+from nerf import recovery
 from nerf.checkpoint import CheckpointError, load_checkpoint
 
 
@@ -52,30 +52,75 @@ def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monke
         torch.testing.assert_close(value, tight[name], atol=1e-5, rtol=1e-3)
 
 
-def test_a_nan_pixel_is_left_out_counted_and_never_reaches_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
-    sample, calls = run_nerf.load_scene, []
+def poison(monkeypatch, where: str, steps) -> None:
+    """NaN or infinity in one place of the given steps, counted from this start."""
+    calls = []
 
-    def poisoned(args, say):
-        scene = sample(args, say)
+    def now() -> bool:
+        calls.append(1)
+        return len(calls) in steps
+
+    scene_of, backward = run_nerf.load_scene, run_nerf.backward
+
+    def load_scene(args, say):
+        scene = scene_of(args, say)
         draw = scene.sample_rays
 
         def sample_rays(*given, **named):
             rays, target = draw(*given, **named)
-            calls.append(1)
-            if len(calls) in (3, 4):
-                target[5, 1] = float("nan")
+            if now():
+                spoilt = {
+                    "pixel": target,
+                    "infinite pixel": target,
+                    "ray": rays.directions,
+                }[where.replace("pose", "ray")]
+                value = float("inf") if "infinite" in where else float("nan")
+                spoilt[5, 1] = value
+                if where == "pose":
+                    rays = rays._replace(origins=torch.full_like(rays.origins, value))
             return rays, target
 
         object.__setattr__(scene, "sample_rays", sample_rays)
         object.__setattr__(scene, "to", lambda device: scene)
         return scene
 
-    monkeypatch.setattr(run_nerf, "load_scene", poisoned)
-    assert run_nerf.main([*tiny, "--N_iters", "10"]) == 0
-    assert "skipped" in (header := (tmp_path / "tiny" / "metrics.csv").read_text().splitlines())[0]
-    place = header[0].split(",").index("skipped")
-    assert header[-1].split(",")[place] == "2"
-    load_checkpoint(checkpoint.list_checkpoints(tmp_path / "tiny")[0])  # refuses NaN anywhere
+    def spoilt_backward(args, world, model, renderer, *given):
+        found = backward(args, world, model, renderer, *given)
+        if now():
+            if where == "loss":
+                return found._replace(loss=torch.tensor(float("nan")))
+            next(renderer.parameters()).grad.view(-1)[0] = float("inf")
+        return found
+
+    if where in ("loss", "gradient"):
+        monkeypatch.setattr(run_nerf, "backward", spoilt_backward)
+    else:
+        monkeypatch.setattr(run_nerf, "load_scene", load_scene)
+
+
+PLACES = ["pixel", "infinite pixel", "ray", "pose", "loss", "gradient"]
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("path", ["vanilla", "fast"])
+def test_bad_numbers_are_left_out_counted_and_never_reach_weights(
+    tiny,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    where,
+    path,
+):
+    poison(monkeypatch, where, (3, 4))
+    fast = "--fast --amp off --target_samples 512 --occ_res 16".split()
+    flags = [*(fast if path == "fast" else []), *tiny, "--N_iters", "10"]
+    assert run_nerf.main(flags) == 0
+    table = (tmp_path / "tiny" / "metrics.csv").read_text().splitlines()
+    place = table[0].split(",").index("skipped")
+    if path == "vanilla" or where not in ("ray", "pose"):  # there, rays with NaN meet nothing
+        assert table[-1].split(",")[place] == "2"
+    state = newest(tmp_path / "tiny")  # refuses NaN anywhere
+    steps = {int(entry["step"]) for entry in state["optimizer_state_dict"]["state"].values()}
+    assert steps == {10 - int(table[-1].split(",")[place])}
 
 
 def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, monkeypatch):  # noqa: F811

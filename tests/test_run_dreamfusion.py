@@ -18,6 +18,7 @@ from test_run_nerf import flat, newest
 from test_stable_diffusion import tiny_sd_folder
 
 import run_dreamfusion
+from guidance import guide
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from nerf.checkpoint import list_checkpoints
@@ -356,13 +357,13 @@ def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
     tiny, sd_folder, tmp_path, capsys, monkeypatch
 ):
     opened = {}
-    original = run_dreamfusion.open_model
+    original = guide.open_model
 
     def open_model(*args):
         opened["model"] = original(*args)
         return opened["model"]
 
-    monkeypatch.setattr(run_dreamfusion, "open_model", open_model)
+    monkeypatch.setattr(guide, "open_model", open_model)
     (tmp_path / "prompts.txt").write_text("a red cube\na green sphere\n")
     flags = with_model(tiny, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1)
     assert inside(capsys, *flags, "--prompt_file", tmp_path / "prompts.txt")[0] == 0
@@ -422,3 +423,107 @@ def test_contradictory_guidance_is_one_line(tiny, sd_folder, capsys, flags, comp
     except SystemExit as stop:  # of the parser
         code, said = stop.code, capsys.readouterr().err
     assert code == 2 and complaint in said and "Traceback" not in said
+
+
+# ------------------------------------------------------------------- bad numbers, little memory
+
+
+def test_views_in_smaller_pieces_give_the_same_object(tiny, sd_folder, tmp_path, monkeypatch):
+    """With every term, light and a copy of the model: five views at once, then one by one."""
+    flags = with_model(tiny, sd_folder, *GUIDED, "--guidance", "vsd", "--batch_views", 5)
+    flags += ["--train_res", 64]
+    flags += ["--N_iters", 2, "--albedo_steps", 0, "--lambda_entropy", 1, "--lambda_orient", 5]
+    flags += ["--lambda_opacity", 1, "--lambda_spread", 1, "--background", "learned"]
+    flags = [str(word) for word in flags]
+    assert run_dreamfusion.main([*flags, "--expname", "roomy"]) == 0
+    distill = run_dreamfusion.sds.distill
+
+    def tight(prior, images, *given):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return distill(prior, images, *given)
+
+    monkeypatch.setattr(run_dreamfusion.sds, "distill", tight)
+    assert run_dreamfusion.main([*flags, "--expname", "tight"]) == 0
+    log = (tmp_path / "tight" / "log.txt").read_text()
+    assert log.count("going on with 2 views") == log.count("going on with 1 views") == 1
+    roomy, tight = (newest(tmp_path / name) for name in ("roomy", "tight"))
+    for part in ("network_fn_state_dict", "background_state_dict"):
+        for name, value in roomy[part].items():  # the order of summing alone differs
+            torch.testing.assert_close(value, tight[part][name], atol=1e-5, rtol=1e-3)
+    rows = [list(csv.DictReader(open(tmp_path / n / "metrics.csv"))) for n in ("roomy", "tight")]
+    for name in ("loss", "opacity", "sds", "t", "samples"):
+        one, other = (float(table[-1][name]) for table in rows)
+        assert one == pytest.approx(other, rel=1e-3), name
+
+
+def poisoned(monkeypatch, where, steps):
+    """NaN in ``where`` of the given steps' draws, counted from this start."""
+    draw, calls = run_dreamfusion.draw_views, []
+
+    def draw_views(*given):
+        drawn = draw(*given)
+        calls.append(1)
+        if len(calls) in steps:
+            part = {
+                "camera": drawn.cameras.c2w,
+                "light": drawn.look.light,
+                "background": drawn.look.background,
+                "noise": drawn.noise.epsilon,
+            }[where]
+            part.view(-1)[0] = float("nan")
+        return drawn
+
+    monkeypatch.setattr(run_dreamfusion, "draw_views", draw_views)
+
+
+@pytest.mark.parametrize("where", ["camera", "light", "background", "noise"])
+def test_nan_in_a_step_is_left_out_and_never_reaches_weights(tiny, tmp_path, monkeypatch, where):
+    poisoned(monkeypatch, where, (2, 3))
+    flags = [*tiny, "--N_iters", "5", "--albedo_steps", "0", "--p_diffuse", "1"]
+    assert run_dreamfusion.main(flags) == 0
+    newest(tmp_path / "ball")  # refuses NaN anywhere
+    with open(tmp_path / "ball" / "metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    if where != "camera":  # rays with NaN meet nothing
+        assert int(last["skipped"]) + int(last["views_left_out"]) >= 2
+
+
+def test_endless_nan_goes_back_once_and_then_stops_with_a_dump(tiny, tmp_path, capsys, monkeypatch):
+    assert inside(capsys, *tiny, "--N_iters", 4)[0] == 0
+    poisoned(monkeypatch, "background", range(1000))
+    monkeypatch.setattr(run_dreamfusion.recovery, "MAX_SKIPPED", 5)
+    code, said = inside(capsys, *tiny, "--N_iters", 40)
+    assert code == 2 and "going back to 000004.tar, with other random numbers" in said
+    assert "again after going back: rendered colours (NaN" in said and "Traceback" not in said
+    dump = torch.load(next((tmp_path / "ball").glob("broken_*.pt")), weights_only=True)
+    assert dump["rendered_colours"].isnan().any()
+
+
+def test_a_way_back_leads_past_a_bad_place(tiny, tmp_path, capsys, monkeypatch):
+    poisoned(monkeypatch, "background", range(4, 10))
+    monkeypatch.setattr(run_dreamfusion.recovery, "MAX_SKIPPED", 5)
+    code, said = inside(capsys, *tiny, "--N_iters", 12, "--i_weights", 2)
+    assert code == 0 and "with other random numbers" in said
+    found = newest(tmp_path / "ball")
+    assert found["global_step"] == 12 and found["draws"] == 1
+
+
+def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):
+    assert run_dreamfusion.main([*tiny, "--N_iters", "9"]) == 0
+    assert run_dreamfusion.main([*tiny, "--N_iters", "4", "--no_reload"]) == 0
+    assert newest(tmp_path / "ball")["global_step"] == 4
+    assert newest(tmp_path / "ball" / "before_1")["global_step"] == 9
+
+
+def test_a_text_typed_into_the_viewer_outlives_a_restart(tiny, sd_folder, tmp_path, capsys):
+    flags = with_model(tiny, sd_folder, *GUIDED, "--expname", "told")
+    assert inside(capsys, *flags, "--N_iters", 2)[0] == 0
+    path = list_checkpoints(tmp_path / "told")[0]
+    saved = torch.load(path, weights_only=True)
+    assert saved["told"] == {}
+    torch.save({**saved, "told": {1: "a blue cone", 2: "a red cone"}}, path)
+    code, said = inside(capsys, *flags, "--N_iters", 4)
+    assert code == 0 and "'a red cone" in said and "a blue cone" not in said
+    metrics = json.loads((tmp_path / "told" / "metrics.json").read_text())
+    assert metrics["prompts_by_viewer"] == {"1": "a blue cone", "2": "a red cone"}

@@ -34,6 +34,16 @@ def test_twenty_kills_lose_nothing(script, demo_blender):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", soak.COMMANDS)
+def test_killing_one_rank_of_two_loses_nothing(script, demo_blender):
+    """torchrun ends the other rank and starts both again."""
+    data = ["--data", demo_blender] if script == "nerf" else []
+    done = soaked("--script", script, "--kills", 4, "--ranks", 2, *data)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'kills': 4" in done.stdout and "'lost': []" in done.stdout
+
+
 def write(folder, step, weight):
     torch.save(
         {"global_step": step, "network_fn_state_dict": {"w": torch.tensor([weight])}},

@@ -1,0 +1,128 @@
+"""A disk that is really full, read-only or gone: real runs on a small tmpfs of their own.
+
+Linux with user namespaces only (``unshare -rm``); elsewhere these are skipped.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from test_run_dreamfusion import TINY as DREAM
+from test_run_nerf import TINY, data  # noqa: F401  a fixture
+
+from nerf.checkpoint import list_checkpoints, load_checkpoint
+
+
+def may_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=4k", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not may_mount(), reason="needs Linux's user namespaces")
+
+# Runs the script; when it has saved step SPOIL, a shell command spoils the disk.
+SPOILED = """
+import os, runpy, subprocess, sys
+sys.path.insert(0, ".")
+from nerf import checkpoint
+save, step, spoil = checkpoint.save_checkpoint, sys.argv.pop(1), sys.argv.pop(1)
+def save_and_spoil(path, state):
+    save(path, state)
+    if path.name == f"{int(step):06d}.tar" and spoil:
+        subprocess.run(spoil, shell=True, check=True)
+checkpoint.save_checkpoint = save_and_spoil
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def on_a_disk_of(size: str, tmp_path, flags, script="run_nerf.py", spoil="", at=4):
+    """(exit code, what was said, copy of the run folder) of a run whose disk holds ``size``."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir(exist_ok=True)
+    code = tmp_path / "spoiled.py"
+    code.write_text(SPOILED)
+    words = [sys.executable, code, at, spoil.format(disk=disk), script, *flags]
+    lines = (
+        'mount -t tmpfs -o size="$1" none "$2" || exit 99; keep=$3; disk=$2; shift 3; '
+        '"$@"; code=$?; umount "$disk/run" 2>/dev/null; cp -r "$disk" "$keep"; exit $code'
+    )
+    command = ["unshare", "-rm", "sh", "-c", lines, "sh", size, disk, kept, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, [*command, "--basedir", disk, "--expname", "run"])),
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr, kept / "run"
+
+
+def flags_of(kind: str, folder) -> tuple[list[str], str]:
+    steps = ["--N_iters", "16", "--i_weights", "4", "--i_print", "1", "--keep_ckpts", "2"]
+    if kind == "nerf":
+        wanted = ["--i_img", "8", "--i_video", "16", "--expname", "run"]
+        return [*TINY, "--datadir", str(folder), *steps, *wanted], "run_nerf.py"
+    return [*DREAM, *steps, "--i_img", "8", "--mesh"], "run_dreamfusion.py"
+
+
+SIZES = ["16k", "48k", "96k", "160k", "256k", "400k"]
+
+
+@pytest.mark.parametrize("size", ["48k", "160k"])
+@pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
+def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):  # noqa: F811
+    flags, script = flags_of(kind, data)
+    code, said, run = on_a_disk_of(size, tmp_path, flags, script)
+    # With no room for the flags' record it does not begin; else it trains to the end and says so.
+    assert code == 3 and "No space left" in said
+    if "step 16/16" in said:
+        assert "not everything is on the disk" in said
+    for path in list_checkpoints(run):  # whatever is there is whole
+        load_checkpoint(path)
+    assert not list(run.glob(".*.tar.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
+def test_a_full_disk_at_other_writes(data, tmp_path, kind, size):  # noqa: F811
+    test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size)
+
+
+SPOILS = {
+    "read-only": ("mount -t tmpfs -o ro none {disk}/run", "Read-only file system"),
+    "filled by others": ("cat /dev/zero > {disk}/filler || true", "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILS)
+@pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
+def test_a_disk_that_goes_bad_later_leaves_the_last_checkpoint(data, tmp_path, kind, how):  # noqa: F811
+    flags, script = flags_of(kind, data)
+    spoil, reason = SPOILS[how]
+    code, said, run = on_a_disk_of("8m", tmp_path, flags, script, spoil)
+    assert code == 3 and "step 16/16" in said and reason in said
+    for step in (8, 12, 16):  # said each time
+        assert f"{step:06d}.tar (step {step}) is not written ({reason}); training goes on" in said
+    assert load_checkpoint(list_checkpoints(run)[0])["global_step"] == 4
+
+
+@pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
+def test_a_run_folder_that_is_removed_is_made_again(data, tmp_path, kind):  # noqa: F811
+    flags, script = flags_of(kind, data)
+    code, said, run = on_a_disk_of("8m", tmp_path, flags, script, "rm -r {disk}/run")
+    assert code == 0 and "was removed during the run; it is made again" in said
+    assert load_checkpoint(list_checkpoints(run)[0])["global_step"] == 16
+
+
+@pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
+def test_a_read_only_folder_is_one_line_at_the_start(data, tmp_path, kind):  # noqa: F811
+    flags, script = flags_of(kind, data)
+    code, said, _ = on_a_disk_of("8m,ro", tmp_path, flags, script)
+    assert code in (2, 3) and "Read-only file system" in said
+    assert len([line for line in said.splitlines() if line.startswith(script)]) == 1
