@@ -1,0 +1,178 @@
+"""Two machines, and the cable between them pulled: does the run end with the same weights?
+
+    python benchmarks/two_machines.py --cut 5 60        # Linux, as root
+    python benchmarks/two_machines.py --crash 5         # the second one loses its power instead
+
+The machines are two network namespaces joined by a virtual cable, each with its own torchrun,
+which meet by a c10d rendezvous at the first one's address. In the middle of the run the cable is
+taken down for --cut seconds and put back, or all processes of the second machine are killed and its
+torchrun started again --crash seconds later. One that gives up is started again, as a cluster's job
+manager does. Both must end, with weights, optimiser and averaged weights equal bit for bit to
+those of the same two ranks on one machine. Exits with 1 if not.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.soak import COMMANDS, differences, logged_step  # noqa: E402
+
+STEPS = 400
+FLAGS = (
+    f"--device cpu --N_iters {STEPS} --i_weights 20 --i_print 1 --i_img 0 --i_video 0 "
+    "--ckpt_secs 0 --netdepth 2 --netwidth 32 --multires 4 --ema_decay 0.9"
+).split()
+MACHINES = {"nerf_a": ("va", "10.9.0.1", "true"), "nerf_b": ("vb", "10.9.0.2", "false")}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def connect() -> None:
+    """Make both namespaces and the cable."""
+    for name in MACHINES:
+        ip("netns", "add", name)
+    ip(
+        "link",
+        "add",
+        "va",
+        "netns",
+        "nerf_a",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "vb",
+        "netns",
+        "nerf_b",
+    )
+    for name, (card, address, _) in MACHINES.items():
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", card)
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "link", "set", card, "up")
+
+
+def disconnect() -> None:
+    for name in MACHINES:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def training(args, folder: Path, name: str, launcher: list[str], log: Path, **environment):
+    """A torchrun of the tiny run."""
+    words = COMMANDS["nerf"].format(data=args.data).split()
+    command = [*launcher, *words, *FLAGS, "--basedir", str(folder), "--expname", name]
+    with open(log, "a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, **environment}
+        )
+
+
+def machine(args, folder: Path, name: str, which: str):
+    """One machine's torchrun. The first hosts the rendezvous: by its namespace alone it cannot
+    tell that the address is its own, so it is told."""
+    card, address, hosts = MACHINES[which]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun += ["--max-restarts=100", "--rdzv-backend=c10d", "--rdzv-id=lego"]
+    torchrun += ["--rdzv-endpoint=10.9.0.1:29500", f"--rdzv-conf=is_host={hosts}"]
+    torchrun += [f"--local-addr={address}"]
+    launcher = ["ip", "netns", "exec", which, *torchrun]
+    log = folder / f"{name}_{which}.out"
+    return training(args, folder, name, launcher, log, GLOO_SOCKET_IFNAME=card)
+
+
+def spoil(crash: bool) -> None:
+    """Take the cable down, or the second machine."""
+    if not crash:
+        ip("-n", "nerf_a", "link", "set", "va", "down")
+        return
+    found = subprocess.run(["ip", "netns", "pids", "nerf_b"], capture_output=True, text=True)
+    for number in found.stdout.split():
+        os.kill(int(number), signal.SIGKILL)
+
+
+def one_run(args, folder: Path, name: str, cut: float, crash: bool) -> dict:
+    """Train on both machines, with ``cut`` seconds of trouble in between; what happened."""
+    told = {"trouble": "crash" if crash else "cut", "seconds": cut}
+    told |= {"started_again": 0, "exit_codes": {}}
+    running = {which: machine(args, folder, name, which) for which in MACHINES}
+    cut_at = back_at = None
+    began = time.monotonic()
+    while running:
+        now = time.monotonic()
+        if now - began > args.limit:
+            for process in running.values():
+                process.kill()
+            told["exit_codes"] |= dict.fromkeys(running, "still running at the limit")
+            break
+        if cut_at is None and logged_step(folder / name) >= STEPS // 4:
+            spoil(crash)
+            cut_at, told["cut_at_step"] = now, logged_step(folder / name)
+        if cut_at is not None and back_at is None and now - cut_at >= cut:
+            if not crash:
+                ip("-n", "nerf_a", "link", "set", "va", "up")
+            back_at, told["back_at_step"] = now, logged_step(folder / name)
+        for which, process in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            if code and now - began < args.limit:
+                if crash and back_at is None:  # the power is off
+                    continue
+                told["started_again"] += 1
+                time.sleep(2)
+                running[which] = machine(args, folder, name, which)
+            else:
+                del running[which]
+                told["exit_codes"][which] = code
+        time.sleep(0.2)
+    told["seconds_after_back"] = round(time.monotonic() - (back_at or began), 1)
+    return told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cut", type=float, nargs="*", default=[], help="seconds without cable")
+    parser.add_argument("--crash", type=float, nargs="*", default=[], help="seconds without power")
+    parser.add_argument("--limit", type=float, default=400, help="seconds that one run may take")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder, failed = Path(tempfile.mkdtemp(prefix="machines_")), False
+    try:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node=2"]
+        if training(args, folder, "one", launcher, folder / "one.out").wait():
+            sys.exit((folder / "one.out").read_text())
+        end = f"{STEPS:06d}.tar"
+        troubles = [(cut, False) for cut in args.cut] + [(crash, True) for crash in args.crash]
+        for seconds, crash in troubles or [(5, False), (60, False), (5, True)]:
+            disconnect()
+            connect()
+            name = f"{'crash' if crash else 'cut'}_{seconds:g}"
+            told = one_run(args, folder, name, seconds, crash)
+            ended = (folder / name / end).exists()
+            apart = differences(folder / "one" / end, folder / name / end) if ended else ["no end"]
+            told["differ"] = apart
+            failed |= bool(apart) or any(told["exit_codes"].values())
+            print(told, flush=True)
+    finally:
+        disconnect()
+        if failed:
+            print(f"logs: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
