@@ -79,8 +79,9 @@ def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):  #
     flags, script = flags_of(kind, data)
     code, said, run = on_a_disk_of(size, tmp_path, flags, script)
     # With no room for the flags' record it does not begin; else it trains to the end and says so.
-    assert code == 3 and "No space left" in said
-    if "step 16/16" in said:
+    full = "No space left" in said
+    assert code == (3 if full else 0) and (full or size == SIZES[-1])
+    if full and "step 16/16" in said:
         assert "not everything is on the disk" in said
     for path in list_checkpoints(run):  # whatever is there is whole
         load_checkpoint(path)
