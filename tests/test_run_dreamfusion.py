@@ -18,7 +18,6 @@ from test_run_nerf import flat, newest
 from test_stable_diffusion import tiny_sd_folder
 
 import run_dreamfusion
-from guidance import guide
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from nerf.checkpoint import list_checkpoints
@@ -357,13 +356,13 @@ def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
     tiny, sd_folder, tmp_path, capsys, monkeypatch
 ):
     opened = {}
-    original = guide.open_model
+    original = run_dreamfusion.open_model
 
     def open_model(*args):
         opened["model"] = original(*args)
         return opened["model"]
 
-    monkeypatch.setattr(guide, "open_model", open_model)
+    monkeypatch.setattr(run_dreamfusion, "open_model", open_model)
     (tmp_path / "prompts.txt").write_text("a red cube\na green sphere\n")
     flags = with_model(tiny, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1)
     assert inside(capsys, *flags, "--prompt_file", tmp_path / "prompts.txt")[0] == 0

@@ -15,7 +15,6 @@ import pytest
 import torch
 from test_object_renderer import renderer
 
-from guidance import guide
 from nerf import studio, viewer
 from nerf.camera_path import interpolate, read_path, write_path
 from nerf.cameras import look_at
@@ -257,14 +256,14 @@ def test_a_text_typed_into_the_viewer_is_followed_from_then_on(monkeypatch, tmp_
     monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [])
     texts = iter(["a blue cube", None, "broken"])
     monkeypatch.setattr(viewer.Viewer, "new_text", lambda self: next(texts, None))
-    made = guide.make_conditions
+    made = run_dreamfusion.make_conditions
 
     def make(args, prior, run):
         if args.prompt == "broken":
             raise RuntimeError("no memory")
         return made(args, prior, run)
 
-    monkeypatch.setattr(guide, "make_conditions", make)
+    monkeypatch.setattr(run_dreamfusion, "make_conditions", make)
     flags = "--config configs/dream_tiny.txt --N_iters 4 --video_frames 1 --no-mesh --eval_res 16"
     flags += " --batch_views 1 --march_steps 16 --device cpu --expname typed --prompt"
     flags = [*flags.split(), "a red cone", "--basedir", tmp_path, "--viewer"]
