@@ -24,13 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.soak import COMMANDS, differences, logged_step  # noqa: E402
+from benchmarks.soak import COMMANDS, COMMON, differences, logged_step  # noqa: E402
 
 STEPS = 400
-FLAGS = (
-    f"--device cpu --N_iters {STEPS} --i_weights 20 --i_print 1 --i_img 0 --i_video 0 "
-    "--ckpt_secs 0 --netdepth 2 --netwidth 32 --multires 4 --ema_decay 0.9"
-).split()
+FLAGS = f"{COMMON} --N_iters {STEPS} --i_weights 20".split()  # the last of two counts
 MACHINES = {"nerf_a": ("va", "10.9.0.1", "true"), "nerf_b": ("vb", "10.9.0.2", "false")}
 
 
@@ -42,20 +39,7 @@ def connect() -> None:
     """Make both namespaces and the cable."""
     for name in MACHINES:
         ip("netns", "add", name)
-    ip(
-        "link",
-        "add",
-        "va",
-        "netns",
-        "nerf_a",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "vb",
-        "netns",
-        "nerf_b",
-    )
+    ip(*"link add va netns nerf_a type veth peer name vb netns nerf_b".split())
     for name, (card, address, _) in MACHINES.items():
         ip("-n", name, "addr", "add", f"{address}/24", "dev", card)
         ip("-n", name, "link", "set", "lo", "up")
@@ -125,7 +109,7 @@ def one_run(args, folder: Path, name: str, cut: float, crash: bool) -> dict:
             code = process.poll()
             if code is None:
                 continue
-            if code and now - began < args.limit:
+            if code:
                 if crash and back_at is None:  # the power is off
                     continue
                 told["started_again"] += 1
