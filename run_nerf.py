@@ -394,17 +394,18 @@ def train_attempt(
         renderer.prepare_step(step, generator)
         num_rays = renderer.rays_per_step(args.N_rand, world.size)
         share = world.share(num_rays)
-        noise = renderer.draw_noise(num_rays, generator)
+        noise = renderer.draw_noise(num_rays, generator).part(share)
         rays, target = scene.sample_rays(
             num_rays,
             generator,
             one_image=args.no_batching,
             crop=args.precrop_frac if step < args.precrop_iters else 1.0,
             background=noise.background,
+            share=share,
             order=order,
             position=position,
         )
-        batch = rays.part(share), target[share], noise.part(share)
+        batch = rays, target, noise
         grads, block = recovery.smaller_until_it_fits(
             partial(backward, args, world, model, renderer, scaler, batch),
             block,

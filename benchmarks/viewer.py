@@ -1,13 +1,23 @@
-"""The viewer's speed on this machine: frames per second at its first and second quality, idle.
+"""The viewer's speed on this machine, and what someone who looks costs a training run.
 
-    python benchmarks/viewer.py --config configs/demo.txt        # a finished run
+    python benchmarks/viewer.py --config configs/demo.txt                # frames per second, idle
+    python benchmarks/viewer.py --moving 3 --config configs/demo.txt --N_iters 400
 
-Takes run_nerf.py's flags. Machines differ, and so do other loads: say what else ran.
+The first takes a finished run. The second trains it anew, under another name, three times without
+and three times with somebody who never stops turning the camera (a stand-in for the browser: the
+server renders, encodes and queues every picture as it does for one). Both take run_nerf.py's flags.
+Machines differ, and so do other loads: say what else ran.
 """
 
+import argparse
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -16,8 +26,9 @@ from nerf import options, runtime, viewer
 from nerf.logs import RunFolder
 
 
-def main() -> None:
-    args = options.parse(options.nerf_parser(), sys.argv[1:])
+def frames_per_second(flags: list[str]) -> None:
+    """At each of the viewer's sizes, while nothing trains."""
+    args = options.parse(options.nerf_parser(), flags)
     world = runtime.setup(args.device)
     run = RunFolder(Path(args.basedir) / args.expname, is_main=True, lock=False)
     path, state = run_nerf.find_checkpoint(args, world, run)
@@ -33,6 +44,80 @@ def main() -> None:
             viewer.view_of(painter, pose, 0.8, (round(side / 1.5), side), "rgb", None)
             times.append(time.perf_counter() - start)
         print(f"{side} x {round(side / 1.5)}: median {1 / sorted(times)[4]:.1f} frames/s")
+
+
+class Turning(viewer.Viewer):
+    """A viewer that one client looks through, on a circle once in ten seconds."""
+
+    pictures: list[float] = []  # when each was handed over
+
+    def _clients(self):
+        server = self.server
+
+        def show(*picture, **settings):
+            server.scene.set_background_image(*picture, **settings)
+            Turning.pictures.append(time.perf_counter())
+
+        pose = viewer_pose(self.scene, 2 * math.pi * time.monotonic() / 10)
+        camera = SimpleNamespace(
+            update_timestamp=1.0, fov=0.8, aspect=1.5,
+            wxyz=viewer.quaternion(pose), position=pose[:, 3],
+        )  # fmt: skip
+        return [
+            (0, SimpleNamespace(camera=camera, scene=SimpleNamespace(set_background_image=show)))
+        ]
+
+
+def viewer_pose(scene, angle: float) -> np.ndarray:
+    """The first camera, turned about z."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ scene.c2w[0].cpu().numpy()
+
+
+def train(flags: list[str]) -> tuple[float, float]:
+    """(when main was called, seconds of the wall from the first step to the last) of one run."""
+    steps, draw = [], runtime.step_generator
+
+    def noted(*given):
+        steps.append(time.perf_counter())
+        return draw(*given)
+
+    runtime.step_generator, called = noted, time.perf_counter()
+    try:
+        code = run_nerf.main(flags)
+    finally:
+        runtime.step_generator = draw
+    assert code == 0, code
+    return called, steps[-1] - steps[0]
+
+
+def slow_down(turns: int, flags: list[str]) -> None:
+    """Both kinds of run, by turns."""
+    viewer.Viewer = Turning
+    flags = [*flags, "--expname", "viewer_benchmark", "--no_reload", "--i_img", "0"]
+    flags += ["--i_video", "0", "--ckpt_secs", "0"]
+    walls, waits, rates = {False: [], True: []}, [], []
+    for turn in range(turns):
+        for looked in (False, True) if turn % 2 == 0 else (True, False):
+            Turning.pictures = []
+            called, wall = train([*flags, *(["--viewer"] if looked else [])])
+            walls[looked].append(wall)
+            if looked:
+                waits.append(Turning.pictures[0] - called)
+                rates.append(len(Turning.pictures) / wall)
+    for looked, found in walls.items():
+        listed = ", ".join(f"{seconds:.1f}" for seconds in found)
+        print(f"{'with' if looked else 'without'} a looker: {listed} s")
+    ratio = statistics.median(walls[True]) / statistics.median(walls[False])
+    print(f"{100 * (ratio - 1):+.1f} % (medians); {statistics.median(rates):.1f} pictures/s")
+    print(f"first picture {max(waits):.1f} s after the start, data and all, at the latest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    parser.add_argument("--moving", type=int, default=0, help="turns of each kind")
+    own, flags = parser.parse_known_args()
+    slow_down(own.moving, flags) if own.moving else frames_per_second(flags)
 
 
 if __name__ == "__main__":

@@ -136,30 +136,31 @@ def measure_views(
     scene = painter.scene.resized(factor)
     world, views = painter.world, painter.scene.splits[split]
     mine = []
-    for number in range(world.rank, len(views), world.size):
-        view, start = views[number], time.perf_counter()
-        rendered = painter.view(scene, view)
-        seconds = time.perf_counter() - start
-        picture = rendered.rgb.clamp(0, 1).numpy()
-        target, mask = (of(painter.scene, view, factor) for of in (target_at, mask_at))
-        depth = painter.z_depth(rendered, scene, view)
-        write_view(folder, number, picture, target)
-        write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
-        np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
-        saved = to_8bit(picture) / 255.0
-        row = {
-            "name": scene.names[view],
-            "psnr": psnr(picture, target, mask),
-            "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
-            "ssim": ssim(picture, target, mask),
-            "seconds": seconds,
-            "number": number,
-        }
-        if lpips is not None:
-            row["lpips"] = lpips(picture, target)
-        mine.append(row | _against_truth(depth, true_depth, scene.names[view]))
-    if world.is_main and views:
-        write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=True)
+    with world.together():
+        for number in range(world.rank, len(views), world.size):
+            view, start = views[number], time.perf_counter()
+            rendered = painter.view(scene, view)
+            seconds = time.perf_counter() - start
+            picture = rendered.rgb.clamp(0, 1).numpy()
+            target, mask = (of(painter.scene, view, factor) for of in (target_at, mask_at))
+            depth = painter.z_depth(rendered, scene, view)
+            write_view(folder, number, picture, target)
+            write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+            np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
+            saved = to_8bit(picture) / 255.0
+            row = {
+                "name": scene.names[view],
+                "psnr": psnr(picture, target, mask),
+                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
+                "ssim": ssim(picture, target, mask),
+                "seconds": seconds,
+                "number": number,
+            }
+            if lpips is not None:
+                row["lpips"] = lpips(picture, target)
+            mine.append(row | _against_truth(depth, true_depth, scene.names[view]))
+        if world.is_main and views:
+            write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=True)
     rows = sorted((row for part in world.gather(mine) for row in part), key=lambda r: r["number"])
     seconds = [row.pop("seconds") for row in rows]
     for row in rows:
@@ -243,11 +244,11 @@ def render_path(
         poses = torch.tensor(key_path[0], dtype=torch.float32, device=camera.device)
         focal = 0.5 * size[0] / np.tan(np.radians(key_path[1]) / 2)
         cameras = [camera.new_tensor([f, f, 0.5 * size[1], 0.5 * size[0]]) for f in focal]
-    for number in range(world.rank, len(poses), world.size):
-        rendered = painter(scene, poses[number], cameras[number], size)
-        write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
-        write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
-    world.barrier()
+    with world.together():
+        for number in range(world.rank, len(poses), world.size):
+            rendered = painter(scene, poses[number], cameras[number], size)
+            write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
+            write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
     if not world.is_main:
         return []
     write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=False)

@@ -59,7 +59,7 @@ class Grid(NamedTuple):
             (used[0] == 0, used[-1] == n - 1)
             for used, n in zip(used_slices(solid), self.counts, strict=True)
         ]
-        return torch.tensor(ends, device=self.low.device).T
+        return torch.from_numpy(np.array(ends)).to(self.low.device).T
 
 
 def sample_density(

@@ -5,7 +5,7 @@ import random
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,25 @@ class World:
         number = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(number)
         return number.item()
+
+    @contextmanager
+    def together(self):
+        """What a disk refuses to one rank inside the block is an OSError on all of them.
+
+        Or that rank would go on alone, while the others wait for it in their next message. Nothing
+        inside the block may talk to other ranks.
+        """
+        error = None
+        try:
+            yield
+        except OSError as caught:
+            error = caught
+        reasons = self.gather(None if error is None else error.strerror or str(error))
+        if error is not None:
+            raise error
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise OSError(f"{reason}, on rank {rank}")
 
     def average_gradients(self, parameters) -> None:
         """Replace every gradient by its mean over all ranks, in one message."""

@@ -106,10 +106,12 @@ def render_turntable(
     own = cameras.part(list(mine))
     plain = render_cameras(model, own, size, background)
     lit = render_cameras(model, own, size, background, lit=True)
-    for number, pair in zip(mine, zip(plain, lit, strict=True), strict=True):
-        for name, picture in as_pictures(*pair, *bounds).items():
-            write_png((folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture)
-    world.barrier()
+    with world.together():
+        for number, pair in zip(mine, zip(plain, lit, strict=True), strict=True):
+            for name, picture in as_pictures(*pair, *bounds).items():
+                write_png(
+                    (folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture
+                )
     if not world.is_main:
         return []
     made = []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_script
+from test_run_dreamfusion import TINY as DREAM
 
 from nerf.checkpoint import list_checkpoints, load_checkpoint
 
@@ -182,6 +183,73 @@ def test_nan_on_one_rank_is_left_out_by_all(data, tmp_path, rank):
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     skipped = rows[0].split(",").index("skipped")
     assert [row.split(",")[skipped] for row in rows[1:]] == ["0", "0", "1", "2", "2", "2"]
+
+
+DREAM_POISONED = """
+import sys, torch
+sys.path[:0] = ["."]
+import run_dreamfusion
+rank, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
+backward, finish = run_dreamfusion.backward, run_dreamfusion.finish
+def poisoned(args, world, model, renderer, scaler, guide, drawn, step, views):
+    if step in (2, 3) and world.rank == rank:
+        drawn.look.background[0] = float("nan")
+    return backward(args, world, model, renderer, scaler, guide, drawn, step, views)
+def kept(args, run, studio, *more):
+    torch.save(studio.renderer.state_dict(), f"{folder}/rank{studio.world.rank}.pt")
+    return finish(args, run, studio, *more)
+run_dreamfusion.backward, run_dreamfusion.finish = poisoned, kept
+sys.exit(run_dreamfusion.main())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nan_on_one_rank_of_text_to_3d_is_left_out_by_all(tmp_path, rank):
+    (tmp_path / "poisoned.py").write_text(DREAM_POISONED)
+    flags = [*DREAM, "--basedir", tmp_path, "--N_iters", 6, "--i_print", 1]
+    script = str(tmp_path / "poisoned.py")
+    done = run_script([rank, tmp_path, *flags], launcher=ranks(2), script=script, timeout=300)
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(list_checkpoints(tmp_path / "ball")[0])  # refuses NaN anywhere
+    adam = state["optimizer_state_dict"]["state"].values()
+    assert {int(entry["step"]) for entry in adam} == {4}
+    rows = (tmp_path / "ball" / "metrics.csv").read_text().splitlines()
+    skipped = rows[0].split(",").index("skipped")
+    assert [row.split(",")[skipped] for row in rows[1:]] == ["0", "0", "1", "2", "2", "2"]
+    one, other = (torch.load(tmp_path / f"rank{n}.pt", weights_only=True) for n in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+REFUSED = """
+import errno, os, sys
+sys.path[:0] = ["."]
+from nerf import evaluation, turntable
+def refused(path, picture):
+    if os.environ["RANK"] == "1":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(path, picture)
+write = evaluation.write_png
+evaluation.write_png = turntable.write_png = refused
+script = __import__(sys.argv.pop(1))
+sys.exit(script.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["run_nerf", "run_dreamfusion"])
+def test_a_disk_that_fails_one_rank_costs_pictures_only(data, tmp_path, name):
+    """Among frames that are shared out: the other rank must neither wait for ever nor stop."""
+    (tmp_path / "refused.py").write_text(REFUSED)
+    flags = [*(TINY if name == "run_nerf" else DREAM), "--basedir", tmp_path, "--N_iters", 6]
+    flags += ["--datadir", data] if name == "run_nerf" else []
+    flags += ["--expname", "run", "--i_weights", 2, "--i_video", 4]
+    script = str(tmp_path / "refused.py")
+    done = run_script([name, *flags], launcher=ranks(2), script=script, timeout=300)
+    assert done.returncode != 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    refusals = "(No space left on device, on rank 1); training goes on"
+    assert log.count(refusals) == 2  # at step 4 and at the end
+    assert "not everything is on the disk" in log
+    assert load_checkpoint(list_checkpoints(tmp_path / "run")[0])["global_step"] == 6
 
 
 FAILING = """

@@ -1,7 +1,10 @@
 """What SECURITY.md promises: no file runs code, leaves its folder or fills a disk."""
 
 import ast
+import importlib
 import json
+import os
+import pickle
 import re
 import stat
 import struct
@@ -9,7 +12,9 @@ import zipfile
 from pathlib import Path
 
 import download
+import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 
 from nerf import options
@@ -124,6 +129,64 @@ def test_colmap_image_names_cannot_leave_the_picture_folder(demo_copy):
     assert changed
     with pytest.raises(ValueError, match="leads out of the data folder"):
         load(folder, "colmap")
+
+
+# -------------------------------------------------------------------------------------- pickles
+
+
+class Canary:
+    """Pickles to a call that makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def evil_file(path: Path, canary: Path) -> None:
+    evil = Canary(canary)
+    if path.suffix == ".npy":
+        np.save(path, np.array([evil], dtype=object), allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, np.array([evil], dtype=object), allow_pickle=True)
+    elif path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        torch.save({"global_step": 1, "network_fn_state_dict": evil}, path)
+
+
+FILE_FLAGS = {
+    "run_nerf": ["--ft_path"],
+    "run_dreamfusion": ["--ft_path", "--init_from", "--lora_file"],
+}
+
+
+@pytest.mark.parametrize("kind", ["tar", "pt", "npy", "npz", "pkl"])
+@pytest.mark.parametrize(
+    "name, flag", [(name, flag) for name, flags in FILE_FLAGS.items() for flag in flags]
+)
+def test_no_flag_that_takes_a_file_runs_what_is_in_it(request, tmp_path, capsys, name, flag, kind):
+    canary, path = tmp_path / "canary", tmp_path / f"given.{kind}"
+    evil_file(path, canary)
+    flags = ["--basedir", str(tmp_path / "logs"), "--device", "cpu", flag, str(path)]
+    if name == "run_nerf":
+        flags += ["--expname", "run", "--datadir", str(request.getfixturevalue("demo_blender"))]
+        flags += ["--dataset_type", "blender"]
+    else:
+        flags += ["--config", str(REPOSITORY / "configs" / "dream_tiny.txt"), "--prompt", "a cube"]
+        flags += ["--guidance", "vsd" if flag == "--lora_file" else "sds"]
+    script = importlib.import_module(name)
+    for more in ([], ["--render_only"]):
+        if more and flag != "--ft_path":
+            continue
+        assert script.main([*flags, *more]) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(name)]
+        assert len(said) == 1 and path.name in said[0], said
+        assert not canary.exists()
+    evil = Canary(canary)
+    pickle.loads(pickle.dumps(evil))  # noqa: S301  that this canary would sing
+    assert canary.exists()
 
 
 # ------------------------------------------------------------------------------------- archives

@@ -131,10 +131,61 @@ def test_every_pixel_is_drawn_once_an_epoch_in_whatever_steps(monkeypatch, pixel
     expected = images[[0, 2, 3, 5]].flatten()
     assert torch.equal(drawn.sort(-1).values, expected.expand(2, -1))
     assert not torch.equal(drawn[0], drawn[1])  # another epoch, another order
-    elsewhere = BlockOrder(images, [0, 2, 3, 5], 7, "cpu").draw(4 * pixels + 5, 9)[0]
-    assert torch.equal(elsewhere, drawn[1, 5:14])  # from the position alone, as on resume
+    place = 4 * pixels + 5
+    elsewhere = BlockOrder(images, [0, 2, 3, 5], 7, "cpu").draw(place, 9)[0]
+    assert torch.equal(elsewhere, order.draw(place, 9)[0])  # by the position alone, as on resume
+    single = torch.cat([order.draw(place + row, 1)[0] for row in range(9)])
+    assert torch.equal(elsewhere.sort().values, single.sort().values)
     other = BlockOrder(images, [0, 2, 3, 5], 8, "cpu").draw(0, 4 * pixels)[0]
     assert not torch.equal(other, drawn[0])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_processes_read_views_of_their_own_and_draw_one_process_rays(demo_blender, size):
+    scene = load(demo_blender, "blender", "--data_store", "mmap")
+    views, pixels = scene.splits["train"], scene.height * scene.width
+    one, ranks = scene.block_order(0), [scene.block_order(0) for _ in range(size)]
+    batch, seen = 48, [[] for _ in ranks]
+    for position in range(0, len(views) * pixels, batch):
+        whole, _ = one.draw(position, batch)
+        shares = [slice(r * batch // size, (r + 1) * batch // size) for r in range(size)]
+        parts = [o.draw(position, batch, s)[0] for o, s in zip(ranks, shares, strict=True)]
+        assert torch.equal(torch.cat(parts), whole)
+        for own, part in zip(seen, parts, strict=True):
+            own.append(part)
+    for rank, own in enumerate(seen):
+        read = set((torch.cat(own) // pixels).tolist())
+        # Shards do not end with views, nor shares with shards.
+        assert len(read) <= len(views) // size + 2
+        assert views[rank * len(views) // size] in read
+
+
+@pytest.mark.parametrize("position, count", [(0, 5), (3, 5), (7, 64), (1000, 1), (13, 4099)])
+def test_batches_of_any_size_follow_one_another_without_gaps(position, count):
+    order = BlockOrder(torch.zeros(6, 4, 4, 3, dtype=torch.uint8), [1, 2, 5], 0, "cpu")
+    assert order.shards == 8
+    before = order.draw(0, position)[0] if position else torch.zeros(0, dtype=torch.long)
+    numbers = torch.cat([before, order.draw(position, count)[0]])
+    counts = torch.bincount(numbers, minlength=96).view(6, 16)
+    assert not counts[[0, 3, 4]].any()
+    drawn = len(numbers) / 48  # times each pixel
+    counts = counts[[1, 2, 5]]
+    assert int(drawn) - 1 <= counts.min() and counts.max() <= int(drawn) + 2
+
+
+@pytest.mark.parametrize("flags", [{}, {"one_image": True}, {"crop": 0.5}])
+@pytest.mark.parametrize("kind", ["blender", "colmap"])
+def test_a_share_is_that_part_of_the_whole_batch(request, kind, flags):
+    """Of random draws too: which rays a step sees does not depend on the number of processes."""
+    scene = load(request.getfixturevalue(f"demo_{kind}"), kind)
+
+    def draw(share=None):
+        rays, colors = scene.sample_rays(12, torch.Generator().manual_seed(3), share=share, **flags)
+        return [*rays, colors]
+
+    whole, parts = draw(), [draw(slice(start, start + 4)) for start in (0, 4, 8)]
+    for member, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(member, torch.cat(pieces))
 
 
 def test_batches_are_spread_as_evenly_as_random_ones():

@@ -212,19 +212,21 @@ class Scene:
         one_image: bool = False,
         crop: float = 1.0,
         background: Tensor | None = None,
+        share: slice | None = None,
         order: BlockOrder | None = None,
         position: int = 0,
     ) -> tuple[Rays, Tensor]:
-        """Random training rays [B] and their colours [B, 3] in [0, 1].
+        """Random training rays [B] and their colours [B, 3] in [0, 1], or this process' part.
 
         one_image: all from one random picture (``--no_batching``). crop: fraction of the height
         and width around the centre to draw from (``--precrop_frac``). background [B, 3]: behind
-        transparent pixels, instead of the scene's. order: of ``block_order``: instead of random
-        ones, those after the first ``position`` rays of the run (not for one_image and crop).
+        transparent pixels, instead of the scene's; as many as there are rays. share: which of the
+        ``num_rays`` to make, by default all. order: of ``block_order``: instead of random ones,
+        those after the first ``position`` rays of the run (not for one_image and crop).
         """
-        device = self.c2w.device
+        device, share = self.c2w.device, share or slice(0, num_rays)
         if order is not None and not one_image and crop == 1.0:
-            numbers, colors = order.draw(position, num_rays)
+            numbers, colors = order.draw(position, num_rays, share)
             return self._rays_of(*self.place(numbers)), self.over_background(colors, background)
 
         def draw(low: int, high: int, count: int) -> Tensor:
@@ -236,13 +238,14 @@ class Scene:
             if one_image:
                 number = int(draw(0, len(starts) - 1, 1))
                 low, high = starts[number], starts[number + 1]
-            return self.pick(*self.place(pool[draw(low, high, num_rays)]), background)
+            return self.pick(*self.place(pool[draw(low, high, num_rays)[share]]), background)
         views = self._train[draw(0, len(self._train), 1 if one_image else num_rays)]
         views = views.expand(num_rays)
         half_w, half_h = self.width / 2 * crop, self.height / 2 * crop
         x0, x1 = int(self.width / 2 - half_w), max(1, int(self.width / 2 + half_w))
         y0, y1 = int(self.height / 2 - half_h), max(1, int(self.height / 2 + half_h))
-        return self.pick(views, draw(x0, x1, num_rays), draw(y0, y1, num_rays), background)
+        x, y = draw(x0, x1, num_rays), draw(y0, y1, num_rays)
+        return self.pick(views[share], x[share], y[share], background)
 
     def usable_pixels(self, split: str, crop: float = 1.0) -> tuple[Tensor, list[int]]:
         """Flat numbers [N] of the usable pixels of a split, and where each of its views begins.

@@ -10,6 +10,7 @@ the file would read a page of 4096 bytes each.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from torch import Tensor
 from nerf.runtime import step_generator
 
 BLOCK = 1024  # pixels in a row that are read together: 3 to 4 KiB, about a page
-WINDOW = 1024  # blocks that are mixed with one another: 3 to 4 MiB
+SHARDS = 8  # parts of the set, in the order of the file, that every batch takes equally from
+WINDOW = 128  # blocks of a shard that are mixed: over all shards 3 to 4 MiB at a time
 
 
 class Store:
@@ -150,8 +152,11 @@ def _write(path: Path, count: int, read: Callable[[int], np.ndarray]) -> None:
 class BlockOrder:
     """The order in which training pixels are drawn: every one once an epoch, by (seed, epoch).
 
-    Blocks of neighbours are shuffled; the pixels of ``WINDOW`` blocks at a time are read, and
-    shuffled among them. Where a run stands is one number, the pixels drawn so far.
+    The set is cut into ``SHARDS`` parts (fewer where its size has not that divisor), and a batch's
+    rows are those of the first shard, then of the second, ...: a process that makes a share of
+    the rows reads that share of the views. In a shard, blocks of neighbours are shuffled; the
+    pixels of ``WINDOW`` blocks at a time are read, and shuffled among them. Where a run stands is
+    one number, the pixels drawn so far.
 
     images: uint8 [V, H, W, C]. views: those to draw from. device: where colours are wanted.
     """
@@ -160,46 +165,62 @@ class BlockOrder:
         self.pixels = images.reshape(-1, images.shape[-1])  # a view: nothing is read
         self.per_view = images.shape[1] * images.shape[2]
         self.views, self.seed, self.device = torch.tensor(views), seed, device
-        self.blocks_per_view = -(-self.per_view // BLOCK)
-        self.per_epoch = len(views) * self.per_view
-        self._epoch: tuple | None = None
-        self._window: tuple | None = None
+        self.shards = math.gcd(len(views) * self.per_view, SHARDS)
+        self.per_shard = len(views) * self.per_view // self.shards
+        self._epochs: dict[int, tuple] = {}
+        self._windows: dict[int, tuple] = {}
 
-    def draw(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Flat pixel numbers [B] and colours uint8 [B, C] at ``position`` and after."""
-        parts = []
-        while count:
-            epoch, place = divmod(position, self.per_epoch)
-            blocks, ends = self._blocks(epoch)
-            window = int(torch.searchsorted(ends, place, right=True))
-            first = int(ends[window - 1]) if window else 0
-            numbers, colors = self._read(epoch, window, blocks)
-            part = slice(place - first, min(place - first + count, len(numbers)))
-            parts.append((numbers[part], colors[part]))
-            position, count = position + part.stop - part.start, count - part.stop + part.start
+    def draw(self, position: int, count: int, share: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Flat pixel numbers [B] and colours uint8 [B, C] at ``position`` and after.
+
+        share: which of the ``count`` rows to make, by default all.
+        """
+        share, parts, row = share or slice(0, count), [], 0
+        for shard in range(self.shards):
+            # Of all rays of the run, number n is of shard n % shards.
+            first, end = (-((shard - n) // self.shards) for n in (position, position + count))
+            low, high = max(share.start, row), min(share.stop, row + end - first)
+            parts += self._draw(shard, first + low - row, high - low)
+            row += end - first
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _blocks(self, epoch: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, shard: int, position: int, count: int):
+        """Numbers and colours, in pieces, of a shard's pixels at ``position`` and after."""
+        while count > 0:
+            epoch, place = divmod(position, self.per_shard)
+            blocks, ends = self._blocks(shard, epoch)
+            window = int(torch.searchsorted(ends, place, right=True))
+            first = int(ends[window - 1]) if window else 0
+            numbers, colors = self._read(shard, epoch, window, blocks)
+            part = slice(place - first, min(place - first + count, len(numbers)))
+            yield numbers[part], colors[part]
+            position, count = position + part.stop - part.start, count - part.stop + part.start
+
+    def _generator(self, shard: int, epoch: int, number: int = 0) -> torch.Generator:
+        place = -1 - epoch * self.shards - shard  # steps of training are 0 and more
+        return step_generator(self.seed + number, place, "cpu")
+
+    def _blocks(self, shard: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Starts and lengths [N, 2] of an epoch's blocks in order; where its windows end."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            generator = step_generator(self.seed, -1 - epoch, "cpu")  # steps are 0 and more
-            order = torch.randperm(len(self.views) * self.blocks_per_view, generator=generator)
-            start = order % self.blocks_per_view * BLOCK
-            length = (self.per_view - start).clamp(max=BLOCK)
-            start = start + self.views[order // self.blocks_per_view] * self.per_view
+        if shard not in self._epochs or self._epochs[shard][0] != epoch:
+            count = -(-self.per_shard // BLOCK)
+            start = torch.randperm(count, generator=self._generator(shard, epoch)) * BLOCK
+            length = (self.per_shard - start).clamp(max=BLOCK)
             ends = length.cumsum(0)
             ends = torch.cat([ends[WINDOW - 1 : -1 : WINDOW], ends[-1:]])
-            self._epoch = epoch, torch.stack([start, length], -1), ends
-        return self._epoch[1:]
+            blocks = torch.stack([start + shard * self.per_shard, length], -1)
+            self._epochs[shard] = epoch, blocks, ends
+        return self._epochs[shard][1:]
 
-    def _read(self, epoch: int, window: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        if self._window is None or self._window[0] != (epoch, window):
+    def _read(self, shard: int, epoch: int, window: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        if shard not in self._windows or self._windows[shard][0] != (epoch, window):
             start, length = blocks[window * WINDOW : (window + 1) * WINDOW].unbind(-1)
             numbers = torch.arange(int(length.sum()))
             numbers += (start - length.cumsum(0) + length).repeat_interleave(length)
-            generator = step_generator(self.seed + 1 + window, -1 - epoch, "cpu")
+            numbers = self.views[numbers // self.per_view] * self.per_view + numbers % self.per_view
             colors = self.pixels[numbers]  # in the order of the blocks, then shuffled
+            generator = self._generator(shard, epoch, 1 + window)
             order = torch.randperm(len(numbers), generator=generator)
             found = numbers[order].to(self.device), colors[order].to(self.device)
-            self._window = (epoch, window), *found
-        return self._window[1:]
+            self._windows[shard] = (epoch, window), *found
+        return self._windows[shard][1:]
