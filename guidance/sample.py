@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from guidance.prompts import DIRECTIONS, VIEW_WORDS
-from guidance.sds import add_noise, guide, predict_x0, to_epsilon
+from guidance.sds import add_noise, guide, predict_x0, rescaled, to_epsilon
 from guidance.stable_diffusion import DTYPES, StableDiffusion
 
 
-def ddim(prior, noise: Tensor, negative: Tensor, text: Tensor, scale: float, steps: int) -> Tensor:
+def ddim(
+    prior, noise: Tensor, negative: Tensor, text: Tensor, scale: float, steps: int, rescale=0.0
+) -> Tensor:
     """Latents [V, C, h, w] from ``noise`` by DDIM without noise of its own (Song et al. 2020).
 
-    negative, text: [V, L, D] as ``prior.embed`` gives them.
+    negative, text: [V, L, D] as ``prior.embed`` gives them. rescale: see ``guidance.sds.rescaled``.
     """
     total = len(prior.alphas_cumprod)
     times = [round(total * left / steps) - 1 for left in range(steps, 0, -1)]  # T - 1 comes first
@@ -28,10 +30,12 @@ def ddim(prior, noise: Tensor, negative: Tensor, text: Tensor, scale: float, ste
         t = torch.full((len(latents),), now, device=latents.device)
         alpha_bar = prior.alphas_cumprod[t]
         output = prior.predict(latents.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, text]))
-        sides = (
+        without, told = (
             to_epsilon(half, latents, alpha_bar, prior.prediction_type) for half in output.chunk(2)
         )
-        epsilon = guide(*sides, scale)
+        epsilon = guide(without, told, scale)
+        if rescale:
+            epsilon = rescaled(epsilon, told, latents, alpha_bar, rescale)
         latents = predict_x0(epsilon, latents, alpha_bar)
         if after is not None:
             latents = add_noise(latents, epsilon, prior.alphas_cumprod[torch.full_like(t, after)])
@@ -39,7 +43,7 @@ def ddim(prior, noise: Tensor, negative: Tensor, text: Tensor, scale: float, ste
 
 
 def sample(
-    prior, texts: list[str], *, negative="", scale=7.5, steps=25, seed=0, size=None
+    prior, texts: list[str], *, negative="", scale=7.5, rescale=0.0, steps=25, seed=0, size=None
 ) -> Tensor:
     """Pictures [N, 3, size, size] in [0, 1]; each text has its own noise, from ``seed`` on."""
     size = size or prior.native_size
@@ -54,7 +58,7 @@ def sample(
     for part in torch.arange(len(texts)).split(8):
         told = prior.embed([texts[n] for n in part.tolist()])
         untold = prior.embed([negative]).expand_as(told)
-        pictures.append(prior.decode(ddim(prior, noise[part], untold, told, scale, steps)))
+        pictures.append(prior.decode(ddim(prior, noise[part], untold, told, scale, steps, rescale)))
     return torch.cat(pictures).cpu()
 
 
@@ -83,6 +87,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--guidance_dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--scheduler", help="noise schedule instead of the model's own")
     parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 to 1")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=4, help="pictures")
@@ -99,6 +104,8 @@ def main(argv=None) -> None:
         raise ValueError(f"--out {args.out}: expected a name that ends in .png")
     if min(args.steps, args.number) < 1:
         raise ValueError("--steps and --number: expected 1 or more")
+    if not 0 <= args.guidance_rescale <= 1:
+        raise ValueError(f"--guidance_rescale {args.guidance_rescale}: expected 0 to 1")
     model = args.sd_model or str(Path(__file__).parent / "tiny" / "model")
     prior = StableDiffusion(
         model,
@@ -119,6 +126,7 @@ def main(argv=None) -> None:
         texts,
         negative=args.negative_prompt,
         scale=args.guidance_scale,
+        rescale=args.guidance_rescale,
         steps=args.steps,
         seed=args.seed,
         size=args.size,

@@ -46,6 +46,8 @@ def add_guidance_flags(parser) -> None:
         "or a closed-form prior around an orange ball, to test the loop",
     )
     add("--guidance_scale", type=schedule, default="100", help="u + s (c - u); a schedule")
+    add("--guidance_rescale", type=schedule, default="0",
+        help="0 to 1: keep colours from growing with the scale; a schedule")  # fmt: skip
     add("--weighting", choices=("sds", "uniform", "annealed", "fantasia3d"), default="sds",
         help="w(t); annealed: from sds to uniform")  # fmt: skip
     add("--t_min", type=schedule, default="0.02", help="least noise, part of all; a schedule")
@@ -94,7 +96,7 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     reading = args.render_only or args.export
     if args.guidance != "gaussian" and not reading and not (args.prompt or "").strip():
         raise ValueError('--prompt is empty; say what to make: --prompt "a red cone"')
-    for name in ("t_min", "t_max"):
+    for name in ("t_min", "t_max", "guidance_rescale"):
         if not all(0 <= value <= 1 for value in parse_schedule(getattr(args, name))[1]):
             raise ValueError(f"--{name} {getattr(args, name)}; expected parts from 0 to 1")
     steps = {s for n in ("t_min", "t_max") for s in parse_schedule(getattr(args, n))[0]}
@@ -125,6 +127,7 @@ def recipe_fields(args: argparse.Namespace, step: int) -> dict:
         "t_range": (scheduled(args.t_min, step), scheduled(args.t_max, step)),
         "t_anneal": args.t_anneal,
         "progress": min(1.0, step / args.N_iters),
+        "rescale": scheduled(args.guidance_rescale, step),
         "clip": scheduled(args.latent_clip, step),
     }
 

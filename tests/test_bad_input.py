@@ -122,6 +122,7 @@ DREAM_FLAGS = [
     ("--view_spread 1.5", "view_spread"),
     ("--view_spread nan", "view_spread"),
     ("--latent_clip -1", "latent_clip"),
+    ("--guidance_rescale 1.5", "guidance_rescale"),
     ("--perp_neg", "perp_neg"),
     ("--i_attn 1", "i_attn"),
     ("--batch_views 0", "batch_views"),

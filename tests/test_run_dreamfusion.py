@@ -302,7 +302,16 @@ GUIDED = ["--prompt", "a red cube", "--video_frames", 1, "--ema_decay", 0.9]
         ["--guidance", "vsd"],
         ["--guidance", "vsd", "--n_particles", 2],
         ["--guidance", "csd", "--perp_neg", "--negative_front", "a green sphere"],
-        ["--t_anneal", "falling", "--weighting", "annealed", "--latent_clip", "0:1,4:2"],
+        [
+            "--t_anneal",
+            "falling",
+            "--weighting",
+            "annealed",
+            "--latent_clip",
+            "0:1,4:2",
+            "--guidance_rescale",
+            "0:0,4:1",
+        ],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )

@@ -163,13 +163,51 @@ def scores(**others):
 def test_residuals_differ_by_what_they_subtract():
     """sds - csd is u - eps; vsd with a copy that sees the noise is sds, with u it is csd."""
     seen = scores()
-    pulls = {kind: residual(seen._replace(copy=seen.epsilon), 7.5)
+    asked = sds.guided(seen, 7.5)
+    pulls = {kind: residual(asked, seen._replace(copy=seen.epsilon))
              for kind, residual in sds.RESIDUALS.items()}  # fmt: skip
     torch.testing.assert_close(pulls["sds"] - pulls["csd"], seen.negative - seen.epsilon)
     torch.testing.assert_close(pulls["vsd"], pulls["sds"])
-    own = sds.vsd_residual(seen._replace(copy=seen.negative), 7.5)
+    own = sds.vsd_residual(asked, seen._replace(copy=seen.negative))
     torch.testing.assert_close(own, pulls["csd"])
-    torch.testing.assert_close(sds.csd_residual(seen, 3.0), 3.0 * (seen.text - seen.negative))
+    text_alone = sds.csd_residual(sds.guided(seen, 3.0), seen)
+    torch.testing.assert_close(text_alone, 3.0 * (seen.text - seen.negative))
+
+
+def test_rescaling_gives_the_clean_latents_the_contrast_of_the_text_alone():
+    """Deviations of x0 by part: 0 those of the guided one, 1 those of the text; its shape stays."""
+    alpha_bar = ALPHA_BAR[:2]
+    noisy = sds.add_noise(CLEAN[:2], NOISE[:2], alpha_bar)
+    seen = scores()
+    strong = sds.guided(seen, 7.5)
+
+    def x0(epsilon):
+        return sds.predict_x0(epsilon, noisy, alpha_bar).flatten(1)
+
+    weak, guided = x0(seen.text), x0(strong)
+    for part in (0.0, 0.25, 1.0):
+        found = x0(sds.rescaled(strong, seen.text, noisy, alpha_bar, part))
+        wanted = (1 - part) * guided.std(1) + part * weak.std(1)
+        torch.testing.assert_close(found.std(1), wanted, rtol=1e-4, atol=1e-5)
+        cosine = F.cosine_similarity(found, guided)
+        torch.testing.assert_close(cosine, torch.ones(2), rtol=0, atol=1e-5)
+    same = sds.rescaled(seen.text, seen.text, noisy, alpha_bar, 1.0)  # as at scale 1
+    torch.testing.assert_close(same, seen.text, rtol=1e-4, atol=1e-4)
+
+
+def test_rescaling_reaches_the_gradient_and_zero_leaves_it_to_the_bit():
+    prior = Gaussian(torch.device("cpu"))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=generator(11))
+    noise = sds.draw_noise(2, (3, SIZE, SIZE), generator(12))
+    other, text = torch.rand(2, 2, 3, SIZE, SIZE, generator=generator(13))
+
+    def gradient(**fields):
+        recipe = sds.Recipe(scale=7.5, t_range=(0.1, 0.8), **fields)
+        return sds.distill(prior, images, sds.Conditions(other, text), noise, recipe).gradient
+
+    plain = gradient()
+    assert torch.equal(gradient(rescale=0.0), plain)
+    assert gradient(rescale=1.0).norm() < 0.8 * plain.norm()
 
 
 def test_the_perpendicular_part_is_perpendicular_and_the_rest_is_parallel():
