@@ -59,8 +59,8 @@ def main() -> None:
     views = (scoring.AZIMUTHS, scoring.RADIUS, scoring.FOV, scoring.SIZE)
     exact = [judging.outlines(views[0], e, *views[1:]) for e in scoring.ELEVATIONS]
     twice, rows, seconds = doubled(exact), [], {kind: [] for kind in args.kinds}
-    print("| guidance | prompt | IoU 20 / 60 | rank | a b c | doubled front | s | MB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| guidance | prompt | IoU 20 / 60 | rank | a b c | R lit / bare | doubled | s | MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, color in prompts:
         for kind in args.kinds:
             args.flags = [*KINDS[kind], *extra]
@@ -69,14 +69,15 @@ def main() -> None:
             own = scoring.score(seen, name, color, judge, exact)
             marks, (spent, memory) = own.passes(name), scoring.costs(run)
             seconds[kind].append(spent)
+            lit, bare = scoring.r_precision(seen, name, color, judge)
             front = "-"
             if SHAPES[name].second is not None and name in ASYMMETRIC:
                 front = "yes" if has_doubled_front(seen, name, exact, twice) else "no"
             rows.append((f"{kind}: {color} {name}", seen, all(marks)))
             print(
                 f"| {kind} | {color} {name} | {own.iou[0]:.2f} / {own.iou[1]:.2f} | {own.rank} | "
-                f"{' '.join('x' if mark else '-' for mark in marks)} | {front} | {spent:.0f} | "
-                f"{memory:.0f} |",
+                f"{' '.join('x' if mark else '-' for mark in marks)} | {lit:.2f} / {bare:.2f} | "
+                f"{front} | {spent:.0f} | {memory:.0f} |",
                 flush=True,
             )
     scoring.contact_sheet(rows, args.out / "sheet.png")

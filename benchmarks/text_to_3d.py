@@ -166,6 +166,20 @@ def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
     return Score(colored, [o[name] for o in overlaps], [max(o, key=o.get) for o in overlaps], rank)
 
 
+@torch.no_grad()
+def r_precision(seen: Seen, name: str, color: str, judge) -> tuple[float, float]:
+    """Shares of the views that the judge takes for the prompt: in colour, and for its bare shape.
+
+    In colour out of all objects in all colours, bare (white, under a light at the camera) out of
+    all objects; "none" is no answer (DreamFusion's R-precision, section 4, and its "Geo").
+    """
+    lit, bare = (judge(each.flatten(0, 1).clamp(0, 1)) for each in (seen.lit, seen.bare))
+    colored = lit.objects[:, :-1].argmax(-1) == NAMES.index(name)
+    colored &= lit.colors.argmax(-1) == COLOR_NAMES.index(color)
+    shaped = bare.objects[:, :-1].argmax(-1) == NAMES.index(name)
+    return colored.float().mean().item(), shaped.float().mean().item()
+
+
 def contact_sheet(rows: list[tuple[str, Seen, bool]], path: Path) -> None:
     """Per prompt: four views level, lit, two from above; failures have a red bar."""
     from PIL import Image, ImageDraw
@@ -208,7 +222,7 @@ def untrained_model(model: Path, out: Path) -> str:
 
 
 def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> None:
-    passed, crosses, rows = [], [], []
+    passed, crosses, rows, precise = [], [], [], []
     print("| prompt | colour 20 / 60 | IoU 20 / 60 | best overlap | rank | a b c | s | MB |")
     print("|---|---|---|---|---|---|---|---|")
     for (name, color), run in zip(prompts, runs, strict=True):
@@ -220,6 +234,7 @@ def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> N
             if other != name:
                 crosses.append(all(score_as(seen, own, other, other_color, judge, exact)))
         rows.append((article(f"{color} {name}"), seen, all(marks)))
+        precise.append(r_precision(seen, name, color, judge))
         seconds, memory = costs(run)
         print(
             f"| {rows[-1][0]} | {own.colored[0]} / {own.colored[1]} | {own.iou[0]:.2f} / "
@@ -231,6 +246,8 @@ def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> N
     print(f"\npassed: {sum(passed)} of {len(passed)} ({sum(passed) / len(passed):.0%})")
     if crosses:
         print(f"control: scored as another prompt, {sum(crosses)} of {len(crosses)} pass")
+    colored, shaped = torch.tensor(precise).mean(0).tolist()
+    print(f"the judge's R-precision over all views: colour {colored:.1%}, textureless {shaped:.1%}")
     if clip is not None:
         texts = [text for text, *_ in rows]
         for kind in ("lit", "bare"):

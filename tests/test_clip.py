@@ -5,6 +5,7 @@ import torch
 from conftest import REPOSITORY  # noqa: F401  (puts the repository on the path)
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks import judge, text_to_3d
 from benchmarks.clip import Clip, r_precision
 from guidance.tiny import build
 
@@ -27,6 +28,24 @@ def test_r_precision_is_the_share_of_views_nearest_to_their_prompt():
     views[3] = torch.stack([views[3][0], views[0][0]])  # one view looks like another object
     assert r_precision(OneHot(), views, names) == 7 / 8
     assert r_precision(OneHot(), [views[0], views[0]], ["0", "0"]) == 1.0  # one prompt, twice
+
+
+def test_the_judges_r_precision_counts_views_of_the_right_object_and_colour():
+    """A judge that reads the object from red and the colour from green; "none" is no answer."""
+
+    def reads(pictures):
+        objects, colors = pictures[:, 0, 0, 0] * 100, pictures[:, 1, 0, 0] * 100
+        found = torch.nn.functional.one_hot(objects.round().long(), len(judge.OBJECTS)).float()
+        found[:, -1] = 2.0  # surest of "none"
+        return judge.Verdict(found, torch.eye(len(judge.COLORS))[colors.round().long()])
+
+    name, color = judge.OBJECTS[3], judge.COLORS[2]
+    lit, bare = torch.zeros(2, 2, 8, 3, 4, 4)  # [E, V, 3, H, W] each
+    lit[:, :, 0], lit[:, :, 1] = 0.03, 0.02
+    lit[0, :4, 1] = 0.05  # another colour in a quarter of the views
+    bare[1, :, 0] = 0.03  # the right shape in half of them
+    seen = text_to_3d.Seen(None, None, lit, bare)
+    assert text_to_3d.r_precision(seen, name, color, reads) == (0.75, 0.5)
 
 
 def test_a_clip_folder_gives_the_models_own_features(tmp_path):
