@@ -156,6 +156,7 @@ def measure_test(args, run, painter, ema, step) -> None:
         metrics = evaluation.measure_views(
             painter, "test", run.folder / name, args.render_factor, **settings
         )
+    runtime.give_memory_back()
     metrics.update(step=step, weights=ema.kind, args=vars(args))
     run.write_json(f"{name}/metrics.json", metrics)
     run.write_json("metrics.json", metrics)
@@ -177,6 +178,7 @@ def validate(world, run, painter, ema, step) -> float:
         if world.is_main:
             run.validation(step, score, evaluation.validation_strip(painter, step))
     run.say(f"step {step}: validation PSNR {score:.2f}")
+    runtime.give_memory_back()
     return score
 
 
@@ -209,6 +211,7 @@ def render_camera_path(args, run, painter, ema, step) -> None:
             painter, folder, args.render_factor, run.say, scale, key_path=path
         )
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+    runtime.give_memory_back()
 
 
 def open_viewer(args, world, run, scene) -> viewer.Viewer | None:

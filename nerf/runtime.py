@@ -198,6 +198,19 @@ def map_on_threads(function: Callable, items: Iterable, device: torch.device) ->
         torch.set_num_threads(threads)  # a part of that setting is global
 
 
+def give_memory_back() -> None:
+    """Hand what the C library keeps of freed memory back to the system (glibc; else nothing).
+
+    Pictures and steps ask for blocks of other sizes. Between them its heap grows holes, for hours,
+    though what is in use stays the same. Takes milliseconds.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far: of the GPU where there is one, else of this process (resident)."""
     if device.type == "cuda":

@@ -1,9 +1,11 @@
 """data/from_photos.py: what it keeps of photos and videos, poses against the truth, refusals."""
 
+import subprocess
 import sys
 
 import from_photos
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import photos
 import pytest
@@ -100,6 +102,21 @@ def test_frames_of_a_video_are_evenly_spaced_and_sharp(tmp_path):
     still = tmp_path / "still.mp4"
     iio.imwrite(still, np.stack([np.asarray(frames[2])] * 20), fps=10, codec="libx264")
     assert len(photos.take_frames(still, tmp_path / "still", 8, 1600)) == 1
+
+
+def test_a_phones_lying_video_comes_upright_where_it_says_so(tmp_path):
+    """Phones store an upright video as lying frames and a quarter turn in its header."""
+    upright = texture(5, (64, 96))
+    lying = np.asarray(upright.transpose(Image.Transpose.ROTATE_90))
+    iio.imwrite(tmp_path / "lying.mp4", np.stack([lying] * 4), fps=10, codec="libx264")
+    turned = tmp_path / "turned.mp4"
+    turn = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-display_rotation", "-90"]
+    command = [*turn, "-i", str(tmp_path / "lying.mp4"), "-c", "copy", str(turned)]
+    subprocess.run(command, check=True)
+    (kept,) = photos.take_frames(turned, tmp_path / "images", 1, 1600)
+    assert (kept.width, kept.height) == (64, 96)
+    found = np.asarray(Image.open(tmp_path / "images" / kept.name), dtype=float)
+    assert np.abs(found - np.asarray(upright, dtype=float)).mean() < 8  # what two codecs leave
 
 
 # --------------------------------------------------------------------------------------- poses
