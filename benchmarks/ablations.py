@@ -71,6 +71,7 @@ ROWS = {
     "dream": {
         "coarse view words": "",  # filled in by dream_flags
         "no view words": "--view_text none",
+        "colours grow with the scale": "--guidance_rescale 0",
         "guidance scale 1": "--guidance_scale 1",
         "guidance scale 30": "--guidance_scale 30",
         "guidance scale 100": "--guidance_scale 100",
@@ -201,27 +202,32 @@ def kept_figures(args, table: str, row: str, seeds) -> list[dict]:
 
 
 def fill(text: str, args) -> str:
-    """Markdown with every "[table: row: ...]" replaced by what was measured, or "not run"."""
+    """Markdown with "[table: row: ...]" replaced by what --out holds; the rest stays as it is.
+
+    "[table, Lego: row: ...]" is of the runs on the real Lego.
+    """
+    scenes = {"": "demo", ", Lego": "lego"}
 
     def value(match: re.Match) -> str:
-        table, row = match[1], match[2]
+        table, where, row, _ = match.groups()
+        own = argparse.Namespace(**(vars(args) | {"scene": scenes[where]}))
         if row != "base" and row not in ROWS[table]:
             raise SystemExit(f"[{table}: {row}]: no such row; expected some of {list(ROWS[table])}")
         keys, digits = (("iou20", "iou60"), 2) if table == "dream" else (("psnr",), 2)
         if row == "base":
-            runs = kept_figures(args, table, "", BASE_SEEDS)
+            runs = kept_figures(own, table, "", BASE_SEEDS)
             cells = [spread([run[key] for run in runs], digits) for key in keys] if runs else []
         else:
-            base, runs = (kept_figures(args, table, r, args.seeds) for r in ("", row))
+            base, runs = (kept_figures(own, table, r, args.seeds) for r in ("", row))
             both = list(zip(runs, base, strict=True)) if len(runs) == len(base) else []
             cells = [
                 f"{statistics.fmean(run[key] - start[key] for run, start in both):+.{digits}f}"
                 for key in keys
                 if both
             ]
-        return f"[{table}: {row}: {' / '.join(cells) or 'not run'}]"
+        return f"[{table}{where}: {row}: {' / '.join(cells) or match[4]}]"
 
-    return re.sub(r"\[(vanilla|fast|dream): ([^\]:]+): [^\]]*\]", value, text)
+    return re.sub(r"\[(vanilla|fast|dream)(|, Lego): ([^\]:]+): ([^\]]*)\]", value, text)
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ def arguments(tmp_path, **others):
     return argparse.Namespace(**(given | others))
 
 
-def keep(tmp_path, table, row, seed, **figures):
-    place = ablations.run_folder(arguments(tmp_path), table, row, seed).with_suffix(".json")
+def keep(tmp_path, table, row, seed, scene="demo", **figures):
+    args = arguments(tmp_path, scene=scene)
+    place = ablations.run_folder(args, table, row, seed).with_suffix(".json")
     place.write_text(json.dumps(figures))
 
 
@@ -45,6 +46,8 @@ def test_every_flag_named_exists():
 def test_the_page_has_every_row_and_no_other():
     rows = {(table, row) for table in ablations.ROWS for row in ("base", *ablations.ROWS[table])}
     assert {(table, row) for table, row, _ in CELLS} == rows
+    lego = re.findall(r"\[(\w+), Lego: ([^\]:]+): ", PAGE)
+    assert set(lego) == {(table, row) for table, row in rows if table != "dream"}
 
 
 @pytest.mark.parametrize("table", ["vanilla", "fast", "dream"])
@@ -65,11 +68,15 @@ def test_fill_writes_differences_of_the_same_seed(tmp_path):
     for seed, psnr in enumerate((20.0, 21.0, 25.0)):
         keep(tmp_path, "vanilla", "", seed, psnr=psnr, ssim=0.5)
     keep(tmp_path, "vanilla", "float32", 0, psnr=19.5, ssim=0.5)
+    keep(tmp_path, "vanilla", "", 0, scene="lego", psnr=18.0, ssim=0.5)
+    keep(tmp_path, "vanilla", "float32", 0, scene="lego", psnr=18.25, ssim=0.5)
     text = "[vanilla: base: old] [vanilla: float32: old]; [vanilla: no warm-up: +9] [a: b: c]"
+    text += " [vanilla, Lego: float32: not run] [fast, Lego: float32: not run]"
     filled = ablations.fill(text, arguments(tmp_path))
     assert filled == (
         "[vanilla: base: 22.00 (20.00 to 25.00)] [vanilla: float32: -0.50]; "
-        "[vanilla: no warm-up: not run] [a: b: c]"
+        "[vanilla: no warm-up: +9] [a: b: c] [vanilla, Lego: float32: +0.25] "
+        "[fast, Lego: float32: not run]"
     )
     assert ablations.fill(filled, arguments(tmp_path)) == filled
 
