@@ -191,14 +191,16 @@ BUCKET = 1024  # rows that packed queries are rounded up to
 def query_packed(
     field: nn.Module, points: Tensor, viewdirs: Tensor, ray: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """field(points [N, 3], viewdirs [R, 3], ray [N]) with N padded to a multiple of ``BUCKET``.
+    """field(points [N, 3], viewdirs [R, 3], ray [N]) with N and R padded to multiples of ``BUCKET``.
 
     Libraries prepare a matrix product anew for every shape they have not met (for bfloat16 on a CPU
-    that took three quarters of its time); a few shapes that return are prepared once.
+    that took three quarters of its time), and keep what they prepared: a few shapes that return are
+    prepared once.
     """
     num_samples = len(ray)
     padding = -num_samples % BUCKET
     points, ray = F.pad(points, (0, 0, 0, padding)), F.pad(ray, (0, padding))
+    viewdirs = F.pad(viewdirs, (0, 0, 0, -len(viewdirs) % BUCKET))
     density, rgb = field(points, viewdirs, ray)
     return density[:num_samples], rgb[:num_samples]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nerf.encodings import FrequencyEncoding, IdentityEncoding
-from nerf.field import NeRFField
+from nerf.encodings import FrequencyEncoding, IdentityEncoding, TriPlane
+from nerf.field import FeatureField, NeRFField, query_packed
 
 RAYS = 4  # rays; sample counts below differ from it so that mixed-up axes show
 SAMPLES = 6
@@ -178,3 +178,21 @@ def test_outputs_are_float32_and_near_under_autocast(use_viewdirs):
     for parameter in field.parameters():
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+def test_packed_queries_come_in_few_shapes_and_padding_changes_no_value():
+    """Every shape that a library has not met costs it time, and memory that it keeps."""
+    torch.manual_seed(0)
+    field, shapes = FeatureField(TriPlane(16)), set()
+
+    def spy(points, viewdirs, ray):
+        shapes.add((len(points), len(viewdirs)))
+        return field(points, viewdirs, ray)
+
+    for num_rays, num_samples in ((3, 1), (500, 700), (1000, 1023), (1024, 1024), (1, 900)):
+        points, viewdirs = torch.rand(num_samples, 3) * 2 - 1, torch.randn(num_rays, 3)
+        ray = torch.randint(num_rays, (num_samples,)).sort()[0]
+        found = query_packed(spy, points, viewdirs, ray)
+        for own, exact in zip(found, field(points, viewdirs, ray), strict=True):
+            torch.testing.assert_close(own, exact)
+    assert shapes == {(1024, 1024)}
