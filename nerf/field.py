@@ -191,7 +191,7 @@ BUCKET = 1024  # rows that packed queries are rounded up to
 def query_packed(
     field: nn.Module, points: Tensor, viewdirs: Tensor, ray: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """field(points [N, 3], viewdirs [R, 3], ray [N]) with N and R padded to multiples of ``BUCKET``.
+    """field(points [N, 3], viewdirs [R, 3], ray [N]), N and R padded to multiples of ``BUCKET``.
 
     Libraries prepare a matrix product anew for every shape they have not met (for bfloat16 on a CPU
     that took three quarters of its time), and keep what they prepared: a few shapes that return are
