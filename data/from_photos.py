@@ -48,8 +48,13 @@ N_iters = 1500
 i_img = 500
 """
 AROUND = """contract = True
-near_scaling = 3
-lambda_tv = 0.03
+march_steps = 64
+cone_angle = 0.02
+resample = 32
+target_samples = 16384
+grid_res = 256
+near_scaling = 2
+lambda_tv = 0.003
 """
 
 

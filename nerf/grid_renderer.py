@@ -11,7 +11,7 @@ from nerf.field import density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
 from nerf.renderer import RayNoise, Rendered
-from nerf.volume import PACKED_WEIGHTS, scale_gradient, sum_per_ray
+from nerf.volume import PACKED_WEIGHTS, redraw_packed, scale_gradient, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
 DENSITY_SHIFT = 3.0  # of exp: fields start as a thin fog that light gets through
@@ -32,7 +32,8 @@ class GridRenderer(nn.Module):
     nothing transparent can pass for the background. composite: a key of PACKED_WEIGHTS.
     early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
     gradients are scaled down by its square (0: not at all). lambda_tv: weight of the planes'
-    variation in ``penalty``.
+    variation in ``penalty``. resample: samples a ray, redrawn where a first look, without a graph,
+    finds density (0: those that were marched).
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class GridRenderer(nn.Module):
         early_stop: float = 1e-3,
         near_scaling: float = 0.0,
         lambda_tv: float = 0.0,
+        resample: int = 0,
     ):
         super().__init__()
         self.field, self.grid, self.space = field, grid, space
         self.background, self.random_background = background, random_background
         self.target_samples, self.num_rays = target_samples, first_rays
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
-        self.near_scaling, self.lambda_tv = near_scaling, lambda_tv
+        self.near_scaling, self.lambda_tv, self.resample = near_scaling, lambda_tv, resample
         self.num_samples = 0  # of the latest batch
 
     @property
@@ -114,9 +116,11 @@ class GridRenderer(nn.Module):
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """The one level there is, of rays [R]."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
-        samples = self.grid.march(rays, self.space, jitter)
+        samples = self.grid.march(rays, self.space, None if self.resample else jitter)
         num_rays = len(rays.origins)
-        if self.early_stop and self.training:
+        if self.resample:
+            samples = self._redrawn(samples, rays, jitter)
+        elif self.early_stop and self.training:
             samples = self._seen(samples, num_rays)
         self.num_samples = len(samples.ray)
         if background is None:
@@ -160,8 +164,26 @@ class GridRenderer(nn.Module):
         return Samples(*(member.index_select(0, index) for member in samples))
 
     @torch.no_grad()
+    def _redrawn(self, samples: Samples, rays: Rays, u: Tensor | None) -> Samples:
+        """``resample`` samples a ray where the field has light end, of those that were marched.
+
+        Steps across a scene that reaches far are longer than its surfaces are thick.
+        """
+        num_rays, scale = len(rays.origins), rays.directions.norm(dim=-1)
+        sigma = density_of(density_packed(self.field, samples.points))
+        weights = self.packed_weights(sigma, samples.length, samples.ray, num_rays)
+        length = samples.length / scale.index_select(0, samples.ray)
+        packed = weights, samples.t, length, samples.ray
+        ray, t, length = redraw_packed(*packed, num_rays, self.resample, u)
+        origins, directions = (part.index_select(0, ray) for part in rays[:2])
+        points = self.space.to_unit(torch.addcmul(origins, directions, t[:, None]))
+        return Samples(ray, t, length * scale.index_select(0, ray), points)
+
+    @torch.no_grad()
     def render(self, rays: Rays) -> Rendered:
         """Rays [R] front to back, ``SAMPLES_A_ROUND`` samples at a time, until they are opaque."""
+        if self.resample:
+            return self(rays)[0]
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)
         sums = rays.origins.new_zeros(num_rays, 5)
@@ -225,7 +247,8 @@ class GridRenderer(nn.Module):
         fraction = self.grid.fraction
         if fraction == 0:
             return "the occupancy grid is empty: the scene lies outside its box; see --scene_bound"
-        if step >= 2000 and fraction > 0.9:
+        # Most of a contracted space is far away, where hardly anything is known to be empty.
+        if step >= 2000 and fraction > 0.9 and isinstance(self.space, Box):
             return (
                 f"{fraction:.0%} of the occupancy grid is still full: no empty space was found; "
                 "check the poses, or leave --occ_grid out"

@@ -288,6 +288,12 @@ def add_field_flags(parser) -> None:
         default=0.0,
         help="scale gradients nearer than this by the distance squared; 0: do not",
     )
+    add(
+        "--resample",
+        type=not_negative,
+        default=0,
+        help="samples a ray, drawn anew where a first look finds density; 0: those of that look",
+    )
     add("--lambda_tv", type=amount, default=0.0, help="smoothness of tri-planes, e.g. 0.03; 0: off")
     group = parser.add_argument_group("sampling")
     add = group.add_argument
@@ -441,7 +447,7 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
     if args.lambda_tv and args.field != "triplane":
         raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
-    fast_only = [f"--{n}" for n in ("contract", "random_bg") if getattr(args, n)]
+    fast_only = [f"--{n}" for n in ("contract", "random_bg", "resample") if getattr(args, n)]
     fast_only += ["--hull_init on"] * (args.hull_init == "on")
     if fast_only and not args.occ_grid:
         raise ValueError(f"{fast_only[0]} needs --occ_grid (or use --fast); or leave it out")
@@ -534,6 +540,7 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
         early_stop=args.early_stop,
         near_scaling=args.near_scaling,
         lambda_tv=args.lambda_tv,
+        resample=args.resample,
     )
 
 

@@ -5,6 +5,7 @@ Functions that draw take their uniform numbers as an argument; None means determ
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -143,3 +144,59 @@ def sum_per_ray(values: Tensor, ray: Tensor, num_rays: int) -> Tensor:
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
     """``values`` unchanged, whose gradient is multiplied by ``factor`` (broadcast to them)."""
     return values * factor + (values * (1 - factor)).detach()
+
+
+def redraw_packed(
+    weights: Tensor,
+    t: Tensor,
+    length: Tensor,
+    ray: Tensor,
+    num_rays: int,
+    count: int,
+    u: Tensor | None = None,
+    *,
+    floor: float = 0.05,
+    blur: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` samples on every ray that has any, drawn where its light ends (NeRF section 5.2).
+
+    weights, t, length, ray [N] of packed samples, which stand for t - length / 2 to t + length / 2;
+    what lies between those intervals is empty. A ray's light, with ``floor`` > 0 of a whole one
+    spread evenly over them, is cut into parts of equal weight. A new sample stands in the middle
+    of its part, and is as long as the part is outside of gaps: lengths add up to what they were.
+    u [num_rays, 1] in [0, 1) shifts a ray's cuts; None: none. blur: share weights with neighbours
+    first (Barron et al. 2021, mip-NeRF, eq. 18): a surface may lie before the first sample that
+    tells of it. Returns ray, t and length [M].
+    """
+    if not len(ray):
+        return ray, t, length
+    counts = torch.bincount(ray, minlength=num_rays)
+    rows = counts.nonzero()[:, 0]
+    first = torch.cumsum(counts, dim=0) - counts
+    column = torch.arange(len(ray), device=ray.device) - first.index_select(0, ray)
+    row = torch.repeat_interleave(torch.arange(len(rows), device=ray.device), counts[rows])
+    shape = len(rows), int(counts.max())
+
+    def laid_out(values: Tensor) -> Tensor:  # [R, K], zeros behind a ray's last sample
+        return values.new_zeros(shape).index_put((row, column), values)
+
+    start, width, mass = (laid_out(values) for values in (t - length / 2, length, weights))
+    if blur:
+        larger = torch.maximum(mass[:, 1:], mass[:, :-1])  # of two neighbours
+        mass = (F.pad(larger, (0, 1)).maximum(mass) + F.pad(larger, (1, 0)).maximum(mass)) / 2
+        mass = torch.where(width > 0, mass, 0.0)
+    mass = mass + floor * width / width.sum(-1, keepdim=True)
+    behind, reach = (torch.cumsum(values, dim=-1) for values in (mass, width))
+    cuts = torch.arange(count + 1, device=ray.device).expand(len(rows), -1) / count
+    if u is not None:
+        cuts = cuts + (u.index_select(0, rows) - 0.5) / count
+        cuts[:, 0], cuts[:, -1] = 0.0, 1.0
+    places = torch.cat([cuts, (cuts[:, 1:] + cuts[:, :-1]) / 2], dim=-1) * behind[:, -1:]
+    index = torch.searchsorted(behind, places.contiguous()).clamp(max=shape[1] - 1)
+    mass, behind = mass.gather(-1, index), behind.gather(-1, index)
+    # A cut may lie on the end of the last interval; columns without mass are never found before.
+    inside = (1 - (behind - places) / mass).clamp(0, 1) * width.gather(-1, index)
+    ends = (reach - width).gather(-1, index) + inside
+    new_t = (start.gather(-1, index) + inside)[:, count + 1 :]
+    new_length = ends[:, : count + 1].diff(dim=-1)
+    return rows.repeat_interleave(count), new_t.flatten(), new_length.flatten()

@@ -76,6 +76,7 @@ NERF_FLAGS = [
     ("--lambda_tv 1", "triplane"),
     ("--contract", "--occ_grid"),
     ("--random_bg", "--occ_grid"),
+    ("--resample 8", "--occ_grid"),
     ("--perturb nan", "perturb"),
     ("--perturb -1", "perturb"),
     ("--raw_noise_std inf", "raw_noise_std"),

@@ -10,6 +10,7 @@ from nerf.volume import (
     composite,
     disparity,
     interval_lengths,
+    redraw_packed,
     sample_pdf,
     stratified_t,
 )
@@ -223,3 +224,61 @@ def test_disparity_inverts_depth_and_is_zero_at_infinity():
     assert found.tolist() == [0.0, 2.0, 0.25]
     found.sum().backward()
     assert depth.grad.tolist() == [0.0, -4.0, -0.0625]
+
+
+def test_redrawn_samples_carry_equal_light_and_keep_the_length():
+    """Two rays with a gap each, and one without samples, against the definition."""
+    ray = torch.tensor([0, 0, 0, 2, 2])
+    t = torch.tensor([1.5, 2.5, 5.5, 3.0, 4.0])  # intervals 1-2, 2-3, gap, 5-6; 2.5-3.5, 3.5-4.5
+    weights = torch.tensor([0.1, 0.2, 0.6, 0.0, 0.9])
+    exactly = {"floor": 1e-6, "blur": False}
+    rows, where, length = redraw_packed(weights, t, torch.ones(5), ray, 3, 9, **exactly)
+    assert rows.tolist() == [0] * 9 + [2] * 9
+    # Ray 0: nine parts of 0.1: one in the first interval, two in the second, six in the third.
+    middles = [1.5, 2.25, 2.75, *(5 + (n + 0.5) / 6 for n in range(6))]
+    torch.testing.assert_close(where[:9], torch.tensor(middles), atol=1e-5, rtol=0)
+    exact = torch.tensor([1.0, 0.5, 0.5, *[1 / 6] * 6])
+    torch.testing.assert_close(length[:9], exact, atol=1e-5, rtol=0)
+    # Ray 2: all light in its second interval. The first one's length goes to the first part.
+    assert where[9:].min() > 3.5 and where[9:].max() < 4.5
+    torch.testing.assert_close(length[9:].sum(), torch.tensor(2.0), atol=1e-5, rtol=0)
+
+
+def test_a_redrawn_rays_weights_are_shared_with_neighbours_and_stay_on_the_ray():
+    """Weights 0 0 1 0 become 0 1/2 1 1/2; eight parts of 1/4 then."""
+    t, ray = torch.tensor([0.5, 1.5, 2.5, 3.5, 9.0]), torch.tensor([0, 0, 0, 0, 1])
+    weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
+    _, where, _ = redraw_packed(weights, t, torch.ones(5), ray, 2, 8, floor=1e-6)
+    expected = [1.25, 1.75, 2.125, 2.375, 2.625, 2.875, 3.25, 3.75]
+    torch.testing.assert_close(where[:8], torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
+    generator = torch.Generator().manual_seed(0)
+    num_rays, count = 50, 7
+    counts = torch.randint(0, 6, (num_rays,), generator=generator)
+    ray = torch.repeat_interleave(torch.arange(num_rays), counts)
+    length = 0.1 + torch.rand(len(ray), generator=generator)
+    gaps = torch.rand(len(ray), generator=generator)
+    t = torch.cumsum(length + gaps, 0) - length / 2
+    weights = torch.rand(len(ray), generator=generator) ** 8
+    u = torch.rand(num_rays, 1, generator=generator) if shifted else None
+    rows, where, lengths = redraw_packed(weights, t, length, ray, num_rays, count, u)
+    assert rows.tolist() == [r for r in range(num_rays) if counts[r] for _ in range(count)]
+    close = (where[:, None] - t).abs() <= length / 2 + 1e-4
+    assert (close & (rows[:, None] == ray)).any(1).all()
+    assert (where.view(-1, count).diff(dim=-1) > 0).all() and (lengths >= 0).all()
+    whole = torch.zeros(num_rays).index_add(0, ray, length)
+    torch.testing.assert_close(torch.zeros(num_rays).index_add(0, rows, lengths), whole)
+
+
+def test_a_ray_without_light_is_redrawn_evenly_and_no_ray_at_all_is_nothing():
+    rows, where, length = redraw_packed(
+        torch.zeros(2), torch.tensor([0.5, 1.5]), torch.ones(2), torch.zeros(2, dtype=torch.long),
+        1, 4,
+    )  # fmt: skip
+    torch.testing.assert_close(where, torch.tensor([0.25, 0.75, 1.25, 1.75]))
+    torch.testing.assert_close(length, torch.full((4,), 0.5))
+    none = torch.zeros(0)
+    assert all(len(part) == 0 for part in redraw_packed(none, none, none, none.long(), 5, 4))
