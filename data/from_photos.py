@@ -44,7 +44,7 @@ amp = bf16
 lrate = 2e-3
 lrate_warmup = 20
 lr_schedule = cosine
-N_iters = 1500
+N_iters = 2500
 i_img = 500
 """
 AROUND = """contract = True

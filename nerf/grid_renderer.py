@@ -16,6 +16,7 @@ from nerf.volume import PACKED_WEIGHTS, redraw_packed, scale_gradient, sum_per_r
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
 DENSITY_SHIFT = 3.0  # of exp: fields start as a thin fog that light gets through
 FEWEST_RAYS, MOST_RAYS = 256, 1 << 15
+REDRAW_AFTER = 500  # steps; before, fog at the cameras would draw all samples to itself, and stay
 SAMPLES_A_ROUND = 8  # per ray, between two looks at which rays are already opaque
 
 
@@ -33,7 +34,7 @@ class GridRenderer(nn.Module):
     early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
     gradients are scaled down by its square (0: not at all). lambda_tv: weight of the planes'
     variation in ``penalty``. resample: samples a ray, redrawn where a first look, without a graph,
-    finds density (0: those that were marched).
+    finds density (0: those that were marched); from step ``REDRAW_AFTER`` on.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GridRenderer(nn.Module):
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
         self.near_scaling, self.lambda_tv, self.resample = near_scaling, lambda_tv, resample
         self.num_samples = 0  # of the latest batch
+        self.redraws = resample > 0  # now: not during the first steps
 
     @property
     def fields(self) -> list[nn.Module]:
@@ -96,6 +98,7 @@ class GridRenderer(nn.Module):
 
     def prepare_step(self, step: int, generator: torch.Generator) -> None:
         """Keep the grid up to date. The same on every rank: same weights, same draws."""
+        self.redraws = self.resample > 0 and step >= REDRAW_AFTER
         if step % UPDATE_EVERY == 0:
             self.grid.update(
                 lambda points: density_of(self.field.density(points)),
@@ -116,9 +119,9 @@ class GridRenderer(nn.Module):
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """The one level there is, of rays [R]."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
-        samples = self.grid.march(rays, self.space, None if self.resample else jitter)
+        samples = self.grid.march(rays, self.space, None if self.redraws else jitter)
         num_rays = len(rays.origins)
-        if self.resample:
+        if self.redraws:
             samples = self._redrawn(samples, rays, jitter)
         elif self.early_stop and self.training:
             samples = self._seen(samples, num_rays)
@@ -182,7 +185,7 @@ class GridRenderer(nn.Module):
     @torch.no_grad()
     def render(self, rays: Rays) -> Rendered:
         """Rays [R] front to back, ``SAMPLES_A_ROUND`` samples at a time, until they are opaque."""
-        if self.resample:
+        if self.redraws:
             return self(rays)[0]
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)

@@ -5,7 +5,7 @@ import torch
 
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
-from nerf.grid_renderer import GridRenderer
+from nerf.grid_renderer import REDRAW_AFTER, GridRenderer
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.volume import scale_gradient
 from tests.test_occupancy import random_rays
@@ -133,4 +133,10 @@ def test_redrawn_samples_learn_and_are_as_many_as_asked_for():
     (rendered,) = renderer(rays, noise)
     assert renderer.num_samples % 12 == 0 and 0 < renderer.num_samples <= 600
     rendered.rgb.sum().backward()
+    renderer.prepare_step(REDRAW_AFTER - 1, torch.Generator().manual_seed(0))
+    renderer(rays, noise)
+    assert renderer.num_samples > 600  # those that were marched
+    renderer.prepare_step(REDRAW_AFTER, torch.Generator().manual_seed(0))
+    renderer(rays, noise)
+    assert renderer.num_samples <= 600
     assert all(parameter.grad.abs().sum() > 0 for parameter in renderer.field.parameters())
