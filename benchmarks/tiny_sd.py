@@ -63,7 +63,9 @@ def load(folder: Path):
     return pipeline
 
 
-def sample(pipeline, texts: list[str], scale: float, steps: int, seed: int) -> Tensor:
+def sample(
+    pipeline, texts: list[str], scale: float, steps: int, seed: int, rescale: float = 0.0
+) -> Tensor:
     """Pictures [N, 3, H, W] in [0, 1]; each has its own seed, whatever the batch."""
     images = []
     for first in range(0, len(texts), 32):
@@ -72,6 +74,7 @@ def sample(pipeline, texts: list[str], scale: float, steps: int, seed: int) -> T
         found = pipeline(
             part,
             guidance_scale=scale,
+            guidance_rescale=rescale,
             num_inference_steps=steps,
             generator=generators,
             output_type="pt",
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--judge", type=Path, default=ROOT / "logs" / "judge.pt")
     parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--guidance_rescale", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=25, help="of DDIM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, default=ROOT / "logs" / "tiny_sd.png")
@@ -93,7 +97,8 @@ def main() -> None:
     judge, asked = judging.load(args.judge), prompts()
     print("judge, on renders it never saw:", judging.accuracy(judge))
     texts = [text for text, *_ in asked]
-    images = sample(load(args.model), texts, args.guidance_scale, args.steps, args.seed)
+    how = args.guidance_scale, args.steps, args.seed, args.guidance_rescale
+    images = sample(load(args.model), texts, *how)
     write_png(args.grid, sheet(images[:256], columns=len(NAMES), side=64))
     report(judge(images), asked)
 
