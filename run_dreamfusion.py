@@ -452,6 +452,11 @@ class Drawn(NamedTuple):
         )  # fmt: skip
 
 
+def seen_size(args, prior, size: int) -> int:
+    """Pixels per side of what the prior sees of a render of ``size``."""
+    return args.guidance_res or prior.native_size or size
+
+
 def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
     ranges = dream_options.orbit_ranges(args)
@@ -462,7 +467,8 @@ def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     look = draw_look(cameras.c2w[:, :, 3], settings, generator, lit=lit)
     options = {"generator": generator, "device": generator.device}
     jitter = torch.rand(args.batch_views * size * size, 1, **options)
-    noise = sds.draw_noise(args.batch_views, prior.latent_shape(size, size), generator)
+    seen = seen_size(args, prior, size)
+    noise = sds.draw_noise(args.batch_views, prior.latent_shape(seen, seen), generator)
     return Drawn(cameras, look, jitter.view(args.batch_views, -1), noise, look.is_lit)
 
 
@@ -534,8 +540,9 @@ def backward(args, world, model, renderer, scaler, guide, drawn, step, views: in
             out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
         conditions = guide.conditions(cameras, size, look.background)
-        seen = guide.copy.at(cameras.c2w) if guide.copy is not None else None
-        distilled = sds.distill(guide.prior, images, conditions, noise, recipe, seen)
+        copy = guide.copy.at(cameras.c2w) if guide.copy is not None else None
+        shown = sds.resized(images, seen_size(args, guide.prior, size))
+        distilled = sds.distill(guide.prior, shown, conditions, noise, recipe, copy)
         weight, shape = scheduled(args.lambda_sds, step), shape_losses(args, step, out, renderer)
         loss = weight * distilled.loss + shape
         scaler.scale(loss * (len(images) / num_views)).backward()  # DDP averages the gradients here

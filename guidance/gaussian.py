@@ -21,6 +21,7 @@ class Gaussian:
     """The prior N(mu, deviation^2) with Stable Diffusion's noise schedule; conditions are mu."""
 
     prediction_type = "epsilon"
+    native_size = 0  # any
 
     def __init__(self, device: torch.device, deviation: float = 0.1, num_timesteps: int = 1000):
         beta = torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, device=device) ** 2

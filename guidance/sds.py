@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -261,6 +262,20 @@ class SpecifyGradient(torch.autograd.Function):
     def backward(ctx, arriving: Tensor):
         (gradient,) = ctx.saved_tensors
         return (arriving * gradient).to(ctx.dtype), None
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """images [V, 3, H, W] -> [V, 3, size, size], bilinear; averaged where they shrink.
+
+    A prior only knows pictures of the size that it learnt from: a render of 64 x 64 pixels is shown
+    to Stable Diffusion as 512 x 512, 64 x 64 latents, not as 8 x 8.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    shrinks = size < min(images.shape[-2:])
+    return F.interpolate(
+        images, (size, size), mode="bilinear", align_corners=False, antialias=shrinks
+    )
 
 
 def score(prior, noisy: Tensor, t: Tensor, epsilon: Tensor, conditions: Conditions) -> Scores:

@@ -79,6 +79,8 @@ def add_model_flags(parser) -> None:
     add("--sd_model", default="guidance/tiny/model", help="folder or hub id of a Stable Diffusion")
     options.add_switch(group, "local_files_only", "never ask the hub")
     options.add_switch(group, "allow_pickle", "open .bin weights, which can run code")
+    add("--guidance_res", type=options.not_negative, default=0,
+        help="pixels per side that renders are shown to the model at; 0: its own")  # fmt: skip
     add("--scheduler", help="noise schedule instead of the model's own: ddim, ddpm, pndm ...")
     add("--guidance_dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="precision of the model; auto: fp16 on a GPU, else fp32")  # fmt: skip
@@ -108,6 +110,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}; expected 0 or more")
     if args.guidance == "gaussian" and (args.perp_neg or args.i_attn):
         raise ValueError("--guidance gaussian has no words: leave out --perp_neg and --i_attn")
+    if args.guidance == "gaussian" and args.guidance_res:
+        raise ValueError("--guidance gaussian sees renders as they are: leave out --guidance_res")
     if args.perp_neg and args.space == "2d":
         raise ValueError("--perp_neg tells views apart, and --space 2d has none; leave it out")
     if args.guidance != "vsd":
@@ -158,4 +162,4 @@ def next_saving(args: argparse.Namespace, device_type: str) -> str:
         }
         if usable.get(name, True) and getattr(args, name) not in values:
             return f"try {advice}"
-    return f"lower --train_res {args.train_res} or --batch_views {args.batch_views}"
+    return f"lower --batch_views {args.batch_views}, --train_res {args.train_res} or --guidance_res"

@@ -122,7 +122,7 @@ def test_out_of_memory_names_the_next_flag_each_time():
     assert named == [
         "guidance_dtype", "vae_checkpointing", "vae_slicing", "attention_slicing", "offload"
     ]  # fmt: skip
-    assert advice == "lower --train_res 64 or --batch_views 4"
+    assert advice == "lower --batch_views 4, --train_res 64 or --guidance_res"
     args.vae_slicing = False
     assert next_saving(args, "cpu") == "try --vae_slicing"
 

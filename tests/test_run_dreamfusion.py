@@ -20,6 +20,7 @@ from test_stable_diffusion import tiny_sd_folder
 import run_dreamfusion
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
+from guidance.stable_diffusion import StableDiffusion
 from nerf.checkpoint import list_checkpoints
 
 TINY = (
@@ -273,8 +274,27 @@ def test_mistakes_are_one_line(tiny, flags, complaint):
 
 
 def test_a_model_whose_vae_cannot_divide_the_size(tiny, sd_folder):
-    line = one_line(script(*with_model(tiny, sd_folder, "--train_res", "15", "--N_iters", "1")))
+    line = one_line(script(*with_model(tiny, sd_folder, "--guidance_res", "15", "--N_iters", "1")))
     assert "15" in line
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [((), None), (("--guidance_res", "16"), 16)])
+def test_the_model_sees_pictures_of_its_own_size(
+    tiny, sd_folder, tmp_path, monkeypatch, flags, wanted
+):
+    """Whatever the renders' size: 8 x 8 latents of a 64 x 64 render are nothing that it knows."""
+    seen, encode = [], StableDiffusion.encode
+
+    def spy(model, images, noise):
+        seen.append((*images.shape[-2:], model.native_size))
+        return encode(model, images, noise)
+
+    monkeypatch.setattr(StableDiffusion, "encode", spy)
+    sizes = ["--train_res", "0:9,1:12", "--N_iters", "2", "--prompt", "a cube"]
+    assert run_dreamfusion.main([str(w) for w in with_model(tiny, sd_folder, *sizes, *flags)]) == 0
+    assert len(seen) == 2
+    for height, width, native in seen:
+        assert height == width == (wanted or native)
 
 
 def test_collapse_is_said(tiny):

@@ -210,6 +210,18 @@ def test_rescaling_reaches_the_gradient_and_zero_leaves_it_to_the_bit():
     assert gradient(rescale=1.0).norm() < 0.8 * plain.norm()
 
 
+def test_resizing_keeps_ramps_means_and_what_fits():
+    images = torch.rand(2, 3, 8, 8, generator=generator(14))
+    assert sds.resized(images, 8) is images
+    ramp = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+    larger, smaller = sds.resized(ramp, 32), sds.resized(ramp, 4)
+    step = (larger[0, 0, 0, 1:] - larger[0, 0, 0, :-1])[4:-4]  # but for the rim
+    torch.testing.assert_close(step, torch.full_like(step, 1 / 28), atol=1e-5, rtol=0)
+    stripes = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
+    assert (sds.resized(stripes, 4) - 0.5).abs().max() < 0.15  # averaged, not picked
+    torch.testing.assert_close(smaller.mean(), ramp.mean())
+
+
 def test_the_perpendicular_part_is_perpendicular_and_the_rest_is_parallel():
     vector, axis = (torch.randn(3, 4, 5, 6, generator=generator(n)) for n in (1, 2))
     away = sds.perpendicular(vector, axis)
