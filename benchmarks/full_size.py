@@ -1,0 +1,174 @@
+"""One guidance step of a Stable Diffusion of full size: seconds, split, and memory.
+
+    python benchmarks/full_size.py --device cuda --steps 20           # fp16 there, bf16 on a CPU
+    python benchmarks/full_size.py --device cuda --flags channels_last vae_checkpointing
+
+The weights are random, in the layout and the sizes of Stable Diffusion 1.5 (860 million weights in
+the U-Net), written once to --work; what a step costs does not hang on their values. Beside it, on
+the same weights and in turn, the formula that stable-dreamfusion uses (its guidance/sd_utils.py, in
+our words): half precision throughout, a graph for the encoder, the loss as a distance to a target.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from guidance import sds  # noqa: E402
+from guidance.memory import Memory  # noqa: E402
+from guidance.stable_diffusion import DTYPES, StableDiffusion  # noqa: E402
+from guidance.tiny import build  # noqa: E402
+from nerf.runtime import peak_memory_mb  # noqa: E402
+
+WORDS = ["a", "dslr", "photo", "of", "hamburger", "front", "view"]
+
+
+def write_model(folder: Path) -> None:
+    """A random model in Stable Diffusion 1.5's sizes, in half precision."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = build.make_tokenizer(WORDS, folder / "words")
+    tokenizer.model_max_length = 77
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, projection_dim=768,
+            num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest is its default
+    build.write_folder(folder, tokenizer, text, vae, unet, {})
+    (folder / "vocabulary.json").unlink()
+
+
+class Watch:
+    """Seconds spent in what is wrapped, between two moments at which the device is idle."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def timed(self, name: str, function):
+        def call(*args, **kwargs):
+            start = self.now()
+            result = function(*args, **kwargs)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+            return result
+
+        return call
+
+
+def ours(prior, images, conditions, generator, encode, predict) -> None:
+    """The step of run_dreamfusion.py, from the rendered pictures on and back to them."""
+    size = prior.native_size
+    noise = sds.draw_noise(len(images), prior.latent_shape(size, size), generator)
+    prior.encode, prior.predict = encode, predict
+    shown = sds.resized(images, size)
+    sds.distill(prior, shown, conditions, noise, sds.Recipe()).loss.backward()
+
+
+def peer(prior, images, conditions, generator, encode, predict) -> None:
+    """stable-dreamfusion's: noise added and target made without a graph, mean squared distance."""
+    size, dtype = prior.native_size, prior.dtype
+    shown = F.interpolate(images, (size, size), mode="bilinear", align_corners=False).to(dtype)
+    posterior = encode(2 * shown - 1)
+    latents = posterior.sample(generator) * prior.vae.config.scaling_factor
+    with torch.no_grad():
+        t = torch.randint(20, 981, (len(images),), generator=generator, device=images.device)
+        noise = torch.randn(latents.shape, generator=generator, device=images.device, dtype=dtype)
+        alpha_bar = prior.alphas_cumprod[t]
+        noisy = sds.add_noise(latents.float(), noise.float(), alpha_bar).to(dtype)
+        both = torch.cat([conditions.negative, conditions.text]).to(dtype)
+        output = predict(torch.cat([noisy] * 2), torch.cat([t] * 2), both)
+        without, told = output.chunk(2)
+        found = without + 100 * (told - without)
+        gradient = torch.nan_to_num((1 - sds.like(alpha_bar, noise)) * (found - noise))
+        target = (latents - gradient).detach()
+    loss = 0.5 * F.mse_loss(latents.float(), target.float(), reduction="sum") / len(images)
+    loss.backward()
+
+
+def measure(prior, step, calls, args, device) -> dict[str, float]:
+    """Medians over --steps of a whole step and its parts; the first one warms up."""
+    conditions = sds.Conditions(
+        prior.embed([""]).expand(args.views, -1, -1),
+        prior.embed(["a dslr photo of a hamburger"]).expand(args.views, -1, -1),
+    )
+    rows = []
+    for number in range(args.steps + 1):
+        generator = torch.Generator(device).manual_seed(number)
+        images = torch.rand(
+            args.views, 3, args.train_res, args.train_res, generator=generator, device=device
+        ).requires_grad_()
+        watch = Watch(device)
+        start = watch.now()
+        wrapped = (watch.timed(name, call) for name, call in calls.items())
+        step(prior, images, conditions, generator, *wrapped)
+        whole = watch.now() - start
+        assert images.grad is not None
+        rows.append({"step": whole, **watch.seconds, "rest": whole - sum(watch.seconds.values())})
+    return {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--work", type=Path, default=ROOT / "logs" / "full_size")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--train_res", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, bf16 on a CPU")
+    parser.add_argument("--flags", nargs="*", default=[], help="switches of guidance.memory.Memory")
+    parser.add_argument("--only", choices=("ours", "peer"), help="for its own peak memory")
+    args = parser.parse_args()
+    device, sizes = args.device, args.train_res
+    if not args.work.exists():
+        write_model(args.work)
+    dtype = args.dtype or ("fp16" if device.type == "cuda" else "bf16")
+    memory = Memory(**dict.fromkeys(args.flags, True))
+    prior = StableDiffusion(str(args.work), device, dtype=dtype, memory=memory)
+    plain_encode, plain_predict = prior.encode, prior.predict
+
+    def peer_unet(noisy, t, embeddings):
+        return prior.unet(noisy, t, encoder_hidden_states=embeddings).sample
+
+    programs = {
+        "ours": (ours, {"encode": plain_encode, "unet": plain_predict}),
+        "peer": (peer, {"encode": lambda x: prior.vae.encode(x).latent_dist, "unet": peer_unet}),
+    }
+    print(f"{dtype}, {args.views} view(s), {args.steps} steps, {' '.join(args.flags) or 'plain'}")
+    print("| program | render | step, s | encode | U-Net | backward and rest | peak MB |")
+    print("|---|---|---|---|---|---|---|")
+    for args.train_res in sizes:
+        for name, (step, calls) in programs.items():
+            if args.only in (None, name):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                found = measure(prior, step, calls, args, device)
+                print(
+                    f"| {name} | {args.train_res} | {found['step']:.3f} | {found['encode']:.3f} | "
+                    f"{found['unet']:.3f} | {found['rest']:.3f} | {peak_memory_mb(device):.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
