@@ -140,7 +140,7 @@ def main() -> None:
         config = config.replace(str(scene), str(other)).replace(
             "expname = scene", "expname = phone"
         )
-        config = re.sub(r"factor = \d+", f"factor = {-(-max(SIZE) // TRAINED_SIDE)}", config)
+        config = re.sub(r"factor = \d+", f"downscale = {-(-max(SIZE) // TRAINED_SIDE)}", config)
         (other / "config.txt").write_text(config, encoding="utf-8")
         train("transforms", other / "config.txt", args.out, args.flags)
 
