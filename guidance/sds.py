@@ -206,8 +206,8 @@ def rescaled(
     as Shi et al. 2024, MVDream, do). text: the noise that the model sees, told the prompt.
     """
     guided_x0, text_x0 = (predict_x0(each, noisy, alpha_bar) for each in (epsilon, text))
-    deviation = guided_x0.flatten(1).std(1).clamp(min=1e-6)  # a flat picture stays as it is
-    factor = 1 - part + part * text_x0.flatten(1).std(1) / deviation
+    own, wanted = (x0.flatten(1).std(1) for x0 in (guided_x0, text_x0))
+    factor = 1 - part + part * wanted / own.clamp(min=1e-6)  # latents' deviation is about 1
     return _from_sample(like(factor, noisy) * guided_x0, noisy, like(alpha_bar, noisy))
 
 
