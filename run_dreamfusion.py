@@ -687,4 +687,4 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.leave(main())

@@ -487,4 +487,4 @@ def train_attempt(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.leave(main())

@@ -334,6 +334,21 @@ def test_peak_memory_is_this_process_own_not_its_parents():
     assert 50 < float(done.stdout) < own - 200 and len(held) > 0
 
 
+@pytest.mark.parametrize(("size", "ended"), [("1", True), ("2", False)])
+def test_one_of_several_processes_leaves_without_the_interpreters_end(size, ended):
+    """What was printed is there, the code is told; teardown, where threads abort, is left out."""
+    code = (
+        "import atexit; from nerf import runtime\n"
+        "atexit.register(print, 'torn down'); print('done'); runtime.leave(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "WORLD_SIZE": size},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.split("\n")[:-1] == ["done", "torn down"][: 1 + ended]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc_trim")
 def test_freed_memory_between_blocks_in_use_goes_back_to_the_system():
     """In a process of its own: blocks in use at every 4 MB keep a heap from shrinking by itself."""

@@ -54,6 +54,7 @@ if world.is_main:
     torch.save(torch.stack(every), sys.argv[2])
 world.barrier()
 runtime.cleanup()
+runtime.leave(0)
 """
 
 
