@@ -32,25 +32,12 @@ from guidance.lora import load_lora, save_lora
 from guidance.prompts import VIEW_WORDS, ViewPrompts, towards_middle, view_texts
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import RenderCopy
-from nerf import (
-    checkpoint,
-    dream_options,
-    guidance_options,
-    losses,
-    options,
-    recovery,
-    runtime,
-    viewer,
-)
-from nerf.camera_path import read_path
-from nerf.cameras import OrbitCameras, random_orbit_cameras
-from nerf.ema import EMA
-from nerf.health import Collapse
-from nerf.logs import Clock, Progress, RunFolder, Speed
-from nerf.report import try_report
-from nerf.schedules import scheduled, stepped
-from nerf.shading import Look, draw_look
-from nerf.studio import (
+from nerf import build
+from nerf.flags import common as common_flags
+from nerf.flags import dreamfusion as dream_flags
+from nerf.outputs import viewer
+from nerf.outputs.camera_path import read_path
+from nerf.outputs.object import (
     MODES,
     Studio,
     look_at,
@@ -59,6 +46,16 @@ from nerf.studio import (
     write_preview,
     write_turntable,
 )
+from nerf.outputs.report import try_report
+from nerf.text3d import losses
+from nerf.text3d.collapse import Collapse
+from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
+from nerf.text3d.shading import Look, draw_look
+from nerf.training import checkpoint, distributed, entry, recovery, rng, system
+from nerf.training.ema import EMA
+from nerf.training.progress import Clock, Progress, Speed
+from nerf.training.run_folder import RunFolder, newest_run
+from nerf.training.schedules import scheduled, stepped
 
 
 def every(step: int, interval: int) -> bool:
@@ -66,16 +63,15 @@ def every(step: int, interval: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = dream_options.dream_parser()
-    args = options.parse(parser, argv, lambda args: dream_options.slug(args.prompt or ""))
+    args = dream_flags.parse(argv)
     try:
-        world = runtime.setup(args.device)
+        world = distributed.setup(args.device)
         if not args.prompt_file:
             return run_prompt(args, world, {})
         code, priors = 0, {}  # the model is read once
-        for prompt in dream_options.read_prompts(Path(args.prompt_file)):
+        for prompt in dream_flags.read_prompts(Path(args.prompt_file)):
             own = argparse.Namespace(**vars(args))
-            own.prompt, own.expname = prompt, dream_options.slug(prompt)
+            own.prompt, own.expname = prompt, dream_flags.slug(prompt)
             code = run_prompt(own, world, priors)
             if code >= 128:  # stopped by a signal
                 break
@@ -84,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run_dreamfusion.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
     finally:
-        runtime.cleanup()
+        distributed.cleanup()
 
 
 def run_prompt(args, world, priors: dict) -> int:
@@ -95,8 +91,8 @@ def run_prompt(args, world, priors: dict) -> int:
     if args.viewer and world.is_main and not args.export:
         viewer.check_server(args.viewer_host, args.viewer_port)
     if reading:
-        dream_options.find_run(args)
-    dream_options.check_dream_flags(args, world.size)
+        name_run_to_read(args)
+    dream_flags.check_dream_flags(args, world.size)
     folder = Path(args.basedir) / args.expname
     if reading and not args.ft_path and not folder.is_dir():
         raise ValueError(f"{folder}: no checkpoint there; train first, or name one: --ft_path")
@@ -108,7 +104,7 @@ def run_prompt(args, world, priors: dict) -> int:
     except (MemoryError, RuntimeError) as error:
         if not recovery.out_of_memory(error):
             raise
-        advice = guidance_options.next_saving(args, world.device.type)
+        advice = build.next_saving(args, world.device.type)
         raise ValueError(
             f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
         ) from None
@@ -119,17 +115,30 @@ def run_prompt(args, world, priors: dict) -> int:
         run.close()
 
 
+def name_run_to_read(args) -> None:
+    """Name the run that ``--render_only`` or ``--export`` reads, where no text was given."""
+    if args.prompt or args.ft_path or args.expname != dream_flags.slug(""):
+        return
+    name = newest_run(Path(args.basedir), args.config, needs="guidance")
+    if name is None:
+        raise ValueError(
+            f"{args.basedir}: no run of {args.config or 'run_dreamfusion.py'} in it; train one, or "
+            "name it by --prompt or --expname"
+        )
+    args.expname = name
+
+
 # ------------------------------------------------------------------------------------ set-up
 
 
 def prepare(args, world):
     """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
-    runtime.seed_everything(args.seed)  # the same on all ranks: same initial weights
-    renderer = dream_options.object_renderer(args).to(world.device)
-    groups = options.parameter_groups(renderer, args)
+    rng.seed_everything(args.seed)  # the same on all ranks: same initial weights
+    renderer = build.object_renderer(args).to(world.device)
+    groups = build.parameter_groups(renderer, args)
     fused = world.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=(0.9, 0.99), eps=1e-15, fused=fused)
-    scaler = runtime.grad_scaler(world.device, args.amp)
+    scaler = system.grad_scaler(world.device, args.amp)
     return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
 
 
@@ -179,7 +188,7 @@ def make_guide(args, world, run, priors: dict, found) -> Guide:
 def open_model(args, world, run, path: str, priors: dict):
     """The frozen diffusion model at ``path``; ``priors`` keeps it for the next prompt."""
     if path not in priors:
-        saving = memory.Memory(**guidance_options.memory_fields(args))
+        saving = memory.Memory(**build.memory_fields(args))
         trains = args.guidance == "vsd"
         saving.check(world.device, trains_unet=trains, wants_maps=bool(args.i_attn))
         beside = Path(__file__).parent / path  # the embedded model, from anywhere
@@ -216,7 +225,7 @@ def make_conditions(args, prior, run):
             return sds.Conditions(picture, picture)
 
         return target
-    flags = dict(zip(VIEW_WORDS, guidance_options.VIEWS, strict=True))
+    flags = dict(zip(VIEW_WORDS, dream_flags.VIEWS, strict=True))
     own = {word: getattr(args, f"prompt_{view}") for word, view in flags.items()}
     known, placement = prior.vocabulary and prior.vocabulary["views"], args.view_text
     texts = view_texts(
@@ -249,7 +258,7 @@ def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
             f"--lora_model {args.lora_model}: latents {base.latent_shape(64, 64)} of a 64 x 64 "
             f"picture, --sd_model {args.sd_model} has {prior.latent_shape(64, 64)}; use one family"
         )
-    runtime.seed_everything(args.seed)  # the same on all ranks: same first adapters
+    rng.seed_everything(args.seed)  # the same on all ranks: same first adapters
     copy = RenderCopy(
         base,
         base.embed([args.prompt]),
@@ -265,7 +274,7 @@ def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
 
 def check_resume(path, state, args, prior) -> None:
     """ValueError if the checkpoint at ``path`` was made for another text, model or network."""
-    refused = options.structural_changes(state.get("args", {}), args, dream_options.STRUCTURAL)
+    refused = common_flags.structural_changes(state.get("args", {}), args, dream_flags.STRUCTURAL)
     before, now = state.get("model"), prior.fingerprint
     if before != now:
         refused.append(f"the model: {before} -> {now} ({args.sd_model})")
@@ -286,7 +295,7 @@ def resume(found, args, run, parts, guide) -> tuple[int, Clock]:
             start_from(args, run, *parts)
         return 0, Clock()
     path, state = found
-    for change in options.other_changes(state.get("args", {}), args, dream_options.STRUCTURAL):
+    for change in common_flags.other_changes(state.get("args", {}), args, dream_flags.STRUCTURAL):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, *parts)
     if guide.copy is not None:
@@ -372,7 +381,7 @@ def read_run(args, world, run) -> int:
     if found is None:
         raise ValueError(f"{run.folder}: no checkpoint there; train first, or name one: --ft_path")
     path, state = found
-    dream_options.adopt(args, state.get("args", {}), run.say)
+    build.adopt(args, state.get("args", {}), run.say)
     renderer = prepare(args, world)[0]
     ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
     checkpoint.restore(path, state, run.say, renderer, ema=ema)
@@ -385,7 +394,7 @@ def read_run(args, world, run) -> int:
         cameras = path_cameras(studio, *read_path(Path(args.camera_path)))
         write_turntable(studio, step, len(cameras.c2w), cameras)
     elif window := open_viewer(args, world, run, studio):
-        with runtime.StopSignal() as stop, window:
+        with system.StopSignal() as stop, window:
             window.serve(lambda: bool(stop.number))
     else:
         write_turntable(studio, step, args.video_frames)
@@ -459,11 +468,11 @@ def seen_size(args, prior, size: int) -> int:
 
 def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
-    ranges = dream_options.orbit_ranges(args)
+    ranges = build.orbit_ranges(args)
     if args.view_spread < 1:
         ranges = ranges._replace(settle=partial(towards_middle, share=args.view_spread))
     cameras = random_orbit_cameras(args.batch_views, ranges, generator)
-    settings, lit = dream_options.look_settings(args), step >= args.albedo_steps
+    settings, lit = build.look_settings(args), step >= args.albedo_steps
     look = draw_look(cameras.c2w[:, :, 3], settings, generator, lit=lit)
     options = {"generator": generator, "device": generator.device}
     jitter = torch.rand(args.batch_views * size * size, 1, **options)
@@ -530,12 +539,12 @@ def backward(args, world, model, renderer, scaler, guide, drawn, step, views: in
     """Gradients of all ``drawn`` views, so many ``views`` at a time: they add up to the same."""
     renderer.zero_grad(set_to_none=True)  # of an attempt that did not fit
     size, num_views = stepped(args.train_res, step), len(drawn.jitter)
-    recipe = sds.Recipe(**guidance_options.recipe_fields(args, step))
+    recipe = sds.Recipe(**build.recipe_fields(args, step))
     pieces = []
     for start in range(0, num_views, views):
         cameras, look, jitter, noise, lit = drawn.part(slice(start, start + views))
         renderer.first = world.rank * num_views + start  # of a picture each, in 2-D
-        with runtime.autocast(world.device, args.amp):
+        with system.autocast(world.device, args.amp):
             rays = cameras.rays(size, size)
             out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
@@ -567,12 +576,12 @@ def train(args, world, run, priors: dict) -> int:
     find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.say)
     found = find(reload=not args.no_reload)
     guide = make_guide(args, world, run, priors, found)
-    run.record(vars(args), options.as_config(args, dream_options.dream_parser()))
+    run.record(vars(args), common_flags.as_config(args, dream_flags.dream_parser()))
     if args.wandb:
         run.start_wandb(vars(args))
     returns = recovery.Returns(found[1].get("draws", 0) if found else 0)
     try:
-        with runtime.StopSignal() as stop:
+        with system.StopSignal() as stop:
             while True:
                 try:
                     return train_attempt(args, world, run, stop, found, guide, returns)
@@ -597,7 +606,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     watch, left_out = recovery.FiniteWatch(), 0
     seed, views = args.seed + returns.offset(), args.batch_views // world.size
-    advice = guidance_options.next_saving(args, world.device.type)
+    advice = build.next_saving(args, world.device.type)
 
     def save() -> bool:
         extra = {"args": vars(args), "model": guide.prior.fingerprint, "draws": returns.draws}
@@ -608,10 +617,10 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
     with open_viewer(args, world, run, studio) or nullcontext() as window:
         while step < args.N_iters:
             # One update. Every random number comes from (seed, step), see runtime.step_generator.
-            rate = options.learning_rate(step, args)
+            rate = build.learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            generator = runtime.step_generator(seed, step, world.device)
+            generator = rng.step_generator(seed, step, world.device)
             renderer.prepare_step(step, generator)
             size = stepped(args.train_res, step)
             drawn = draw_views(args, guide.prior, step, size, generator)
@@ -661,7 +670,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
             if every(step, args.i_print) or last:
                 values |= {"opacity": opacity, "lr": rate, "views_left_out": left_out}
                 values |= {"skipped": watch.skipped, **renderer.report()}
-                values |= {"memory_mb": runtime.peak_memory_mb(world.device)}
+                values |= {"memory_mb": system.peak_memory_mb(world.device)}
                 values |= {"samples": grads.samples} if "samples" in values else {}
                 report(args, run, progress, step, grads.distilled, values, speed, clock)
             progress.advance()
@@ -687,4 +696,4 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
 
 
 if __name__ == "__main__":
-    runtime.leave(main())
+    entry.leave(main())

@@ -23,17 +23,24 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nerf import checkpoint, evaluation, export, options, recovery, runtime, viewer
-from nerf.camera_path import read_path
+from nerf import build
+from nerf.build import compile_fields
 from nerf.datasets import load_scene
-from nerf.ema import EMA
-from nerf.grid_renderer import MOST_RAYS
-from nerf.health import DeadStart
-from nerf.logs import Clock, Progress, RunFolder, Speed
-from nerf.losses import squared_error
+from nerf.flags import common as common_flags
+from nerf.flags import nerf as nerf_flags
 from nerf.metrics import load_lpips, psnr_from_mse
-from nerf.renderer import block_size, compile_fields
-from nerf.report import try_report
+from nerf.occupancy_renderer import MOST_RAYS
+from nerf.outputs import export, viewer
+from nerf.outputs import scene as scene_outputs
+from nerf.outputs.camera_path import read_path
+from nerf.outputs.render import block_size
+from nerf.outputs.report import try_report
+from nerf.renderer import squared_error
+from nerf.training import checkpoint, distributed, entry, recovery, rng, system
+from nerf.training.ema import EMA
+from nerf.training.monitor import DeadStart
+from nerf.training.progress import Clock, Progress, Speed
+from nerf.training.run_folder import RunFolder
 
 
 def every(step: int, interval: int) -> bool:
@@ -41,11 +48,11 @@ def every(step: int, interval: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = options.parse(options.nerf_parser(), argv)
+    args = nerf_flags.parse(argv)
     run = None
     try:
-        world = runtime.setup(args.device)
-        options.check_nerf_flags(args, world.size)
+        world = distributed.setup(args.device)
+        nerf_flags.check_nerf_flags(args, world.size)
         if args.camera_path:
             read_path(Path(args.camera_path))  # a broken one is to fail before the work begins
         if args.viewer and world.is_main and not (args.export or args.export_points):
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if run is not None:
             run.close()
-        runtime.cleanup()
+        distributed.cleanup()
 
 
 # ------------------------------------------------------------------------------------ set-up
@@ -77,13 +84,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(args, world, scene, attempt: int, warn):
     """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
-    runtime.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
-    renderer = options.build_renderer(args, scene, warn).to(world.device)
+    rng.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
+    renderer = build.build_renderer(args, scene, warn).to(world.device)
     fused = world.device.type in ("cpu", "cuda")
     betas, eps = ((0.9, 0.99), 1e-15) if args.occ_grid else ((0.9, 0.999), 1e-8)
-    groups = options.parameter_groups(renderer, args)
+    groups = build.parameter_groups(renderer, args)
     optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=betas, eps=eps, fused=fused)
-    scaler = runtime.grad_scaler(world.device, args.amp)
+    scaler = system.grad_scaler(world.device, args.amp)
     return renderer, optimizer, scaler, EMA(renderer, args.ema_decay)
 
 
@@ -101,7 +108,7 @@ def find_checkpoint(args, world, run):
 
 def check_flags(path, state, args) -> None:
     """ValueError if the checkpoint at ``path`` was made with another network or other data."""
-    refused = options.structural_changes(state.get("args", {}), args)
+    refused = common_flags.structural_changes(state.get("args", {}), args, nerf_flags.STRUCTURAL)
     if refused:
         raise ValueError(
             f"{path} was made with other flags ({'; '.join(refused)}); "
@@ -118,7 +125,7 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     if not found:
         return 0, best, Clock()
     path, state = found
-    for change in options.other_changes(state.get("args") or {}, args):
+    for change in common_flags.other_changes(state.get("args") or {}, args, nerf_flags.STRUCTURAL):
         run.say(f"changed since the checkpoint: {change}")
     checkpoint.restore(path, state, run.say, renderer, optimizer, scaler, ema)
     step = checkpoint.finished_updates(state)
@@ -127,13 +134,13 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
     return step, state.get("best") or best, Clock(state.get("train_seconds", 0.0))
 
 
-def make_painter(args, world, renderer, scene, stop=None, say=print) -> evaluation.Painter:
+def make_painter(args, world, renderer, scene, stop=None, say=print) -> scene_outputs.Painter:
     def render(rays):
-        with runtime.autocast(world.device, args.amp):
+        with system.autocast(world.device, args.amp):
             return renderer.render(rays)
 
     block = rays_per_block(args, renderer, world)
-    return evaluation.Painter(render, scene, block, world, stop, say)
+    return scene_outputs.Painter(render, scene, block, world, stop, say)
 
 
 def rays_per_block(args, renderer, world) -> int:
@@ -153,10 +160,10 @@ def measure_test(args, run, painter, ema, step) -> None:
     settings = {"lpips": lpips, "metres_per_unit": args.metres_per_unit}
     settings["true_depth"] = Path(args.datadir) / "depth"
     with ema.swap():
-        metrics = evaluation.measure_views(
+        metrics = scene_outputs.measure_views(
             painter, "test", run.folder / name, args.render_factor, **settings
         )
-    runtime.give_memory_back()
+    system.give_memory_back()
     metrics.update(step=step, weights=ema.kind, args=vars(args))
     run.write_json(f"{name}/metrics.json", metrics)
     run.write_json("metrics.json", metrics)
@@ -174,11 +181,11 @@ def measure_test(args, run, painter, ema, step) -> None:
 def validate(world, run, painter, ema, step) -> float:
     """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
     with ema.swap():
-        score = evaluation.validation_psnr(painter)
+        score = scene_outputs.validation_psnr(painter)
         if world.is_main:
-            run.validation(step, score, evaluation.validation_strip(painter, step))
+            run.validation(step, score, scene_outputs.validation_strip(painter, step))
     run.say(f"step {step}: validation PSNR {score:.2f}")
-    runtime.give_memory_back()
+    system.give_memory_back()
     return score
 
 
@@ -207,11 +214,11 @@ def render_camera_path(args, run, painter, ema, step) -> None:
     folder, scale = run.folder / f"render_path_{step:06d}", args.metres_per_unit
     with ema.swap():
         path = read_path(Path(args.camera_path)) if args.camera_path else None
-        videos = evaluation.render_path(
+        videos = scene_outputs.render_path(
             painter, folder, args.render_factor, run.say, scale, key_path=path
         )
     run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
-    runtime.give_memory_back()
+    system.give_memory_back()
 
 
 def open_viewer(args, world, run, scene) -> viewer.Viewer | None:
@@ -274,7 +281,7 @@ def read_run(args, world, run) -> int:
     window = open_viewer(args, world, run, scene) if serves else None
     if window is not None:
         look_through(window, painter, ema)
-        with runtime.StopSignal() as stop:
+        with system.StopSignal() as stop:
             window.serve(lambda: bool(stop.number))
         window.close()
     elif args.render_only:
@@ -294,12 +301,12 @@ def train(args, world, run) -> int:
     found = find_checkpoint(args, world, run)
     if found:
         check_flags(*found, args)
-    run.record(vars(args), options.as_config(args, options.nerf_parser()))
+    run.record(vars(args), common_flags.as_config(args, nerf_flags.nerf_parser()))
     if args.wandb:
         run.start_wandb(vars(args))
     attempt, draws = (found[1].get(name, 0) if found else 0 for name in ("attempt", "draws"))
     returns, window = recovery.Returns(draws), open_viewer(args, world, run, scene)
-    with runtime.StopSignal() as stop, window or nullcontext():
+    with system.StopSignal() as stop, window or nullcontext():
         while True:
             try:
                 code = train_attempt(args, world, run, scene, stop, found, attempt, returns, window)
@@ -307,7 +314,7 @@ def train(args, world, run) -> int:
                 args.no_reload = False  # what lies in the folder by now is this run's
                 found = returns.go_back(error, run, lambda: find_checkpoint(args, world, run))
                 continue
-            except evaluation.Interrupted:
+            except scene_outputs.Interrupted:
                 run.say(f"stopped by signal {stop.number} while rendering; training is saved")
                 return 128 + stop.number
             if code is not None:
@@ -343,7 +350,7 @@ def backward(args, world, model, renderer, scaler, batch, block: int) -> Gradien
     for part in pieces:
         waiting = world.size > 1 and part is not pieces[-1]
         with model.no_sync() if waiting else nullcontext():
-            with runtime.autocast(world.device, args.amp):
+            with system.autocast(world.device, args.amp):
                 levels = model(rays.part(part), noise.part(part))  # (coarse, fine) or (coarse,)
             weight = len(target[part]) / len(target)
             errors = [squared_error(level.rgb, target[part]) * weight for level in levels]
@@ -390,10 +397,10 @@ def train_attempt(
 
     while step < args.N_iters:
         # One update. Every random number comes from (seed, step), see runtime.step_generator.
-        rate = options.learning_rate(step, args)
+        rate = build.learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        generator = runtime.step_generator(seed, step, world.device)
+        generator = rng.step_generator(seed, step, world.device)
         renderer.prepare_step(step, generator)
         num_rays = renderer.rays_per_step(args.N_rand, world.size)
         share = world.share(num_rays)
@@ -457,7 +464,7 @@ def train_attempt(
                 "lr": rate,
                 "grad_norm": float(grad_norm),
                 "rays_per_second": speed.rays_per_second(step, rays_done, clock.seconds),
-                "memory_mb": runtime.peak_memory_mb(world.device),
+                "memory_mb": system.peak_memory_mb(world.device),
                 "skipped": watch.skipped,
                 "train_seconds": clock.seconds,
                 **renderer.report(),
@@ -487,4 +494,4 @@ def train_attempt(
 
 
 if __name__ == "__main__":
-    runtime.leave(main())
+    entry.leave(main())

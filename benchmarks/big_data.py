@@ -24,11 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nerf import options, runtime  # noqa: E402
+from nerf import build  # noqa: E402
 from nerf.cameras import orbit_path  # noqa: E402
 from nerf.datasets.scene import Scene  # noqa: E402
 from nerf.datasets.store import _write, as_tensor  # noqa: E402
-from nerf.losses import squared_error  # noqa: E402
+from nerf.flags import nerf as nerf_flags
+from nerf.renderer import squared_error  # noqa: E402
+from nerf.training import rng  # noqa: E402
 
 SIDE = 1024
 
@@ -60,14 +62,14 @@ def scene_of(images: torch.Tensor, stored: bool) -> Scene:
 def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
     """Rays per second of training steps (drawn, rendered, learnt), and of drawing alone."""
     flags = "--use_viewdirs --N_samples 16 --netwidth 64 --netdepth 4"
-    args = options.parse(options.nerf_parser(), flags.split())
-    runtime.seed_everything(0)
-    renderer = options.build_renderer(args, scene)
+    args = nerf_flags.parse(flags.split())
+    rng.seed_everything(0)
+    renderer = build.build_renderer(args, scene)
     optimizer = torch.optim.Adam(renderer.parameters(), 5e-4)
     order = scene.block_order(0)
     steps, drawing, began = 0, 0.0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        generator = runtime.step_generator(0, start + steps, "cpu")
+        generator = rng.step_generator(0, start + steps, "cpu")
         noise = renderer.draw_noise(num_rays, generator)
         moment = time.perf_counter()
         place = {"order": order, "position": (start + steps) * num_rays}

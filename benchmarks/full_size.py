@@ -25,7 +25,7 @@ from guidance import sds  # noqa: E402
 from guidance.memory import Memory  # noqa: E402
 from guidance.stable_diffusion import DTYPES, StableDiffusion  # noqa: E402
 from guidance.tiny import build  # noqa: E402
-from nerf.runtime import peak_memory_mb  # noqa: E402
+from nerf.training.system import peak_memory_mb  # noqa: E402
 
 WORDS = ["a", "dslr", "photo", "of", "hamburger", "front", "view"]
 

@@ -31,7 +31,8 @@ from guidance.tiny.shapes import (  # noqa: E402
     silhouettes,
     view_shape,
 )
-from nerf.runtime import autocast, seed_everything, step_generator  # noqa: E402
+from nerf.training.rng import seed_everything, step_generator  # noqa: E402
+from nerf.training.system import autocast  # noqa: E402
 
 SIZE = 32  # pixels; other pictures are resized
 OBJECTS = (*pictures.NAMES, "none")

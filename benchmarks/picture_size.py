@@ -25,15 +25,17 @@ def measure(height: int, width: int, flags: list[str]) -> None:
 
     import torch
 
-    from nerf import options, runtime
+    from nerf import build
     from nerf.datasets.scene import Scene
-    from nerf.evaluation import Painter
-    from nerf.renderer import block_size
+    from nerf.flags import nerf as nerf_flags
+    from nerf.outputs.render import block_size
+    from nerf.outputs.scene import Painter
+    from nerf.training import distributed, rng, system
 
-    args = options.parse(options.nerf_parser(), flags)
-    runtime.seed_everything(0)
-    world = runtime.setup("cpu")
-    renderer = options.build_renderer(args, 1.0)
+    args = nerf_flags.parse(flags)
+    rng.seed_everything(0)
+    world = distributed.setup("cpu")
+    renderer = build.build_renderer(args, 1.0)
     pose = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]]])
     scene = Scene(
         images=torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, height, width, 3),
@@ -47,7 +49,7 @@ def measure(height: int, width: int, flags: list[str]) -> None:
     )
 
     def render(rays):
-        with runtime.autocast(world.device, args.amp):
+        with system.autocast(world.device, args.amp):
             return renderer.render(rays)
 
     block = block_size(renderer.samples_per_ray, args.netwidth, args.chunk, args.netchunk, "cpu")

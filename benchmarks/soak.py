@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nerf import checkpoint  # noqa: E402
+from nerf.training import checkpoint  # noqa: E402
 
 CADENCE, STEPS = 4, 60
 COMMON = (

@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nerf.options import nerf_parser  # noqa: E402
+from nerf.flags.nerf import nerf_parser  # noqa: E402
 
 COMMANDS = {
     "nerf": "run_nerf.py --config configs/demo.txt --N_iters 100000000 --i_print 20 --i_img 200 "

@@ -33,9 +33,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import clip as clip_score  # noqa: E402
 from benchmarks import judge as judging  # noqa: E402
 from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article  # noqa: E402
-from nerf import checkpoint, dream_options, options, turntable  # noqa: E402
-from nerf.ema import EMA  # noqa: E402
+from nerf import build  # noqa: E402
+from nerf.flags import dreamfusion as dream_flags  # noqa: E402
 from nerf.media import write_png  # noqa: E402
+from nerf.outputs import turntable  # noqa: E402
+from nerf.training import checkpoint  # noqa: E402
+from nerf.training.ema import EMA  # noqa: E402
 
 SIMPLE = ("sphere", "cube", "cylinder", "cone", "pyramid", "capsule")
 ELEVATIONS = (20.0, 60.0)
@@ -96,7 +99,7 @@ def parse_prompt(text: str) -> tuple[str, str]:
 def make(args, name: str, color: str, model: str, folder: Path) -> Path:
     """Run the trainer for one prompt; its run folder."""
     prompt = article(f"{color} {name}")
-    run = folder / dream_options.slug(prompt)
+    run = folder / dream_flags.slug(prompt)
     if (run / "metrics.json").exists():
         return run
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -114,10 +117,9 @@ def make(args, name: str, color: str, model: str, folder: Path) -> Path:
 def look_at(run: Path) -> Seen:
     """Render a finished run's object, averaged weights, from the views that are scored."""
     path, state = checkpoint.newest_checkpoint(run, print)
-    parser = dream_options.dream_parser()
-    args = options.parse(parser, ["--basedir", str(run.parent)], lambda args: run.name)
+    args = dream_flags.parse(["--basedir", str(run.parent), "--expname", run.name])
     vars(args).update(state["args"])
-    renderer = dream_options.object_renderer(args)
+    renderer = build.object_renderer(args)
     ema = EMA(renderer, args.ema_decay)
     checkpoint.restore(path, state, print, renderer, ema=ema)
     ema.keep()

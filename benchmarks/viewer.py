@@ -22,14 +22,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import run_nerf
-from nerf import options, runtime, viewer
-from nerf.logs import RunFolder
+from nerf.flags import nerf as nerf_flags
+from nerf.outputs import viewer
+from nerf.training import distributed, rng
+from nerf.training.run_folder import RunFolder
 
 
 def frames_per_second(flags: list[str]) -> None:
     """At each of the viewer's sizes, while nothing trains."""
-    args = options.parse(options.nerf_parser(), flags)
-    world = runtime.setup(args.device)
+    args = nerf_flags.parse(flags)
+    world = distributed.setup(args.device)
     run = RunFolder(Path(args.basedir) / args.expname, is_main=True, lock=False)
     path, state = run_nerf.find_checkpoint(args, world, run)
     scene = run_nerf.load_scene(args, run.say).to(world.device)
@@ -76,17 +78,17 @@ def viewer_pose(scene, angle: float) -> np.ndarray:
 
 def train(flags: list[str]) -> tuple[float, float]:
     """(when main was called, seconds of the wall from the first step to the last) of one run."""
-    steps, draw = [], runtime.step_generator
+    steps, draw = [], rng.step_generator
 
     def noted(*given):
         steps.append(time.perf_counter())
         return draw(*given)
 
-    runtime.step_generator, called = noted, time.perf_counter()
+    rng.step_generator, called = noted, time.perf_counter()
     try:
         code = run_nerf.main(flags)
     finally:
-        runtime.step_generator = draw
+        rng.step_generator = draw
     assert code == 0, code
     return called, steps[-1] - steps[0]
 

@@ -1,17 +1,10 @@
-"""Camera poses: preview paths of posed pictures, in numpy; cameras on orbits, in torch.
+"""Camera poses in numpy: frames of reference, and preview paths of posed pictures.
 
 c2w [3, 4], conventions of ``nerf.rays``. Orbits run around the world's z axis. Azimuth 0 lies on +y
 and turns towards +x, so 90 degrees sees the right side of someone who looks along +y.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
-import torch
-from torch import Tensor
-
-from nerf.rays import Rays, pixels_to_rays
 
 
 def normalize(vector: np.ndarray) -> np.ndarray:
@@ -127,113 +120,3 @@ def _inward(position: np.ndarray) -> np.ndarray:
     x = normalize(np.cross(z, [0.0, 0.0, -1.0]))
     y = normalize(np.cross(z, x))
     return np.stack([x, y, z, position], axis=1)
-
-
-class OrbitCameras(NamedTuple):
-    """V cameras that look about at the origin."""
-
-    c2w: Tensor  # [V, 3, 4]
-    fov_deg: Tensor  # [V] vertical field of view
-    azimuth_deg: Tensor  # [V]
-    elevation_deg: Tensor  # [V]
-
-    def part(self, index) -> "OrbitCameras":
-        """The cameras at ``index``."""
-        return OrbitCameras(*(member[index] for member in self))
-
-    def rays(self, height: int, width: int) -> Rays:
-        """Rays [V * H * W] through the pixels' centres, view by view, row by row."""
-        device, num_views = self.c2w.device, len(self.c2w)
-        focal = 0.5 * height / torch.tan(torch.deg2rad(self.fov_deg) / 2)
-        center = torch.tensor([width / 2, height / 2], device=device).expand(num_views, 2)
-        intrinsics = torch.cat([focal[:, None].expand(-1, 2), center], dim=-1)  # [V, 4]
-        y, x = torch.meshgrid(
-            torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-        )
-        rays = pixels_to_rays(
-            x.float(),
-            y.float(),
-            intrinsics[:, None, None],
-            self.c2w[:, None, None],
-            (1e-2, 1e3),  # the scene's box decides
-            pixel_center=True,
-        )
-        return Rays(*(member.reshape(-1, member.shape[-1]) for member in rays))
-
-
-class OrbitRanges(NamedTuple):
-    """Where random cameras stand (DreamFusion, section 3.2). Distances in scene units."""
-
-    azimuth_deg: tuple[float, float] = (-180.0, 180.0)
-    elevation_deg: tuple[float, float] = (-10.0, 90.0)
-    radius: tuple[float, float] = (1.0, 1.5)
-    fov_deg: tuple[float, float] = (40.0, 70.0)
-    sphere_rate: float = 0.5  # of elevations even by area; the others are even by angle
-    jitter_position: float = 0.1  # largest shift along each axis
-    jitter_target: float = 0.2  # deviation of what is looked at
-    jitter_up: float = 0.02
-    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # moves both angles
-
-
-def orbit_cameras(
-    azimuth_deg: Tensor,
-    elevation_deg: Tensor,
-    radius: Tensor,
-    fov_deg: Tensor,
-    *,
-    shift: Tensor | float = 0.0,
-    target: Tensor | float = 0.0,
-    tilt: Tensor | float = 0.0,
-) -> OrbitCameras:
-    """Cameras at these places [V]; shift, target and tilt [V, 3] move position, aim and up."""
-    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
-    flat = torch.cos(elevation)
-    outward = torch.stack(
-        [flat * torch.sin(azimuth), flat * torch.cos(azimuth), torch.sin(elevation)], dim=-1
-    )
-    position = radius[:, None] * outward + shift
-    backward = torch.nn.functional.normalize(position - target, dim=-1)
-    # At the pole "up" is away from the viewer, as it is just before it.
-    towards = torch.stack([-torch.sin(azimuth), -torch.cos(azimuth), 0 * azimuth], dim=-1)
-    up = (
-        towards * torch.sin(elevation)[:, None]
-        + outward.new_tensor([0.0, 0.0, 1.0]) * flat[:, None]
-    )
-    right = torch.nn.functional.normalize(torch.linalg.cross(up + tilt, backward, dim=-1), dim=-1)
-    upward = torch.linalg.cross(backward, right, dim=-1)
-    c2w = torch.stack([right, upward, backward, position], dim=-1)
-    return OrbitCameras(c2w, fov_deg, azimuth_deg, elevation_deg)
-
-
-def random_orbit_cameras(
-    num_views: int, ranges: OrbitRanges, generator: torch.Generator
-) -> OrbitCameras:
-    """Random cameras; their azimuths are spread evenly over the range."""
-    options = {"generator": generator, "device": generator.device}
-
-    def between(limits, place) -> Tensor:
-        return limits[0] + (limits[1] - limits[0]) * place
-
-    def uniform(*size) -> Tensor:
-        return torch.rand(num_views, *size, **options)
-
-    # A common turn keeps a view's number, and so its rank, from deciding where it looks from.
-    strata = torch.arange(num_views, device=generator.device) + uniform()
-    turn = torch.rand(1, **options)
-    azimuth = between(ranges.azimuth_deg, (strata / num_views + turn) % 1.0)
-    by_angle = between(ranges.elevation_deg, uniform())
-    sine = torch.sin(torch.deg2rad(torch.tensor(ranges.elevation_deg)))
-    by_area = torch.rad2deg(torch.asin(between(sine.tolist(), uniform())))
-    elevation = torch.where(uniform() < ranges.sphere_rate, by_area, by_angle)
-    if ranges.settle is not None:
-        azimuth, elevation = ranges.settle(azimuth, elevation)
-    radius, fov = between(ranges.radius, uniform()), between(ranges.fov_deg, uniform())
-    return orbit_cameras(
-        azimuth,
-        elevation,
-        radius,
-        fov,
-        shift=ranges.jitter_position * (2 * uniform(3) - 1),
-        target=ranges.jitter_target * torch.randn(num_views, 3, **options),
-        tilt=ranges.jitter_up * torch.randn(num_views, 3, **options),
-    )

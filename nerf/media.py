@@ -8,6 +8,7 @@ import numpy as np
 
 from nerf.metrics import to_8bit
 
+MESH_FORMATS = (".glb", ".obj", ".ply")
 # Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in grey.
 _RAMP = np.array(
     [

@@ -1,6 +1,5 @@
 """Rays -> colours: NeRF's two levels of volume rendering, and whole pictures in flat memory."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 
 from nerf.field import color_packed, density_packed, query_packed
 from nerf.rays import Rays
-from nerf.runtime import map_on_threads
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
 
 SKIP_BELOW = 0.6  # part of the samples with density, up to which the others are worth finding
@@ -224,66 +222,6 @@ class NeRFRenderer(nn.Module):
         return sigma, rgb
 
 
-def block_size(samples_per_ray: int, width: int, chunk: int, netchunk: int, device) -> int:
-    """Rays that go through the network together.
-
-    ``chunk`` (rays) and ``netchunk`` (points) are the user's upper bounds. On a CPU the block is
-    kept small enough that one layer's activations stay in the second-level cache; that alone made
-    training 1.5x faster than one large batch.
-    """
-    limit = min(chunk, netchunk // samples_per_ray)
-    if torch.device(device).type == "cpu":
-        limit = min(limit, (1 << 21) // (width * samples_per_ray))
-    return max(1, limit)
-
-
-def render_view(
-    render: Callable[[Rays], Rendered],
-    rays_of: Callable[[Tensor], Rays],
-    size: tuple[int, int],
-    block: int,
-    device,
-) -> Rendered:
-    """A whole picture of (height, width), ``block`` rays at a time, on the CPU.
-
-    render: rays [B] -> Rendered. rays_of: flat pixel numbers [B] (row by row) -> Rays. Rays are
-    made block by block too, so working memory does not grow with the picture.
-    """
-    height, width = size
-    picture = Rendered(
-        torch.empty(height * width, 3), torch.empty(height * width), torch.empty(height * width)
-    )
-
-    def render_block(start: int) -> None:
-        stop = min(start + block, height * width)
-        rendered = render(rays_of(torch.arange(start, stop, device=device)))
-        for whole, part in zip(picture, rendered, strict=True):
-            whole[start:stop] = part
-
-    map_on_threads(render_block, range(0, height * width, block), torch.device(device))
-    return Rendered(*(member.view(height, width, *member.shape[1:]) for member in picture))
-
-
-def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
-    """Compile the renderer's ``fields`` in place, if that works here and gives the same numbers.
-
-    rays [B]: a few to try it on. Otherwise one warning, the networks stay as they were, and False.
-    """
-    fields = renderer.fields
-    with torch.no_grad():
-        expected = renderer(rays)[-1].rgb
-    try:
-        for field in fields:
-            field.compile(dynamic=True)  # packed queries come in many sizes
-        compiled = renderer(rays)[-1].rgb
-        compiled.sum().backward()
-        difference = (compiled - expected).abs().max().item()
-        problem = f"colours differ by {difference:.2g}" if not difference <= 1e-3 else None
-    except Exception as error:  # a compiler can fail in any way; training must not
-        problem = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    renderer.zero_grad(set_to_none=True)
-    if problem:
-        for field in fields:
-            field._compiled_call_impl = None
-        warn(f"--compile: not used, {problem}")
-    return problem is None
+def squared_error(rgb: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over rays and channels: rgb, target [..., 3] -> [] (NeRF eq. 6)."""
+    return ((rgb - target) ** 2).mean()

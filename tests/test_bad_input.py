@@ -192,7 +192,7 @@ def test_configs(name, demo_blender, tmp_path, capfd):
 def test_a_config_that_says_the_same_twice_and_has_a_byte_order_mark_is_fine(tmp_path):
     path = tmp_path / "config.txt"
     path.write_bytes(b"\xef\xbb\xbfdatadir = x\nN_rand = 8\nN_rand = 8\n")
-    args = run_nerf.options.parse(run_nerf.options.nerf_parser(), ["--config", str(path)])
+    args = run_nerf.nerf_flags.parse(["--config", str(path)])
     assert args.N_rand == 8 and args.datadir == "x"
 
 

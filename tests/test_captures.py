@@ -10,13 +10,13 @@ import torch
 from conftest import DEMO_COUNTS, DEMO_SIZE, REPOSITORY, run_script
 from PIL import Image
 
-from nerf import options
-from nerf.bounds import scene_space
 from nerf.cameras import orbit_path
 from nerf.datasets import capture, colmap, llff, load_scene, recognise
 from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, quaternion, read_model, write_model
+from nerf.flags import nerf as nerf_flags
 from nerf.lenses import from_colmap
 from nerf.rays import Rays
+from nerf.scene_bounds import scene_space
 
 NUM_VIEWS = sum(DEMO_COUNTS.values())
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -33,7 +33,7 @@ def load(folder, *flags, kind="auto", warn=None):
         "--white_bkgd",
         *flags,
     ]
-    args = options.parse(options.nerf_parser(), argv)
+    args = nerf_flags.parse(argv)
     said = []
     scene = load_scene(args, said.append)
     if warn is not None:

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 import torch
 
-from nerf import checkpoint
-from nerf.checkpoint import CheckpointError
+from nerf.training import checkpoint
+from nerf.training.checkpoint import CheckpointError
 
 
 def state(step: int = 7) -> dict:

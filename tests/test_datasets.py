@@ -13,9 +13,9 @@ import torch
 from conftest import DEMO_COUNTS, DEMO_SIZE, run_script
 from PIL import Image
 
-from nerf import options
 from nerf.cameras import nearest_point_to_axes
 from nerf.datasets import llff, load_scene
+from nerf.flags import nerf as nerf_flags
 from nerf.rays import rays_to_ndc
 
 NUM_VIEWS = sum(DEMO_COUNTS.values())
@@ -30,7 +30,7 @@ FLAGS = {
 def load(folder, kind, *flags, warn=None):
     """The scene at ``folder``, through the flags a user would give; warnings fail by default."""
     argv = ["--datadir", str(folder), "--testskip", "1", "--pixel_center", *FLAGS[kind], *flags]
-    args = options.parse(options.nerf_parser(), argv)
+    args = nerf_flags.parse(argv)
     before = dict(vars(args))
     scene = load_scene(args, warn or pytest.fail)
     assert vars(args) == before

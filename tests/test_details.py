@@ -9,7 +9,8 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks import ablations
-from nerf import dream_options, options
+from nerf.flags import dreamfusion as dream_flags
+from nerf.flags import nerf as nerf_flags
 
 PAGE = (REPOSITORY / "docs" / "details.md").read_text(encoding="utf-8")
 CELLS = re.findall(r"\[(vanilla|fast|dream): ([^\]:]+): ([^\]]*)\]", PAGE)
@@ -38,7 +39,7 @@ def test_every_file_and_function_named_exists():
 def test_every_flag_named_exists():
     source = (REPOSITORY / "benchmarks" / "ablations.py").read_text(encoding="utf-8")
     known = {*re.findall(r'"(--\w+)"', source)}
-    for parser in (options.nerf_parser(), dream_options.dream_parser()):
+    for parser in (nerf_flags.nerf_parser(), dream_flags.dream_parser()):
         known |= set(parser._option_string_actions)
     assert set(re.findall(r"`?(--[A-Za-z]\w*)", PAGE)) <= known
 
@@ -54,13 +55,13 @@ def test_the_page_has_every_row_and_no_other():
 def test_every_row_changes_a_flag_of_its_base(table, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # the configs' paths
     if table == "dream":
-        parser, base = dream_options.dream_parser(), [*ablations.DREAM.split(), "--prompt", "a b"]
+        parse, base = dream_flags.parse, [*ablations.DREAM.split(), "--prompt", "a b"]
     else:
-        parser, base = options.nerf_parser(), ablations.NERF[table].split()
-    start = vars(options.parse(parser, base))
+        parse, base = nerf_flags.parse, ablations.NERF[table].split()
+    start = vars(parse(base))
     for row, flags in ablations.ROWS[table].items():
         flags = ablations.dream_flags(row, "a b") if table == "dream" else flags.split()
-        changed = vars(options.parse(parser, [*base, *flags]))
+        changed = vars(parse([*base, *flags]))
         assert any(changed[name] != start[name] for name in start), row
 
 

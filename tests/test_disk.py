@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from test_run_dreamfusion import TINY as DREAM
 from test_run_nerf import TINY, data  # noqa: F401  a fixture
 
-from nerf.checkpoint import list_checkpoints, load_checkpoint
+from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
 
 def may_mount() -> bool:

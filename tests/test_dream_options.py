@@ -3,7 +3,8 @@
 import pytest
 from conftest import REPOSITORY
 
-from nerf import dream_options, options
+from nerf.flags import common as common_flags
+from nerf.flags import dreamfusion as dream_flags
 
 CONFIGS = [
     path
@@ -14,13 +15,11 @@ CONFIGS = [
 
 def parse(*argv):
     words = [str(word) for word in argv]
-    return options.parse(
-        dream_options.dream_parser(), words, lambda args: dream_options.slug(args.prompt or "")
-    )
+    return dream_flags.parse(words)
 
 
 def check(*argv, ranks=1):
-    dream_options.check_dream_flags(parse(*argv), ranks)
+    dream_flags.check_dream_flags(parse(*argv), ranks)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -59,7 +58,7 @@ def test_every_flag_is_read_somewhere():
     ],
 )
 def test_run_names_made_from_prompts(prompt, name):
-    assert dream_options.slug(prompt) == name
+    assert dream_flags.slug(prompt) == name
 
 
 def test_runs_are_named_after_the_prompt_also_with_a_config():
@@ -89,7 +88,7 @@ def test_runs_are_named_after_the_prompt_also_with_a_config():
 def test_odd_prompts_survive_the_run_folder(prompt, tmp_path):
     """args.txt either reads back to the same text or says where the text is kept."""
     args = parse("--prompt", prompt)
-    text = options.as_config(args, dream_options.dream_parser())
+    text = common_flags.as_config(args, dream_flags.dream_parser())
     path = tmp_path / "args.txt"
     path.write_text(text, encoding="utf-8")
     again = parse("--config", path)
@@ -154,9 +153,9 @@ def test_bad_values_end_the_program_with_usage(flags, capsys):
 def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# two\n\na red cone\n  a blue cube  \n", encoding="utf-8")
-    assert dream_options.read_prompts(path) == ["a red cone", "a blue cube"]
+    assert dream_flags.read_prompts(path) == ["a red cone", "a blue cube"]
     path.write_text("# none\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no prompts"):
-        dream_options.read_prompts(path)
+        dream_flags.read_prompts(path)
     with pytest.raises(ValueError, match="cannot be read"):
-        dream_options.read_prompts(tmp_path / "missing.txt")
+        dream_flags.read_prompts(tmp_path / "missing.txt")

@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from nerf import runtime
-from nerf.ema import EMA
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
-from nerf.runtime import StopSignal, World, choose_device, seed_everything, step_generator
+from nerf.training import system
+from nerf.training.distributed import World, choose_device
+from nerf.training.ema import EMA
+from nerf.training.rng import seed_everything, step_generator
+from nerf.training.system import StopSignal
 
 
 class Weight(torch.nn.Module):
@@ -330,7 +332,7 @@ def test_peak_memory_is_this_process_own_not_its_parents():
     )
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    own = runtime.peak_memory_mb(torch.device("cpu"))
+    own = system.peak_memory_mb(torch.device("cpu"))
     assert 50 < float(done.stdout) < own - 200 and len(held) > 0
 
 

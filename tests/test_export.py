@@ -10,11 +10,11 @@ import torch
 from conftest import run_script
 
 import run_nerf
-from nerf import export
 from nerf.cameras import orbit_path
 from nerf.datasets.scene import Scene
-from nerf.mesh_grid import Grid, heights_near_surface
 from nerf.occupancy import Contraction, OccupancyGrid
+from nerf.outputs import export
+from nerf.outputs.mesh_grid import Grid, heights_near_surface
 from nerf.rays import ndc_to_world, pixels_to_rays, rays_to_ndc
 from nerf.renderer import Rendered
 from nerf.volume import blend_weights, composite, interval_lengths, stratified_t

@@ -13,9 +13,9 @@ import sfm
 from conftest import REPOSITORY, run_script
 from PIL import Image, ImageFilter
 
-from nerf import options
 from nerf.datasets import capture, load_scene
 from nerf.datasets.colmap_model import read_model
+from nerf.flags import nerf as nerf_flags
 
 BEER = REPOSITORY.parent / "shared" / "data" / "llff_beer"
 
@@ -150,7 +150,7 @@ def check_scene(out, truth_of):
     model = read_model(out / "sparse" / "0")
     truth = np.stack([truth_of[name.rsplit(".", 1)[0]] for name in model.names])
     degrees, offset = aligned(model.c2w, truth)
-    args = options.parse(options.nerf_parser(), ["--config", str(out / "config.txt")])
+    args = nerf_flags.parse(["--config", str(out / "config.txt")])
     scene = load_scene(args, lambda line: None)
     assert len(scene.images) == len(model.names)
     with Image.open(out / "cameras.png") as sheet:

@@ -5,8 +5,8 @@ import torch
 
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
-from nerf.grid_renderer import REDRAW_AFTER, GridRenderer
 from nerf.occupancy import Box, OccupancyGrid
+from nerf.occupancy_renderer import REDRAW_AFTER, GridRenderer
 from nerf.volume import scale_gradient
 from tests.test_occupancy import random_rays
 

@@ -16,7 +16,7 @@ from guidance.vsd import (
     flat_cameras,
     unet_class_embedding,
 )
-from nerf.runtime import World
+from nerf.training.distributed import World
 
 WORLD = World(0, 1, CPU)
 

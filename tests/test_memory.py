@@ -8,7 +8,7 @@ from test_stable_diffusion import CPU, SIDE, draw, pictures, sd_folder  # noqa: 
 
 from guidance.memory import Memory, on_device
 from guidance.stable_diffusion import StableDiffusion
-from nerf.guidance_options import next_saving
+from nerf.build import next_saving
 
 CUDA = torch.device("cuda")
 SAVINGS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nerf.mesh import FORMATS, extract_mesh, surface_level, write_mesh
+from nerf.outputs.mesh import MESH_FORMATS, extract_mesh, surface_level, write_mesh
 
 trimesh = pytest.importorskip("trimesh")
 
@@ -267,7 +267,7 @@ def test_chunks_change_nothing_and_are_not_exceeded():
     assert (one.visual.vertex_colors == many.visual.vertex_colors).all()
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("ending", MESH_FORMATS)
 def test_files_hold_the_mesh(tmp_path, ending):
     mesh, _ = extract(ball((0.3, -0.2, 0.1), 0.5), lambda points: (points + 1) / 2, resolution=32)
     path = tmp_path / "new" / f"ball{ending}"

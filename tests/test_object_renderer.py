@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from nerf import dream_options, losses, options
-from nerf.cameras import orbit_cameras
-from nerf.object_renderer import ObjectRenderer
+from nerf import build
+from nerf.flags import dreamfusion as dream_flags
 from nerf.occupancy import OccupancyGrid
-from nerf.shading import plain_look
+from nerf.text3d import losses
+from nerf.text3d.orbit import orbit_cameras
+from nerf.text3d.renderer import ObjectRenderer
+from nerf.text3d.shading import plain_look
 
 RADIUS = 0.5
 SHARP = 2000.0  # raw density per unit of distance to the surface
@@ -128,9 +130,9 @@ def test_the_first_picture_is_a_blob_in_the_middle():
     """Corner rays start empty: a box full of fog is what text to 3D most often dies of."""
     for field in ("mlp", "triplane", "hashgrid"):
         flags = ["--prompt", "x", "--field", field, "--grid_res", "32"]
-        args = options.parse(dream_options.dream_parser(), flags, lambda args: "x")
+        args = dream_flags.parse(flags)
         torch.manual_seed(0)
-        module = dream_options.object_renderer(args)
+        module = build.object_renderer(args)
         seen = picture(module, fov=60.0)
         assert seen.opacity[0] < 0.05, field
         assert seen.opacity[33 * 33 // 2] > 0.5, field
@@ -140,9 +142,9 @@ def test_the_first_picture_is_a_blob_in_the_middle():
 def test_light_teaches_the_density(field):
     """Through the normals: with white albedo nothing else can change."""
     flags = ["--prompt", "x", "--field", field, "--grid_res", "32"]
-    args = options.parse(dream_options.dream_parser(), flags, lambda args: "x")
+    args = dream_flags.parse(flags)
     torch.manual_seed(0)
-    module = dream_options.object_renderer(args)
+    module = build.object_renderer(args)
     cameras = camera()
     white = look(cameras, 256, ambient=0.0)
     white = white._replace(textureless=torch.ones_like(white.textureless))
@@ -154,11 +156,11 @@ def test_light_teaches_the_density(field):
 
 def test_a_checkpoint_gives_the_same_picture():
     flags = ["--prompt", "x", "--background", "learned"]
-    args = options.parse(dream_options.dream_parser(), flags, lambda args: "x")
+    args = dream_flags.parse(flags)
     torch.manual_seed(0)
-    first = dream_options.object_renderer(args)
+    first = build.object_renderer(args)
     torch.manual_seed(1)
-    second = dream_options.object_renderer(args)
+    second = build.object_renderer(args)
     first.prepare_step(0, torch.Generator().manual_seed(0))
     state = first.checkpoint_state()
     second.load_checkpoint_state(

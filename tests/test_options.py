@@ -6,7 +6,9 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from nerf import options
+from nerf import build
+from nerf.flags import common as common_flags
+from nerf.flags import nerf as nerf_flags
 
 CONFIGS = sorted(
     path
@@ -63,7 +65,7 @@ NERF_PYTORCH = [
 
 
 def parse(*argv):
-    return options.parse(options.nerf_parser(), [str(word) for word in argv])
+    return nerf_flags.parse([str(word) for word in argv])
 
 
 def config(folder, text, name="some.txt"):
@@ -84,7 +86,7 @@ def refusal(capsys, *argv) -> str:
 
 @pytest.mark.parametrize(("name", "kind", "default"), NERF_PYTORCH)
 def test_flag_of_nerf_pytorch_is_here_with_its_default_and_type(name, kind, default):
-    assert options.nerf_parser().get_default(name) == default
+    assert nerf_flags.nerf_parser().get_default(name) == default
     value = getattr(parse(), name)
     if name == "expname":
         assert value == "fern"  # filled in, see below
@@ -98,7 +100,7 @@ def test_flag_of_nerf_pytorch_is_here_with_its_default_and_type(name, kind, defa
 
 
 def test_every_flag_has_a_help_text():
-    for action in options.nerf_parser()._actions:
+    for action in nerf_flags.nerf_parser()._actions:
         assert action.help and action.help is not argparse.SUPPRESS, action.dest
 
 
@@ -250,7 +252,7 @@ def test_impossible_values_are_refused_by_name(capsys, given):
 def test_config_parses_and_says_what_it_is(path):
     assert path.read_text().startswith("# ")
     args = parse("--config", path)
-    options.check_nerf_flags(args, num_ranks=1)
+    nerf_flags.check_nerf_flags(args, num_ranks=1)
     # What the file says is what is parsed.
     for line in path.read_text().splitlines():
         if match := re.match(r"(\w+) = (\S+)$", line):
@@ -265,7 +267,7 @@ def test_there_are_configs():
 
 
 def read_back(folder, args):
-    path = config(folder, options.as_config(args, options.nerf_parser()), "args.txt")
+    path = config(folder, common_flags.as_config(args, nerf_flags.nerf_parser()), "args.txt")
     return {**vars(parse("--config", path)), "config": args.config}
 
 
@@ -298,7 +300,7 @@ def test_as_config_of_a_fast_run_can_be_run_again(tmp_path):
 def test_as_config_says_what_it_cannot_keep(tmp_path, monkeypatch):
     args = parse("--expname", "two\nlines", "--datadir", "x")
     monkeypatch.setenv("NERF_SEED", "5")  # must not count: the file has to stand alone
-    text = options.as_config(args, options.nerf_parser())
+    text = common_flags.as_config(args, nerf_flags.nerf_parser())
     assert "# expname is in args.json only" in text and "seed = 0" in text
     assert "lines" not in text
 
@@ -307,7 +309,7 @@ def test_as_config_refuses_numbers_that_would_read_back_differently():
     args = parse("--datadir", "x")
     args.lrate = float("nan")
     with pytest.raises(ValueError, match="lrate.*args.txt"):
-        options.as_config(args, options.nerf_parser())
+        common_flags.as_config(args, nerf_flags.nerf_parser())
 
 
 def test_none_in_a_file_means_unset(tmp_path):
@@ -339,7 +341,7 @@ def test_none_in_a_file_means_unset(tmp_path):
 )
 def test_contradictions_are_refused_by_name(given, ranks, named):
     with pytest.raises(ValueError, match=named) as caught:
-        options.check_nerf_flags(parse(*given), ranks)
+        nerf_flags.check_nerf_flags(parse(*given), ranks)
     assert "\n" not in str(caught.value)
 
 
@@ -356,7 +358,7 @@ def test_contradictions_are_refused_by_name(given, ranks, named):
     ],
 )
 def test_what_fits_together_passes(given, ranks):
-    options.check_nerf_flags(parse(*given), ranks)
+    nerf_flags.check_nerf_flags(parse(*given), ranks)
 
 
 # ----------------------------------------------------------------------------------- what they do
@@ -364,7 +366,7 @@ def test_what_fits_together_passes(given, ranks):
 
 def test_learning_rate_falls_to_a_tenth():
     args = parse("--lrate", "1e-3", "--lrate_decay", "2")
-    rates = [options.learning_rate(step, args) for step in (0, 1000, 2000, 4000)]
+    rates = [build.learning_rate(step, args) for step in (0, 1000, 2000, 4000)]
     assert rates == pytest.approx([1e-3, 1e-3 * 0.1**0.5, 1e-4, 1e-5], rel=1e-12)
 
 
@@ -372,12 +374,12 @@ def test_learning_rate_warms_up_linearly():
     args = parse("--lrate", "1e-3", "--lrate_decay", "2", "--lrate_warmup", "10")
     plain = parse("--lrate", "1e-3", "--lrate_decay", "2")
     for step, share in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (500, 1.0)):
-        expected = share * options.learning_rate(step, plain)
-        assert options.learning_rate(step, args) == pytest.approx(expected, rel=1e-12)
+        expected = share * build.learning_rate(step, plain)
+        assert build.learning_rate(step, args) == pytest.approx(expected, rel=1e-12)
 
 
 def test_flags_reach_the_renderer():
-    renderer = options.build_renderer(
+    renderer = build.build_renderer(
         parse("--netdepth", "3", "--netwidth", "16", "--netdepth_fine", "2", "--netwidth_fine", "8",
               "--multires", "5", "--multires_views", "2", "--use_viewdirs", "--N_samples", "9",
               "--N_importance", "7", "--perturb", "0", "--raw_noise_std", "0.5", "--lindisp",
@@ -390,7 +392,7 @@ def test_flags_reach_the_renderer():
     assert (renderer.num_samples, renderer.num_importance, renderer.samples_per_ray) == (9, 7, 16)
     assert (renderer.background, renderer.perturb, renderer.lindisp) == (1.0, False, True)
     assert renderer.raw_noise_std == 0.5
-    alone = options.build_renderer(parse("--i_embed", "-1", "--netwidth", "16"))
+    alone = build.build_renderer(parse("--i_embed", "-1", "--netwidth", "16"))
     assert alone.fine is None and alone.perturb
     assert alone.coarse.output_linear.out_features == 4
     assert alone.coarse.pts_linears[0].in_features == 3
@@ -398,13 +400,16 @@ def test_flags_reach_the_renderer():
 
 def test_changes_since_a_checkpoint_are_sorted_by_weight():
     before = vars(parse("--N_importance", "64", "--netwidth", "128", "--lrate", "1e-3"))
-    present = parse("--N_importance", "128", "--lrate", "2e-3")
+    present, structural = parse("--N_importance", "128", "--lrate", "2e-3"), nerf_flags.STRUCTURAL
     # 64 or 128 fine samples use the same weights; their presence is what counts.
-    assert options.structural_changes(before, present) == ["netwidth: 128 -> 256"]
-    assert options.other_changes(before, present) == ["lrate: 0.001 -> 0.002"]
+    assert common_flags.structural_changes(before, present, structural) == ["netwidth: 128 -> 256"]
+    assert common_flags.other_changes(before, present, structural) == ["lrate: 0.001 -> 0.002"]
     coarse_only = parse("--netwidth", "128")
-    assert options.structural_changes(before, coarse_only) == ["N_importance: 64 -> 0"]
-    assert options.structural_changes({}, present) == []  # nerf-pytorch's checkpoints say nothing
+    assert common_flags.structural_changes(before, coarse_only, structural) == [
+        "N_importance: 64 -> 0"
+    ]
+    # nerf-pytorch's checkpoints say nothing
+    assert common_flags.structural_changes({}, present, structural) == []
 
 
 def test_fast_is_weaker_than_typed_flags_and_stronger_than_the_file(tmp_path, capsys):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from nerf import checkpoint, options
+from nerf import build
+from nerf.flags import nerf as nerf_flags
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 from nerf.renderer import Rendered
+from nerf.training import checkpoint
 from nerf.volume import disparity
 
 PEER = Path(__file__).resolve().parents[2] / "shared" / "peer"
@@ -25,12 +27,11 @@ class Run:
 
     def __init__(self, name: str):
         folder = PEER / name
-        parser = options.nerf_parser()
-        self.args = options.parse(parser, ["--config", str(folder / "config.txt")])
+        self.args = nerf_flags.parse(["--config", str(folder / "config.txt")])
         self.path = folder / RUNS[name]
         self.state = checkpoint.load_checkpoint(self.path)
         self.reference = np.load(folder / "reference.npz")
-        self.renderer = options.build_renderer(self.args)
+        self.renderer = build.build_renderer(self.args)
         checkpoint.load_strictly(
             self.renderer.coarse, self.state["network_fn_state_dict"], "coarse"
         )

@@ -14,7 +14,7 @@ import torch
 from conftest import REPOSITORY, run_script
 from test_run_dreamfusion import TINY as DREAM
 
-from nerf.checkpoint import list_checkpoints, load_checkpoint
+from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
 TINY = (
     "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "

@@ -8,8 +8,9 @@ from test_checkpoint import state, write
 from test_run_nerf import assert_same_training, data, newest, tiny  # noqa: F401  fixtures
 
 import run_nerf
-from nerf import recovery
-from nerf.checkpoint import CheckpointError, load_checkpoint
+from nerf.renderer import NeRFRenderer
+from nerf.training import recovery
+from nerf.training.checkpoint import CheckpointError, load_checkpoint
 
 
 def out_of_memory_above(limit):
@@ -37,14 +38,14 @@ def test_size_is_halved_until_it_fits_and_one_ray_is_the_end():
 
 def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
     assert run_nerf.main([*tiny, "--expname", "roomy", "--N_iters", "3"]) == 0
-    forward = run_nerf.options.NeRFRenderer.forward
+    forward = NeRFRenderer.forward
 
     def tight(renderer, rays, noise=None):
         if len(rays.origins) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(renderer, rays, noise)
 
-    monkeypatch.setattr(run_nerf.options.NeRFRenderer, "forward", tight)
+    monkeypatch.setattr(NeRFRenderer, "forward", tight)
     assert run_nerf.main([*tiny, "--expname", "tight", "--N_iters", "3"]) == 0
     assert "going on with 16 rays at a time" in (tmp_path / "tight" / "log.txt").read_text()
     roomy, tight = (newest(tmp_path / name)["network_fn_state_dict"] for name in ("roomy", "tight"))

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import make_demo, run_script
 
-from nerf.checkpoint import finished_updates, load_checkpoint
+from nerf.training.checkpoint import finished_updates, load_checkpoint
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 STEPS, SIZE = 300, 16

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nerf.build import compile_fields
 from nerf.field import NeRFField
-from nerf.losses import squared_error
+from nerf.outputs.render import block_size, render_view
 from nerf.rays import Rays
-from nerf.renderer import NeRFRenderer, Rendered, block_size, compile_fields, render_view
+from nerf.renderer import NeRFRenderer, Rendered, squared_error
 
 NUM_RAYS = 23
 WIDTH = 32

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import run_nerf
-from nerf import compare, evaluation, lenses, metrics, pages, report
+from nerf import lenses, metrics
 from nerf.datasets.scene import Scene
+from nerf.outputs import compare, html, report
+from nerf.outputs import scene as scene_outputs
 from nerf.renderer import Rendered
-from nerf.runtime import World
+from nerf.training.distributed import World
 
 TINY = (
     "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
@@ -121,23 +123,23 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
 
 def test_curves_are_well_formed_and_leave_out_what_is_no_number():
     x, y = np.arange(5.0), np.array([1.0, np.nan, 10.0, 0.0, 100.0])
-    svg = ElementTree.fromstring(pages.curves("a < b", {"one": (x, y), "two": (x, y + 1)}))
+    svg = ElementTree.fromstring(html.curves("a < b", {"one": (x, y), "two": (x, y + 1)}))
     lines = [line.attrib["points"].split() for line in svg.iter("polyline")]
     assert [len(line) for line in lines] == [4, 4]
-    svg = ElementTree.fromstring(pages.curves("log", {"one": (x, y)}, log=True))
+    svg = ElementTree.fromstring(html.curves("log", {"one": (x, y)}, log=True))
     points = [pair.split(",") for pair in next(svg.iter("polyline")).attrib["points"].split()]
     heights = [float(height) for _, height in points]
     assert len(points) == 3  # without 0
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert {"1", "10", "100"} <= {text.text for text in svg.iter("text")}
     # less than a decade, without two of 1, 2, 5: other round numbers, none of ten digits
-    svg = ElementTree.fromstring(pages.curves("n", {"n": (x, x / 100 + 0.025)}, log=True))
+    svg = ElementTree.fromstring(html.curves("n", {"n": (x, x / 100 + 0.025)}, log=True))
     said = [text.text for text in svg.iter("text")]
     assert {"0.04", "0.06"} <= set(said) and max(map(len, said)) <= 5, said
-    assert pages.curves("none", {"one": (x, np.full(5, np.nan))}) == ""
+    assert html.curves("none", {"one": (x, np.full(5, np.nan))}) == ""
     for value in (0.0, 3.0):  # constants and single points
-        assert "svg" in pages.curves("flat", {"flat": (x, np.full(5, value))})
-    assert "circle" in pages.curves("one", {"one": (x[:1], x[:1])})
+        assert "svg" in html.curves("flat", {"flat": (x, np.full(5, value))})
+    assert "circle" in html.curves("one", {"one": (x[:1], x[:1])})
 
 
 def test_depth_error_is_measured_where_the_truth_is_known():
@@ -176,7 +178,7 @@ def test_ndc_depth_is_given_along_the_camera_axis_in_the_world():
         render_poses=c2w,
         ndc=True,
     )
-    painter = evaluation.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
+    painter = scene_outputs.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
     t = torch.full((12, 16), 1 - 1 / 4)  # 1 + 1 / z, from the near plane
     opacity = torch.ones(12, 16)
     opacity[0, 0] = 0
@@ -203,7 +205,7 @@ def test_depth_through_a_lens_is_along_the_axis_not_along_the_ray():
     rays = scene.view_rays(scene.c2w[0], scene.intrinsics[0], 16)(torch.arange(12 * 16))
     t = (-4.0 / rays.directions[:, 2]).view(12, 16)  # where each ray meets the wall
     assert (t - 4.0).abs().max() > 0.1  # so that the two differ
-    painter = evaluation.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
+    painter = scene_outputs.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
     rendered = Rendered(torch.zeros(12, 16, 3), torch.ones(12, 16), t)
     assert np.allclose(painter.z_depth(rendered, scene, 0), 4.0, atol=1e-4)
 

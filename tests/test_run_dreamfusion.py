@@ -21,7 +21,7 @@ import run_dreamfusion
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from guidance.stable_diffusion import StableDiffusion
-from nerf.checkpoint import list_checkpoints
+from nerf.training.checkpoint import list_checkpoints
 
 TINY = (
     "--guidance gaussian --prompt ball --device cpu --netdepth 2 --netwidth 16 --multires 2 "

@@ -18,8 +18,10 @@ import torch
 from conftest import run_script
 
 import run_nerf
-from nerf import options, runtime
-from nerf.checkpoint import list_checkpoints, load_checkpoint
+from nerf import build
+from nerf.flags import nerf as nerf_flags
+from nerf.training import distributed, rng, system
+from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -218,22 +220,22 @@ def two_rank_gradients(rank: int, port: int, folder: str) -> None:
     """Process body: the gradients of one step of half a batch under DDP, saved by each rank."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = runtime.setup("cpu")
+    world = distributed.setup("cpu")
     renderer, rays, target, noise = gradient_case()
     model = torch.nn.parallel.DistributedDataParallel(renderer)
     share = world.share(len(target))
     levels = model(rays.part(share), noise.part(share))
     sum(((level.rgb - target[share]) ** 2).mean() for level in levels).backward()
     torch.save([p.grad for p in renderer.parameters()], f"{folder}/{rank}.pt")
-    runtime.cleanup()
+    distributed.cleanup()
 
 
 def gradient_case():
     """A small renderer and one global batch, the same in every process."""
-    args = options.parse(options.nerf_parser(), TINY)
-    runtime.seed_everything(3)
-    renderer = options.build_renderer(args)
-    generator = runtime.step_generator(3, 0, "cpu")
+    args = nerf_flags.parse(TINY)
+    rng.seed_everything(3)
+    renderer = build.build_renderer(args)
+    generator = rng.step_generator(3, 0, "cpu")
     from nerf.rays import Rays
 
     directions = torch.randn(32, 3, generator=generator)
@@ -257,7 +259,7 @@ def test_gradients_of_two_ranks_equal_one_process(tmp_path):
 
 def test_float16_overflow_is_skipped_counted_and_recovered_from(tiny, tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    monkeypatch.setattr(runtime, "grad_scaler", lambda device, amp: scaler)
+    monkeypatch.setattr(system, "grad_scaler", lambda device, amp: scaler)
     assert run_nerf.main([*tiny, "--amp", "fp16", "--N_iters", "80"]) == 0
     with open(tmp_path / "tiny" / "metrics.csv") as file:
         skipped = [int(row["skipped"]) for row in csv.DictReader(file)]
@@ -275,16 +277,16 @@ def test_endless_nan_stops_with_a_diagnosis(tiny, tmp_path, capsys):
 
 
 def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_path, monkeypatch):
-    build, built = options.build_renderer, []
+    build_renderer, built = build.build_renderer, []
 
     def dead_at_first(*given):
-        renderer = build(*given)
+        renderer = build_renderer(*given)
         if not built:
             torch.nn.init.constant_(renderer.fine.alpha_linear.bias, -100.0)
         built.append(renderer)
         return renderer
 
-    monkeypatch.setattr(options, "build_renderer", dead_at_first)
+    monkeypatch.setattr(build, "build_renderer", dead_at_first)
     assert run_nerf.main([*tiny, "--N_iters", "230", "--i_weights", "50"]) == 0
     log = (tmp_path / "tiny" / "log.txt").read_text()
     assert "stuck, every ray of the fine level is all background" in log and "seed 1" in log
@@ -430,6 +432,6 @@ def test_a_mistake_is_one_line_that_names_it(tiny, capsys, mistake):
 
 
 def test_rays_that_do_not_divide_by_the_processes_are_refused(data):
-    args = options.parse(options.nerf_parser(), [*TINY, "--N_rand", "100"])
+    args = nerf_flags.parse([*TINY, "--N_rand", "100"])
     with pytest.raises(ValueError, match="N_rand 100 does not divide by 3 processes"):
-        options.check_nerf_flags(args, 3)
+        nerf_flags.check_nerf_flags(args, 3)

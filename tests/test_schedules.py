@@ -2,7 +2,7 @@
 
 import pytest
 
-from nerf.schedules import highest, scheduled, stepped
+from nerf.training.schedules import highest, scheduled, stepped
 
 
 @pytest.mark.parametrize(

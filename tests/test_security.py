@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from nerf import options
 from nerf.datasets import load_scene
 from nerf.datasets.images import inside
+from nerf.flags import nerf as nerf_flags
 
 FOLDERS = ("nerf", "guidance", "data", "benchmarks")
 CODE = [
@@ -97,7 +97,7 @@ def test_names_within_a_folder_are_kept_and_links_followed(tmp_path):
 
 def load(folder, kind):
     flags = ["--datadir", str(folder), "--dataset_type", kind, "--testskip", "1", "--factor", "1"]
-    return load_scene(options.parse(options.nerf_parser(), flags), print)
+    return load_scene(nerf_flags.parse(flags), print)
 
 
 @pytest.mark.parametrize("kind", ["blender", "linemod", "transforms"])
@@ -260,7 +260,7 @@ def test_an_archive_that_lies_about_a_size_is_cut_off_there(tmp_path):
 
 def test_servers_listen_on_this_machine_only_unless_told():
     """The viewer is the only server here; TensorBoard is started by its user, on localhost."""
-    assert options.parse(options.nerf_parser(), []).viewer_host == "127.0.0.1"
+    assert nerf_flags.parse([]).viewer_host == "127.0.0.1"
     listening = [
         (name, keywords, where)
         for path in CODE

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from guidance.prompts import view_word
-from nerf.cameras import OrbitRanges, orbit_cameras, random_orbit_cameras
-from nerf.shading import LookSettings, draw_look, plain_look, shade
+from nerf.text3d.orbit import OrbitRanges, orbit_cameras, random_orbit_cameras
+from nerf.text3d.shading import LookSettings, draw_look, plain_look, shade
 
 
 def generator(seed=0):

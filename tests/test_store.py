@@ -11,10 +11,10 @@ import torch
 from conftest import run_script
 
 import run_nerf
-from nerf import options
-from nerf.checkpoint import list_checkpoints, load_checkpoint
 from nerf.datasets import load_scene, store
 from nerf.datasets.store import BLOCK, BlockOrder
+from nerf.flags import nerf as nerf_flags
+from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
 TINY = (
     "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
@@ -26,7 +26,7 @@ TINY = (
 
 def load(folder, kind="blender", *flags, warn=print):
     words = ["--datadir", str(folder), "--dataset_type", kind, "--testskip", "1", "--factor", "1"]
-    return load_scene(options.parse(options.nerf_parser(), [*words, *flags]), warn)
+    return load_scene(nerf_flags.parse([*words, *flags]), warn)
 
 
 NAMES = {"linemod": "LINEMOD"}

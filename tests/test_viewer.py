@@ -15,12 +15,13 @@ import pytest
 import torch
 from test_object_renderer import renderer
 
-from nerf import studio, viewer
-from nerf.camera_path import interpolate, read_path, write_path
 from nerf.cameras import look_at
-from nerf.ema import EMA
+from nerf.outputs import object as object_outputs
+from nerf.outputs import viewer
+from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
-from nerf.runtime import World
+from nerf.training.distributed import World
+from nerf.training.ema import EMA
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,15 +213,15 @@ def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
     module = renderer()
     place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
     parts = (None, World(0, 1, torch.device("cpu")), module, EMA(module, 0.0), "off", 32, "white")
-    shown = studio.Studio(*parts, **place)
+    shown = object_outputs.Studio(*parts, **place)
     c2w = look_at((0.0, -3.0, 0.0), (0, 0, 0))
-    for mode in studio.MODES:
-        picture = studio.look_at(shown, c2w, 0.7, (16, 24), mode, None)
+    for mode in object_outputs.MODES:
+        picture = object_outputs.look_at(shown, c2w, 0.7, (16, 24), mode, None)
         assert picture.shape == (16, 24, 3) and 0 <= picture.min() <= picture.max() <= 1
-    opacity = studio.look_at(shown, c2w, 0.7, (16, 24), "opacity", None)[..., 0]
+    opacity = object_outputs.look_at(shown, c2w, 0.7, (16, 24), "opacity", None)[..., 0]
     assert opacity[8, 12] > 0.9 and opacity[0, 0] < 0.1
     left = [[-1, -1, -1], [0, 1, 1]]
-    half = studio.look_at(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
+    half = object_outputs.look_at(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
     assert half[8, 11] > 0.9 and (half[:, 13:] == 0).all()
 
 

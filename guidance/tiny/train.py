@@ -24,14 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from guidance.attention import fast_attention  # noqa: E402
 from guidance.tiny import build, pictures  # noqa: E402
-from nerf.ema import EMA  # noqa: E402
-from nerf.runtime import (  # noqa: E402
-    StopSignal,
-    autocast,
-    choose_device,
-    seed_everything,
-    step_generator,
-)
+from nerf.training.distributed import choose_device  # noqa: E402
+from nerf.training.ema import EMA  # noqa: E402
+from nerf.training.rng import seed_everything, step_generator  # noqa: E402
+from nerf.training.system import StopSignal, autocast  # noqa: E402
 
 STAGES = {"pictures": 1, "vae": 2, "latents": 3, "unet": 4}  # their random numbers differ
 FREE = ("out", "work", "device", "vae_steps", "unet_steps", "save_seconds", "stop_after")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerf.runtime import step_generator
+from nerf.training.rng import step_generator
 
 BLOCK = 1024  # pixels in a row that are read together: 3 to 4 KiB, about a page
 SHARDS = 8  # parts of the set, in the order of the file, that every batch takes equally from

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nerf.runtime import map_on_threads
+from nerf.training.system import map_on_threads
 
 BLOCK = 4  # cells per side of a block
 

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerf.mesh_grid import Grid, heights_near_surface, sample_density
+from nerf.media import MESH_FORMATS
 from nerf.metrics import to_8bit
+from nerf.outputs.mesh_grid import Grid, heights_near_surface, sample_density
 
-FORMATS = (".glb", ".obj", ".ply")
 COARSE = 48  # points along the box's longest side in the first look
 PERCENTILES = (99.9, 99.0, 95.0)  # of the positive density, tried where nothing reaches the level
 # Marching cubes leaves holes where a point lies exactly on the surface; such points go outside.
@@ -114,8 +114,8 @@ def write_mesh(path: Path, mesh) -> None:
     For axes and colours in the file see above. At any moment the old file or the new is whole.
     """
     kind = path.suffix.lower()
-    if kind not in FORMATS:
-        raise ValueError(f"{path}: a mesh is written as {', '.join(FORMATS)}; end its name so")
+    if kind not in MESH_FORMATS:
+        raise ValueError(f"{path}: a mesh is written as {', '.join(MESH_FORMATS)}; end its name so")
     if kind == ".glb":
         content = _glb(mesh)
     elif kind == ".obj":

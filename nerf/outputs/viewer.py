@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nerf.camera_path import interpolate, write_path
 from nerf.media import colorize, nearness
 from nerf.metrics import to_8bit
+from nerf.outputs.camera_path import interpolate, write_path
 
 MODES = ("rgb", "depth", "normal", "opacity")  # "lit" as well where there is light
 # Of the wall time, for pictures, while training. The promise is a tenth in all: what a picture

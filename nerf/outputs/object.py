@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from nerf import mesh, runtime, turntable
-from nerf.cameras import OrbitCameras
-from nerf.ema import EMA
-from nerf.logs import RunFolder
-from nerf.object_renderer import ObjectRendered
-from nerf.particles import objects
-from nerf.shading import plain_look
-from nerf.viewer import clip_rays
+from nerf.outputs import mesh, turntable
+from nerf.outputs.viewer import clip_rays
+from nerf.text3d.orbit import OrbitCameras
+from nerf.text3d.particles import objects
+from nerf.text3d.renderer import ObjectRendered
+from nerf.text3d.shading import plain_look
+from nerf.training import distributed, system
+from nerf.training.ema import EMA
+from nerf.training.run_folder import RunFolder
 
 MODES = ("rgb", *turntable.PARTS)  # of ``look_at``
 
@@ -27,7 +28,7 @@ class Studio(NamedTuple):
     """The objects of a run, and where the cameras that photograph them stand."""
 
     run: RunFolder
-    world: runtime.World
+    world: distributed.World
     renderer: nn.Module  # of one object, or Particles
     ema: EMA
     amp: str
@@ -49,7 +50,7 @@ class Studio(NamedTuple):
 
         def view_of(shown: nn.Module):
             def view(rays, look):
-                with runtime.autocast(self.world.device, self.amp):
+                with system.autocast(self.world.device, self.amp):
                     return shown(rays, look)
 
             return view

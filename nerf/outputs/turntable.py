@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nerf.cameras import OrbitCameras, orbit_cameras
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import to_8bit
-from nerf.object_renderer import ObjectRendered
-from nerf.runtime import World, map_on_threads
-from nerf.shading import plain_look
+from nerf.text3d.orbit import OrbitCameras, orbit_cameras
+from nerf.text3d.renderer import ObjectRendered
+from nerf.text3d.shading import plain_look
+from nerf.training.distributed import World
+from nerf.training.system import map_on_threads
 
 AMBIENT = 0.3  # on lit pictures
 RAYS = 4096  # rendered together

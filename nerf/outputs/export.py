@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nerf import mesh
-from nerf.bounds import carve, scene_space
 from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.occupancy import Box, Contraction, OccupancyGrid
+from nerf.outputs import mesh
 from nerf.rays import ndc_to_world
-from nerf.runtime import map_on_threads
+from nerf.scene_bounds import carve, scene_space
+from nerf.training.system import map_on_threads
 
 FEW_RAYS = 4096  # rendered to find out where the scene is and how soft
 THICKNESS = 32  # of the box's longest side, in which a surface stops half of the light

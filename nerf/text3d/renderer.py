@@ -16,7 +16,7 @@ from nerf.encodings import FrequencyEncoding
 from nerf.field import density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
-from nerf.shading import Look, shade
+from nerf.text3d.shading import Look, shade
 from nerf.volume import packed_weights_cumsum, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid

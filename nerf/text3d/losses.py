@@ -1,15 +1,9 @@
-"""Training terms. All take float32 and return a scalar."""
+"""Losses on the shape of an object (text to 3D). All take float32 and return a scalar.
+
+Means over rays, so that a weight means the same at any resolution and batch size.
+"""
 
 from torch import Tensor
-
-
-def squared_error(rgb: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over rays and channels: rgb, target [..., 3] -> [] (NeRF eq. 6)."""
-    return ((rgb - target) ** 2).mean()
-
-
-# ---------------------------------------------------------------- shape of an object (text to 3D)
-# Means over rays, so that a weight means the same at any resolution and batch size.
 
 
 def opacity_loss(opacity: Tensor) -> Tensor:

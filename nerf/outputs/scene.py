@@ -16,10 +16,12 @@ from torch import Tensor
 from nerf.datasets.scene import Scene
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import depth_error, psnr, psnr_from_mse, ssim, to_8bit
+from nerf.outputs.render import render_view
 from nerf.rays import Rays, ndc_to_world
-from nerf.recovery import smaller_until_it_fits
-from nerf.renderer import Rendered, render_view
-from nerf.runtime import StopSignal, World
+from nerf.renderer import Rendered
+from nerf.training.distributed import World
+from nerf.training.recovery import smaller_until_it_fits
+from nerf.training.system import StopSignal
 
 VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
 STRIP_SIDE = 200  # pixels of a validation strip's longer side, about

@@ -1,0 +1,1 @@
+"""Declares and checks flags, nothing else."""

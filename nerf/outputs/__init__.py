@@ -1,0 +1,1 @@
+"""All that a person looks at: pictures, videos, meshes, reports, the live viewer."""

@@ -1,0 +1,106 @@
+"""Runs side by side on one self-contained page: figures, differing flags, curves, test views.
+
+python -m nerf.compare logs/a logs/b              # writes logs/compare.html
+python -m nerf.compare logs/a logs/b --out ab.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nerf.outputs import html
+from nerf.outputs.report import FIGURES, MOST_VIEWS, SIDE, Run, diagrams, write_page
+
+# Flags that differ between any two runs and explain nothing.
+UNINTERESTING = {"expname", "basedir", "config", "fast"}
+
+
+def figures(runs: list[Run]) -> str:
+    """What was measured of each run; None where it was not."""
+    rows = []
+    for key, said in FIGURES.items():
+        values = [run.metrics.get(key) for run in runs]
+        if any(value is not None for value in values):
+            rows.append([said, *values])
+    rows.append(["updates", *(run.metrics.get("step") or run.last_step for run in runs)])
+    rows.append(["training, s", *(run.last("train_seconds") for run in runs)])
+    return html.table(["", *(run.name for run in runs)], rows)
+
+
+def differing_flags(runs: list[Run]) -> str:
+    """The flags that are not the same in all runs."""
+    names = sorted({name for run in runs for name in run.args} - UNINTERESTING)
+    missing = "(no such flag then)"
+    rows = []
+    for name in names:
+        values = [run.args.get(name, missing) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([name, *("not set" if value is None else value for value in values)])
+    if not rows:
+        return "<p>All flags are the same.</p>"
+    return html.table(["flag", *(run.name for run in runs)], rows)
+
+
+def common_views(runs: list[Run]) -> list[str]:
+    """Test views that all runs have, the one with the lowest PSNR in any run first."""
+    found = [{view.get("name"): (number, view) for number, view in run.views} for run in runs]
+    names = [name for name in found[0] if all(name in views for views in found)]
+    if not names:
+        return ["<p>The runs have no test view in common.</p>"]
+    names.sort(key=lambda name: min(views[name][1].get("psnr") or 0.0 for views in found))
+    parts = ["<h2>Test views, worst first</h2>"]
+    for name in names[:MOST_VIEWS]:
+        number = found[0][name][0]
+        shown = [html.picture(runs[0].test_folder / "target" / f"{number:03d}.png", SIDE, "target")]
+        for run, views in zip(runs, found, strict=True):
+            number, view = views[name]
+            psnr = f"{run.name}: {view['psnr']:.2f} dB" if view.get("psnr") else run.name
+            for part, caption in (("", psnr), ("error", f"{run.name}: error x 4")):
+                path = run.test_folder / part / f"{number:03d}.png"
+                shown.append(html.picture(path, SIDE, caption))
+        parts.append(f'<p>{html.text(name)}</p><div class="row">{"".join(shown)}</div>')
+    if len(names) > MOST_VIEWS:
+        parts.append(f'<p class="note">{len(names) - MOST_VIEWS} better views are not shown.</p>')
+    return parts
+
+
+def compare(folders: list[Path], out: Path) -> Path:
+    """Write the page of at least two run folders; its path. ValueError if one is no run."""
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise ValueError(f"{', '.join(map(str, folders))}: expected at least two different runs")
+    runs = [Run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):  # of the same name in two places
+        for run in runs:
+            run.name = str(run.folder)
+    parts = [figures(runs)]
+    data = {str(run.args.get("datadir")) for run in runs}
+    if len(data) > 1:
+        said = (
+            f"These runs are of different data ({', '.join(sorted(data))}): figures do not compare."
+        )
+        parts.append(f"<p>{html.text(said)}</p>")
+    parts += ["<h2>Differing flags</h2>", differing_flags(runs), "<h2>Curves</h2>", diagrams(runs)]
+    return write_page(
+        out, html.page(" | ".join(run.name for run in runs), parts + common_views(runs))
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m nerf.compare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, such as logs/a logs/b")
+    parser.add_argument("--out", type=Path, help="default: compare.html beside the first run")
+    args = parser.parse_args(argv)
+    try:
+        out = args.out or args.runs[0].resolve().parent / "compare.html"
+        print(compare(args.runs, out))
+    except ValueError as error:
+        print(f"nerf.compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One object in a box that is optimized from a text."""

@@ -1,0 +1,1 @@
+"""A run, whatever it trains: processes, checkpoints, logs, recovery. No rays, no text."""
