@@ -31,7 +31,7 @@ from guidance.gaussian import Gaussian, ball
 from guidance.lora import load_lora, save_lora
 from guidance.prompts import VIEW_WORDS, ViewPrompts, towards_middle, view_texts
 from guidance.stable_diffusion import StableDiffusion
-from guidance.vsd import RenderCopy
+from guidance.vsd import LoRAScoreNetwork
 from nerf import build
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
@@ -39,7 +39,7 @@ from nerf.outputs import viewer
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.object import (
     MODES,
-    Studio,
+    ObjectOutputs,
     look_at,
     path_cameras,
     write_mesh,
@@ -50,7 +50,7 @@ from nerf.outputs.report import try_report
 from nerf.text3d import losses
 from nerf.text3d.collapse import Collapse
 from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
-from nerf.text3d.shading import Look, draw_look
+from nerf.text3d.shading import Lighting, draw_lighting
 from nerf.training import checkpoint, distributed, entry, recovery, rng, system
 from nerf.training.ema import EMA
 from nerf.training.progress import Clock, Progress, Speed
@@ -109,7 +109,7 @@ def run_prompt(args, world, priors: dict) -> int:
             f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
         ) from None
     except ValueError:
-        run.note(traceback.format_exc())
+        run.log_file_only(traceback.format_exc())
         raise
     finally:
         run.close()
@@ -132,7 +132,7 @@ def name_run_to_read(args) -> None:
 
 
 def prepare(args, world):
-    """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
+    """The parts of a run that learn: renderer, optimizer, scaler and EMA, on the device."""
     rng.seed_everything(args.seed)  # the same on all ranks: same initial weights
     renderer = build.object_renderer(args).to(world.device)
     groups = build.parameter_groups(renderer, args)
@@ -151,7 +151,7 @@ class Guide:
     """
 
     prior: object
-    copy: RenderCopy | None
+    copy: LoRAScoreNetwork | None
     conditions: Callable
     told: dict[int, str]
 
@@ -161,10 +161,10 @@ class Guide:
         try:
             self.conditions = make_conditions(own, self.prior, run)
         except Exception as error:  # whatever a viewer does, training goes on
-            run.say(f"step {step}: the viewer's text {text!r} is not used: {error}")
+            run.log(f"step {step}: the viewer's text {text!r} is not used: {error}")
             return
         self.told[step] = text
-        run.say(
+        run.log(
             f"step {step}: the text is now {text!r}, by the viewer; flags alone do not make this "
             "object again"
         )
@@ -179,7 +179,7 @@ def make_guide(args, world, run, priors: dict, found) -> Guide:
     last = str(told[max(told)]) if told else args.prompt
     own = argparse.Namespace(**(vars(args) | {"prompt": last}))
     conditions = make_conditions(own, prior, run)
-    copy = make_copy(args, world, run, prior, priors)
+    copy = make_lora_score(args, world, run, prior, priors)
     if args.guidance != "gaussian" and not (args.prompt_file or args.viewer):
         prior.free_text_encoder()
     return Guide(prior, copy, conditions, dict(told))
@@ -200,9 +200,9 @@ def open_model(args, world, run, path: str, priors: dict):
             allow_pickle=args.allow_pickle,
             scheduler=args.scheduler,
             memory=saving,
-            warn=run.say,
+            warn=run.log,
         )
-    priors[path].warn = run.say  # of this run's log, where several share the model
+    priors[path].warn = run.log  # of this run's log, where several share the model
     return priors[path]
 
 
@@ -244,11 +244,11 @@ def make_conditions(args, prior, run):
     said = [repr(text) for text in dict.fromkeys(texts.values())]
     if len(said) > 6:
         said = [*said[:2], f"{len(said) - 2} more, by viewpoint"]
-    run.say(f"text: {', '.join(said)}; negative: {args.negative_prompt!r}")
+    run.log(f"text: {', '.join(said)}; negative: {args.negative_prompt!r}")
     return lambda cameras, size, background: prompts.at(*cameras[2:])
 
 
-def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
+def make_lora_score(args, world, run, prior, priors: dict) -> LoRAScoreNetwork | None:
     """The copy that learns how the renders look, for variational score distillation."""
     if args.guidance != "vsd":
         return None
@@ -259,7 +259,7 @@ def make_copy(args, world, run, prior, priors: dict) -> RenderCopy | None:
             f"picture, --sd_model {args.sd_model} has {prior.latent_shape(64, 64)}; use one family"
         )
     rng.seed_everything(args.seed)  # the same on all ranks: same first adapters
-    copy = RenderCopy(
+    copy = LoRAScoreNetwork(
         base,
         base.embed([args.prompt]),
         rank=args.lora_rank,
@@ -296,13 +296,13 @@ def resume(found, args, run, parts, guide) -> tuple[int, Clock]:
         return 0, Clock()
     path, state = found
     for change in common_flags.other_changes(state.get("args", {}), args, dream_flags.STRUCTURAL):
-        run.say(f"changed since the checkpoint: {change}")
-    checkpoint.restore(path, state, run.say, *parts)
+        run.log(f"changed since the checkpoint: {change}")
+    checkpoint.restore(path, state, run.log, *parts)
     if guide.copy is not None:
         guide.copy.restore(state.get("copy"), str(path))
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
-    run.say(f"resumed from {path} at step {step}{done}")
+    run.log(f"resumed from {path} at step {step}{done}")
     return step, Clock(state.get("train_seconds", 0.0))
 
 
@@ -310,40 +310,40 @@ def start_from(args, run, renderer, optimizer, scaler, ema) -> None:
     """``--init_from``: another run's object, as its pictures show it; all else starts anew."""
     path = Path(args.init_from)
     if path.is_dir():
-        newest = checkpoint.newest_checkpoint(path, run.say)
+        newest = checkpoint.newest_checkpoint(path, run.log)
         if newest is None:
             raise ValueError(f"--init_from {path}: there is no checkpoint in it")
         path, state = newest
     else:
         state = checkpoint.load_checkpoint(path)
     shown = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
-    checkpoint.restore(path, state, run.say, renderer, ema=shown)
+    checkpoint.restore(path, state, run.log, renderer, ema=shown)
     shown.keep()
     ema.reset()
-    run.say(f"starting from the object of {path}")
+    run.log(f"starting from the object of {path}")
 
 
 # ----------------------------------------------------------------------------------- pictures
 
 
-def studio_of(args, world, run, renderer, ema) -> Studio:
+def make_outputs(args, world, run, renderer, ema) -> ObjectOutputs:
     """Where previews, turntables and meshes of this run come from."""
-    return Studio(
+    return ObjectOutputs(
         run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
         elevation_deg=args.eval_elevation, radius=sum(args.radius_range) / 2,
         fov_deg=sum(args.fov_range) / 2, bound=args.bound, flat=args.space == "2d",
     )  # fmt: skip
 
 
-def preview(args, studio: Studio, step: int) -> None:
-    """Four sides of the objects, or all pictures that are optimised."""
+def preview(args, outputs: ObjectOutputs, step: int) -> None:
+    """Four sides of the objects, or all pictures that are optimized."""
     size, num_views = stepped(args.train_res, step), args.batch_views
-    if not studio.flat:
+    if not outputs.flat:
         size, num_views = min(args.eval_res, 2 * size), 4
-    write_preview(studio, step, num_views, size)
+    write_preview(outputs, step, num_views, size)
 
 
-def open_viewer(args, world, run, studio: Studio) -> viewer.Viewer | None:
+def open_viewer(args, world, run, outputs: ObjectOutputs) -> viewer.Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
     if not args.viewer or not world.is_main:
         return None
@@ -351,13 +351,13 @@ def open_viewer(args, world, run, studio: Studio) -> viewer.Viewer | None:
     asks = alone and args.guidance != "gaussian" and args.space == "3d"
     try:
         window = viewer.Viewer(
-            None, run.folder, args.viewer_host, args.viewer_port, run.say,
+            None, run.folder, args.viewer_host, args.viewer_port, run.log,
             modes=MODES, text=args.prompt if asks else None, may_pause=alone,
         )  # fmt: skip
     except Exception as error:  # whatever a viewer does, training goes on
-        run.say(f"no viewer: {type(error).__name__}: {error}")
+        run.log(f"no viewer: {type(error).__name__}: {error}")
         return None
-    window.view = partial(look_at, studio)
+    window.view = partial(look_at, outputs)
     return window
 
 
@@ -377,50 +377,50 @@ def write_attention(args, run, prior, noise, found: "Gradients", step) -> None:
 
 def read_run(args, world, run) -> int:
     """``--render_only`` and ``--export``: from the newest checkpoint, with its averaged weights."""
-    found = checkpoint.find_checkpoint(run.folder, args.ft_path, world, run.say, prefer_given=True)
+    found = checkpoint.find_checkpoint(run.folder, args.ft_path, world, run.log, prefer_given=True)
     if found is None:
         raise ValueError(f"{run.folder}: no checkpoint there; train first, or name one: --ft_path")
     path, state = found
-    build.adopt(args, state.get("args", {}), run.say)
+    build.adopt(args, state.get("args", {}), run.log)
     renderer = prepare(args, world)[0]
     ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
-    checkpoint.restore(path, state, run.say, renderer, ema=ema)
+    checkpoint.restore(path, state, run.log, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
-    run.say(f"{path}: step {step}, {ema.kind} weights")
-    studio = studio_of(args, world, run, renderer, ema)
+    run.log(f"{path}: step {step}, {ema.kind} weights")
+    outputs = make_outputs(args, world, run, renderer, ema)
     if args.export:
-        write_mesh(studio, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
+        write_mesh(outputs, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
     elif args.camera_path:
-        cameras = path_cameras(studio, *read_path(Path(args.camera_path)))
-        write_turntable(studio, step, len(cameras.c2w), cameras)
-    elif window := open_viewer(args, world, run, studio):
+        cameras = path_cameras(outputs, *read_path(Path(args.camera_path)))
+        write_turntable(outputs, step, len(cameras.c2w), cameras)
+    elif window := open_viewer(args, world, run, outputs):
         with system.StopSignal() as stop, window:
             window.serve(lambda: bool(stop.number))
     else:
-        write_turntable(studio, step, args.video_frames)
+        write_turntable(outputs, step, args.video_frames)
     return 0
 
 
-def finish(args, run, studio: Studio, step, clock, guide) -> None:
+def finish(args, run, outputs: ObjectOutputs, step, clock, guide) -> None:
     """What a finished run leaves behind: turntable, mesh, metrics.json, and where they are."""
-    metrics = {"prompt": args.prompt, "step": step, "weights": studio.ema.kind}
+    metrics = {"prompt": args.prompt, "step": step, "weights": outputs.ema.kind}
     metrics |= {"prompts_by_viewer": guide.told} if guide.told else {}
     metrics |= {"train_seconds": clock.seconds, "args": vars(args)}
     if args.space == "3d":
         with run.guard("turntable"):
-            write_turntable(studio, step, args.video_frames)
+            write_turntable(outputs, step, args.video_frames)
         if args.mesh:
             path = run.folder / "mesh.glb"
             with run.guard("mesh"):
-                write_mesh(studio, path, resolution=args.mesh_res, level=args.mesh_level)
+                write_mesh(outputs, path, resolution=args.mesh_res, level=args.mesh_level)
     if guide.copy is not None and run.is_main:
         with run.guard("lora.safetensors"):
             save_lora(run.folder / "lora.safetensors", guide.copy.lora)
     with run.guard("metrics.json"):
         run.write_json("metrics.json", metrics)
     if run.is_main:
-        try_report(run.folder, run.say)
-    run.say(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
+        try_report(run.folder, run.log)
+    run.log(f"done: {run.folder}/ ({metrics['train_seconds']:.0f} s of training)")
 
 
 def report(args, run, progress, step, distilled, values: dict, speed, clock) -> None:
@@ -436,7 +436,7 @@ def report(args, run, progress, step, distilled, values: dict, speed, clock) -> 
     if not progress.on_terminal:
         eta = (args.N_iters - step) * speed.seconds_per_step / 60
         note = " (not a measure of quality)" if step <= args.i_print else ""
-        run.say(
+        run.log(
             f"step {step}/{args.N_iters}  {line}  sds {values['sds']:.4g}{note}  ETA {eta:.1f} min"
         )
 
@@ -448,16 +448,16 @@ class Drawn(NamedTuple):
     """Every random number of one step, a row per view."""
 
     cameras: OrbitCameras
-    look: Look
+    lighting: Lighting
     jitter: Tensor  # [V, size * size] in [0, 1), of the samples along each ray
     noise: sds.GuidanceNoise
     lit: bool  # whether any view of all processes needs normals: all have them then
 
-    def part(self, share: slice) -> "Drawn":
+    def part(self, shard: slice) -> "Drawn":
         """Some of the views."""
         return Drawn(
-            self.cameras.part(share), self.look.part(share), self.jitter[share],
-            self.noise.part(share), self.lit,
+            self.cameras.part(shard), self.lighting.part(shard), self.jitter[shard],
+            self.noise.part(shard), self.lit,
         )  # fmt: skip
 
 
@@ -470,19 +470,19 @@ def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
     ranges = build.orbit_ranges(args)
     if args.view_spread < 1:
-        ranges = ranges._replace(settle=partial(towards_middle, share=args.view_spread))
+        ranges = ranges._replace(settle=partial(towards_middle, shard=args.view_spread))
     cameras = random_orbit_cameras(args.batch_views, ranges, generator)
-    settings, lit = build.look_settings(args), step >= args.albedo_steps
-    look = draw_look(cameras.c2w[:, :, 3], settings, generator, lit=lit)
+    settings, lit = build.lighting_settings(args), step >= args.albedo_steps
+    lighting = draw_lighting(cameras.c2w[:, :, 3], settings, generator, lit=lit)
     options = {"generator": generator, "device": generator.device}
     jitter = torch.rand(args.batch_views * size * size, 1, **options)
     seen = seen_size(args, prior, size)
     noise = sds.draw_noise(args.batch_views, prior.latent_shape(seen, seen), generator)
-    return Drawn(cameras, look, jitter.view(args.batch_views, -1), noise, look.is_lit)
+    return Drawn(cameras, lighting, jitter.view(args.batch_views, -1), noise, lighting.is_lit)
 
 
 def shape_losses(args, step, out, renderer):
-    """The weighted sum of the losses on the object's shape (``nerf.losses``)."""
+    """The weighted sum of the losses on the object's shape (``nerf.text3d.losses``)."""
     terms = {
         "lambda_opacity": lambda: losses.opacity_loss(out.opacity),
         "lambda_entropy": lambda: losses.entropy_loss(out.opacity),
@@ -516,7 +516,7 @@ class Gradients(NamedTuple):
         distilled, weights, shape, images, texts, opacity, samples = zip(*pieces, strict=True)
         counts = [len(each) for each in texts]
         shares = [count / sum(counts) for count in counts]
-        gradient = [each.gradient * share for each, share in zip(distilled, shares, strict=True)]
+        gradient = [each.gradient * shard for each, shard in zip(distilled, shares, strict=True)]
         gradient = torch.cat(gradient)
         whole = sds.Distilled(
             0.5 * gradient.float().square().sum(),
@@ -527,7 +527,7 @@ class Gradients(NamedTuple):
         )
 
         def mean(values):
-            return sum(value * share for value, share in zip(values, shares, strict=True))
+            return sum(value * shard for value, shard in zip(values, shares, strict=True))
 
         pictures, rows = torch.cat(images), torch.cat(texts)
         return Gradients(
@@ -542,13 +542,13 @@ def backward(args, world, model, renderer, scaler, guide, drawn, step, views: in
     recipe = sds.Recipe(**build.recipe_fields(args, step))
     pieces = []
     for start in range(0, num_views, views):
-        cameras, look, jitter, noise, lit = drawn.part(slice(start, start + views))
+        cameras, lighting, jitter, noise, lit = drawn.part(slice(start, start + views))
         renderer.first = world.rank * num_views + start  # of a picture each, in 2-D
         with system.autocast(world.device, args.amp):
             rays = cameras.rays(size, size)
-            out = model(rays, look.per_pixel(size * size), jitter.view(-1, 1), lit)
+            out = model(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
-        conditions = guide.conditions(cameras, size, look.background)
+        conditions = guide.conditions(cameras, size, lighting.background)
         copy = guide.copy.at(cameras.c2w) if guide.copy is not None else None
         shown = sds.resized(images, seen_size(args, guide.prior, size))
         distilled = sds.distill(guide.prior, shown, conditions, noise, recipe, copy)
@@ -562,33 +562,33 @@ def backward(args, world, model, renderer, scaler, guide, drawn, step, views: in
     return pieces[0] if len(pieces) == 1 else Gradients.joined(pieces)
 
 
-def trouble(renderer, drawn: Drawn, found: Gradients) -> tuple[str, dict]:
+def cause(renderer, drawn: Drawn, found: Gradients) -> tuple[str, dict]:
     """What was not finite first in a step, and the step's tensors."""
-    tensors = {"cameras": drawn.cameras.c2w, "rendered_colours": found.images}
+    tensors = {"cameras": drawn.cameras.c2w, "rendered_colors": found.images}
     tensors |= {"guidance": found.distilled.gradient, "loss": found.loss}
-    return recovery.first_broken(**tensors) or recovery.broken_gradients(renderer), tensors
+    return recovery.first_non_finite(**tensors) or recovery.non_finite_gradients(renderer), tensors
 
 
 def train(args, world, run, priors: dict) -> int:
     """Train until N_iters, --max_minutes or a signal; go back where numbers went bad."""
     if args.no_reload and world.is_main:
-        checkpoint.set_aside(run.folder, run.say)
-    find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.say)
+        checkpoint.archive_checkpoints(run.folder, run.log)
+    find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
     found = find(reload=not args.no_reload)
     guide = make_guide(args, world, run, priors, found)
     run.record(vars(args), common_flags.as_config(args, dream_flags.dream_parser()))
     if args.wandb:
         run.start_wandb(vars(args))
-    returns = recovery.Returns(found[1].get("draws", 0) if found else 0)
+    returns = recovery.Rollback(found[1].get("draws", 0) if found else 0)
     try:
         with system.StopSignal() as stop:
             while True:
                 try:
                     return train_attempt(args, world, run, stop, found, guide, returns)
-                except recovery.NotFinite as error:
+                except recovery.NonFinite as error:
                     # What lies in the folder by now is this run's, whatever --no_reload says. The
                     # copy needs no way back: a bad step of its own never reaches it.
-                    found = returns.go_back(error, run, find)
+                    found = returns.roll_back(error, run, find)
     finally:
         if guide.copy is not None:
             guide.copy.lora.remove()  # the next prompt's copy hangs on the same model
@@ -601,7 +601,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
     model = renderer
     if world.size > 1:  # views without light leave the light's gradients out, and so on
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
-    studio = studio_of(args, world, run, renderer, ema)
+    outputs = make_outputs(args, world, run, renderer, ema)
     collapse, progress = Collapse(), Progress(args.N_iters, step, show=world.is_main)
     speed, saved_at = Speed(step, clock.seconds), time.monotonic()
     watch, left_out = recovery.FiniteWatch(), 0
@@ -609,26 +609,30 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
     advice = build.next_saving(args, world.device.type)
 
     def save() -> bool:
-        extra = {"args": vars(args), "model": guide.prior.fingerprint, "draws": returns.draws}
+        extra = {
+            "args": vars(args),
+            "model": guide.prior.fingerprint,
+            "draws": returns.rollback_count,
+        }
         extra |= {"train_seconds": clock.seconds, "told": guide.told}
         extra |= {"copy": guide.copy.checkpoint()} if guide.copy is not None else {}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
-    with open_viewer(args, world, run, studio) or nullcontext() as window:
+    with open_viewer(args, world, run, outputs) or nullcontext() as window:
         while step < args.N_iters:
             # One update. Every random number comes from (seed, step), see runtime.step_generator.
             rate = build.learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             generator = rng.step_generator(seed, step, world.device)
-            renderer.prepare_step(step, generator)
+            renderer.begin_step(step, generator)
             size = stepped(args.train_res, step)
             drawn = draw_views(args, guide.prior, step, size, generator)
-            drawn = drawn.part(world.share(args.batch_views))
-            grads, views = recovery.smaller_until_it_fits(
+            drawn = drawn.part(world.shard(args.batch_views))
+            grads, views = recovery.halve_until_it_fits(
                 partial(backward, args, world, model, renderer, scaler, guide, drawn, step),
                 views,
-                run.say,
+                run.log,
                 may_halve=world.size == 1,
                 unit="views",
                 advice=advice,
@@ -639,7 +643,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
             )
             broken = not (math.isfinite(grad_norm) and math.isfinite(grads.loss.item()))
             time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
-            number, time_up, broken = world.largest(stop.number, time_up, broken)
+            number, time_up, broken = world.all_reduce_max(stop.number, time_up, broken)
             if not broken:  # anywhere: a rank alone must not go on
                 scaler.step(optimizer)
                 ema.update()
@@ -656,15 +660,15 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
                     window.tick(lambda: bool(stop.number))
                     if text := window.new_text():
                         guide.reword(args, run, text, step)
-            watch.count(broken, step, world, partial(trouble, renderer, drawn, grads))
+            watch.count(broken, step, world, partial(cause, renderer, drawn, grads))
             optimizer.zero_grad(set_to_none=True)
             left_out += int(grads.distilled.skipped)
             opacity = grads.opacity.item()
             if args.space == "3d":
-                collapse.watch(opacity, step, run.say)
+                collapse.watch(opacity, step, run.log)
             if number:
                 saved = "saved" if save() else "not saved"
-                run.say(f"stopped by signal {int(number)}; step {step} is {saved}")
+                run.log(f"stopped by signal {int(number)}; step {step} is {saved}")
                 return 128 + int(number)
             last = bool(time_up) or step == args.N_iters
             if every(step, args.i_print) or last:
@@ -676,7 +680,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
             progress.advance()
             if every(step, args.i_img) or last:
                 with clock, run.guard("previews"):
-                    preview(args, studio, step)
+                    preview(args, outputs, step)
             if every(step, args.i_attn):
                 with clock, run.guard("attention maps"):
                     write_attention(args, run, guide.prior, drawn.noise, grads, step)
@@ -687,11 +691,11 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
                 saved_at = time.monotonic()
             if every(step, args.i_video) and not last:
                 with clock, run.guard("turntable"):
-                    write_turntable(studio, step, args.video_frames)
+                    write_turntable(outputs, step, args.video_frames)
             if last:
                 break
     progress.close()
-    finish(args, run, studio, step, clock, guide)
+    finish(args, run, outputs, step, clock, guide)
     return 0
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"run_nerf.py: {error}", file=sys.stderr)
         if run is not None:
-            run.note(traceback.format_exc())
+            run.log_file_only(traceback.format_exc())
         return 2 if isinstance(error, ValueError) else 3
     except (MemoryError, RuntimeError) as error:
         if not recovery.out_of_memory(error):
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(args, world, scene, attempt: int, warn):
-    """The parts of a run that learn: renderer, optimiser, scaler and EMA, on the device."""
+    """The parts of a run that learn: renderer, optimizer, scaler and EMA, on the device."""
     rng.seed_everything(args.seed + attempt)  # the same on all ranks: same initial weights
     renderer = build.build_renderer(args, scene, warn).to(world.device)
     fused = world.device.type in ("cpu", "cuda")
@@ -100,7 +100,7 @@ def find_checkpoint(args, world, run):
         run.folder,
         args.ft_path,
         world,
-        run.say,
+        run.log,
         reload=not args.no_reload,
         prefer_given=bool(args.render_only or args.export or args.export_points),
     )
@@ -126,21 +126,21 @@ def resume(found, args, run, renderer, optimizer, scaler, ema) -> tuple[int, dic
         return 0, best, Clock()
     path, state = found
     for change in common_flags.other_changes(state.get("args") or {}, args, nerf_flags.STRUCTURAL):
-        run.say(f"changed since the checkpoint: {change}")
-    checkpoint.restore(path, state, run.say, renderer, optimizer, scaler, ema)
+        run.log(f"changed since the checkpoint: {change}")
+    checkpoint.restore(path, state, run.log, renderer, optimizer, scaler, ema)
     step = checkpoint.finished_updates(state)
     done = f"; it is done: raise --N_iters {args.N_iters}" if step >= args.N_iters else ""
-    run.say(f"resumed from {path} at step {step}{done}")
+    run.log(f"resumed from {path} at step {step}{done}")
     return step, state.get("best") or best, Clock(state.get("train_seconds", 0.0))
 
 
-def make_painter(args, world, renderer, scene, stop=None, say=print) -> scene_outputs.Painter:
+def make_outputs(args, world, renderer, scene, stop=None, log=print) -> scene_outputs.SceneOutputs:
     def render(rays):
         with system.autocast(world.device, args.amp):
             return renderer.render(rays)
 
     block = rays_per_block(args, renderer, world)
-    return scene_outputs.Painter(render, scene, block, world, stop, say)
+    return scene_outputs.SceneOutputs(render, scene, block, world, stop, log)
 
 
 def rays_per_block(args, renderer, world) -> int:
@@ -150,42 +150,42 @@ def rays_per_block(args, renderer, world) -> int:
     return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
 
 
-def measure_test(args, run, painter, ema, step) -> None:
+def measure_test(args, run, outputs, ema, step) -> None:
     """Render and measure the test views; metrics.json in their folder and in the run's."""
-    if not painter.scene.splits.get("test"):
-        run.say("there are no test views: no metrics.json")
+    if not outputs.scene.splits.get("test"):
+        run.log("there are no test views: no metrics.json")
         return
     name = f"render_test_{step:06d}"
-    lpips, missing = load_lpips(painter.world.device)
+    lpips, missing = load_lpips(outputs.world.device)
     settings = {"lpips": lpips, "metres_per_unit": args.metres_per_unit}
     settings["true_depth"] = Path(args.datadir) / "depth"
     with ema.swap():
         metrics = scene_outputs.measure_views(
-            painter, "test", run.folder / name, args.render_factor, **settings
+            outputs, "test", run.folder / name, args.render_factor, **settings
         )
-    system.give_memory_back()
+    system.release_memory()
     metrics.update(step=step, weights=ema.kind, args=vars(args))
     run.write_json(f"{name}/metrics.json", metrics)
     run.write_json("metrics.json", metrics)
     others = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}
     found = [f", {said} {metrics[key]:.4f}" for key, said in others.items() if metrics.get(key)]
-    run.say(
+    run.log(
         f"test: PSNR {metrics['psnr']:.2f} dB{''.join(found)} over {metrics['num_views']} views, "
         f"{metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
         + (f"; no LPIPS ({missing})" if missing else "")
     )
     if run.is_main:
-        try_report(run.folder, run.say)
+        try_report(run.folder, run.log)
 
 
-def validate(world, run, painter, ema, step) -> float:
+def validate(world, run, outputs, ema, step) -> float:
     """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
     with ema.swap():
-        score = scene_outputs.validation_psnr(painter)
+        score = scene_outputs.validation_psnr(outputs)
         if world.is_main:
-            run.validation(step, score, scene_outputs.validation_strip(painter, step))
-    run.say(f"step {step}: validation PSNR {score:.2f}")
-    system.give_memory_back()
+            run.validation(step, score, scene_outputs.validation_strip(outputs, step))
+    run.log(f"step {step}: validation PSNR {score:.2f}")
+    system.release_memory()
     return score
 
 
@@ -199,26 +199,26 @@ def report(args, run, progress, step, values: dict, seconds_per_step: float) -> 
     progress.describe(line)
     if not progress.on_terminal:
         eta = (args.N_iters - step) * seconds_per_step / 60
-        run.say(f"step {step}/{args.N_iters}  {line}  ETA {eta:.1f} min")
+        run.log(f"step {step}/{args.N_iters}  {line}  ETA {eta:.1f} min")
 
 
 def warn_once(run, step, complaint: str | None, said: tuple[str, ...]) -> tuple[str, ...]:
     """Say ``complaint`` unless it was ``said``; returns what has been said by now."""
     if complaint is None or complaint in said:
         return said
-    run.say(f"step {step}: {complaint}")
+    run.log(f"step {step}: {complaint}")
     return (*said, complaint)
 
 
-def render_camera_path(args, run, painter, ema, step) -> None:
+def render_camera_path(args, run, outputs, ema, step) -> None:
     folder, scale = run.folder / f"render_path_{step:06d}", args.metres_per_unit
     with ema.swap():
         path = read_path(Path(args.camera_path)) if args.camera_path else None
         videos = scene_outputs.render_path(
-            painter, folder, args.render_factor, run.say, scale, key_path=path
+            outputs, folder, args.render_factor, run.log, scale, key_path=path
         )
-    run.say("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
-    system.give_memory_back()
+    run.log("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+    system.release_memory()
 
 
 def open_viewer(args, world, run, scene) -> viewer.Viewer | None:
@@ -227,30 +227,30 @@ def open_viewer(args, world, run, scene) -> viewer.Viewer | None:
         return None
     try:
         place = (args.viewer_host, args.viewer_port)
-        return viewer.Viewer(scene, run.folder, *place, run.say, may_pause=world.size == 1)
+        return viewer.Viewer(scene, run.folder, *place, run.log, may_pause=world.size == 1)
     except Exception as error:  # whatever a viewer does, training goes on
-        run.say(f"no viewer: {type(error).__name__}: {error}")
+        run.log(f"no viewer: {type(error).__name__}: {error}")
         return None
 
 
-def look_through(window: viewer.Viewer | None, painter, ema) -> None:
+def look_through(window: viewer.Viewer | None, outputs, ema) -> None:
     """Let the viewer show what pictures show."""
 
     def view(*wish):
         with ema.swap():
-            return viewer.view_of(painter, *wish)
+            return viewer.view_of(outputs, *wish)
 
     if window is not None:
         window.view = view
 
 
-def write_exports(args, run, painter, renderer, ema) -> None:
+def write_exports(args, run, outputs, renderer, ema) -> None:
     """The mesh and the point cloud that are asked for, of the weights that pictures show."""
     if not run.is_main:
         return
-    render, scene, block = painter.render, painter.scene, painter.block
+    render, scene, block = outputs.render, outputs.scene, outputs.block
     with ema.swap():
-        capture = export.Capture(renderer, scene, render, block, args.export_bound, run.say)
+        capture = export.Capture(renderer, scene, render, block, args.export_bound, run.log)
         if args.export:
             settings = {"resolution": args.mesh_res, "level": args.mesh_level}
             export.export_mesh(capture, Path(args.export), **settings)
@@ -266,26 +266,26 @@ def read_run(args, world, run) -> int:
             f"{run.folder}: no checkpoint to render or export; train first, or name one: --ft_path"
         )
     path, state = found
-    scene = load_scene(args, run.say).to(world.device)
-    renderer = prepare(args, world, scene, attempt=0, warn=run.say)[0]
+    scene = load_scene(args, run.log).to(world.device)
+    renderer = prepare(args, world, scene, attempt=0, warn=run.log)[0]
     # What training averaged is what it measured, so that is what is rendered.
     ema = EMA(renderer, state.get("args", {}).get("ema_decay", 0.0))
     check_flags(path, state, args)
-    checkpoint.restore(path, state, run.say, renderer, ema=ema)
+    checkpoint.restore(path, state, run.log, renderer, ema=ema)
     step = checkpoint.finished_updates(state)
-    run.say(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
-    painter = make_painter(args, world, renderer, scene, say=run.say)
-    write_exports(args, run, painter, renderer, ema)
+    run.log(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
+    outputs = make_outputs(args, world, renderer, scene, log=run.log)
+    write_exports(args, run, outputs, renderer, ema)
     others = args.render_test, args.camera_path, args.export, args.export_points
     serves = args.render_only and not any(others)
     window = open_viewer(args, world, run, scene) if serves else None
     if window is not None:
-        look_through(window, painter, ema)
+        look_through(window, outputs, ema)
         with system.StopSignal() as stop:
             window.serve(lambda: bool(stop.number))
         window.close()
     elif args.render_only:
-        (measure_test if args.render_test else render_camera_path)(args, run, painter, ema, step)
+        (measure_test if args.render_test else render_camera_path)(args, run, outputs, ema, step)
     return 0
 
 
@@ -294,10 +294,10 @@ def read_run(args, world, run) -> int:
 
 def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again with a new seed if stuck."""
-    scene = load_scene(args, run.say).to(world.device)
-    run.say(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
+    scene = load_scene(args, run.log).to(world.device)
+    run.log(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
     if args.no_reload and world.is_main:
-        checkpoint.set_aside(run.folder, run.say)
+        checkpoint.archive_checkpoints(run.folder, run.log)
     found = find_checkpoint(args, world, run)
     if found:
         check_flags(*found, args)
@@ -305,17 +305,17 @@ def train(args, world, run) -> int:
     if args.wandb:
         run.start_wandb(vars(args))
     attempt, draws = (found[1].get(name, 0) if found else 0 for name in ("attempt", "draws"))
-    returns, window = recovery.Returns(draws), open_viewer(args, world, run, scene)
+    returns, window = recovery.Rollback(draws), open_viewer(args, world, run, scene)
     with system.StopSignal() as stop, window or nullcontext():
         while True:
             try:
                 code = train_attempt(args, world, run, scene, stop, found, attempt, returns, window)
-            except recovery.NotFinite as error:
+            except recovery.NonFinite as error:
                 args.no_reload = False  # what lies in the folder by now is this run's
-                found = returns.go_back(error, run, lambda: find_checkpoint(args, world, run))
+                found = returns.roll_back(error, run, lambda: find_checkpoint(args, world, run))
                 continue
             except scene_outputs.Interrupted:
-                run.say(f"stopped by signal {stop.number} while rendering; training is saved")
+                run.log(f"stopped by signal {stop.number} while rendering; training is saved")
                 return 128 + stop.number
             if code is not None:
                 return code
@@ -362,26 +362,26 @@ def backward(args, world, model, renderer, scaler, batch, block: int) -> Gradien
     return Gradients(levels, target[pieces[-1]], loss_sum, error_sum, samples)
 
 
-def trouble(renderer, rays, target, found: Gradients) -> tuple[str, dict]:
+def cause(renderer, rays, target, found: Gradients) -> tuple[str, dict]:
     """What was not finite first in a step, and the step's tensors."""
-    tensors = {"rays": rays.directions, "origins": rays.origins, "target_colours": target}
-    tensors |= {"rendered_colours": found.levels[-1].rgb, "loss": found.loss}
-    return recovery.first_broken(**tensors) or recovery.broken_gradients(renderer), tensors
+    tensors = {"rays": rays.directions, "origins": rays.origins, "target_colors": target}
+    tensors |= {"rendered_colors": found.levels[-1].rgb, "loss": found.loss}
+    return recovery.first_non_finite(**tensors) or recovery.non_finite_gradients(renderer), tensors
 
 
 def train_attempt(
     args, world, run, scene, stop, found, attempt: int, returns, window
 ) -> int | None:
     """The loop. Returns the exit code, or None if the start is dead and another should be tried."""
-    parts = renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.say)
+    parts = renderer, optimizer, scaler, ema = prepare(args, world, scene, attempt, run.log)
     step, best, clock = resume(found, args, run, *parts)
     if args.compile:
         few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
-        compile_fields(renderer, scene.pick(*few)[0], run.say)
+        compile_fields(renderer, scene.pick(*few)[0], run.log)
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
-    painter = make_painter(args, world, renderer, scene, stop, run.say)
-    look_through(window, painter, ema)
-    block = MOST_RAYS if args.occ_grid else painter.block  # rays in one graph
+    outputs = make_outputs(args, world, renderer, scene, stop, run.log)
+    look_through(window, outputs, ema)
+    block = MOST_RAYS if args.occ_grid else outputs.block  # rays in one graph
     health, complaints = DeadStart(), ()
     progress = Progress(args.N_iters, step, show=world.is_main)
     seed = args.seed + attempt + returns.offset()
@@ -391,7 +391,12 @@ def train_attempt(
     position = found[1].get("rays_drawn", step * args.N_rand) if found else 0
 
     def save() -> bool:
-        extra = {"args": vars(args), "attempt": attempt, "draws": returns.draws, "best": best}
+        extra = {
+            "args": vars(args),
+            "attempt": attempt,
+            "draws": returns.rollback_count,
+            "best": best,
+        }
         extra |= {"train_seconds": clock.seconds, "best_step": best["step"], "rays_drawn": position}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
@@ -401,25 +406,25 @@ def train_attempt(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         generator = rng.step_generator(seed, step, world.device)
-        renderer.prepare_step(step, generator)
+        renderer.begin_step(step, generator)
         num_rays = renderer.rays_per_step(args.N_rand, world.size)
-        share = world.share(num_rays)
-        noise = renderer.draw_noise(num_rays, generator).part(share)
+        shard = world.shard(num_rays)
+        noise = renderer.draw_noise(num_rays, generator).part(shard)
         rays, target = scene.sample_rays(
             num_rays,
             generator,
             one_image=args.no_batching,
             crop=args.precrop_frac if step < args.precrop_iters else 1.0,
             background=noise.background,
-            share=share,
+            shard=shard,
             order=order,
             position=position,
         )
         batch = rays, target, noise
-        grads, block = recovery.smaller_until_it_fits(
+        grads, block = recovery.halve_until_it_fits(
             partial(backward, args, world, model, renderer, scaler, batch),
             block,
-            run.say,
+            run.log,
             may_halve=world.size == 1,
         )
         scaler.unscale_(optimizer)
@@ -429,14 +434,16 @@ def train_attempt(
         broken = not (math.isfinite(grad_norm) and math.isfinite(grads.loss))
         dead = health.looks_dead(grads.levels, grads.target, step + 1)
         time_up = bool(args.max_minutes) and clock.seconds >= args.max_minutes * 60
-        number, time_up, alive, broken = world.largest(stop.number, time_up, not dead, broken)
+        number, time_up, alive, broken = world.all_reduce_max(
+            stop.number, time_up, not dead, broken
+        )
         if not broken:  # anywhere: a rank alone must not go on
             scaler.step(optimizer)
             ema.update()
         scaler.update()
         if args.occ_grid:
             renderer.num_samples = grads.samples  # of all blocks
-            renderer.finish_step(num_rays, world.total(grads.samples))
+            renderer.end_step(num_rays, world.all_reduce_sum(grads.samples))
         rays_done, position = rays_done + num_rays, position + num_rays
         step += 1  # updates finished, also when one was left out
 
@@ -444,13 +451,13 @@ def train_attempt(
         if window is not None:
             with clock:  # what lookers cost is not training's time
                 window.tick(lambda: bool(stop.number))
-        watch.count(broken, step, world, partial(trouble, renderer, *batch[:2], grads))
+        watch.count(broken, step, world, partial(cause, renderer, *batch[:2], grads))
         if number:
             saved = "saved" if save() else "not saved"
-            run.say(f"stopped by signal {int(number)}; step {step} is {saved}")
+            run.log(f"stopped by signal {int(number)}; step {step} is {saved}")
             return 128 + int(number)
         if not alive and attempt < args.dead_restarts:
-            run.say(
+            run.log(
                 f"step {step}: stuck, {DeadStart.diagnosis(grads.levels)}; starting again "
                 f"with seed {args.seed + attempt + 1} (--dead_restarts 0 to go on instead)"
             )
@@ -474,7 +481,7 @@ def train_attempt(
         progress.advance()
         if every(step, args.i_img):
             with clock:
-                score = validate(world, run, painter, ema, step)
+                score = validate(world, run, outputs, ema, step)
             if score > best["psnr"]:
                 best = {"step": step, "psnr": score}
         due = args.ckpt_secs and time.monotonic() - saved_at >= args.ckpt_secs
@@ -484,9 +491,9 @@ def train_attempt(
             saved_at = time.monotonic()
         with clock, run.guard("a rendering"):
             if every(step, args.i_video) or (last and args.i_video):
-                render_camera_path(args, run, painter, ema, step)
+                render_camera_path(args, run, outputs, ema, step)
             if every(step, args.i_testset) or last:
-                measure_test(args, run, painter, ema, step)
+                measure_test(args, run, outputs, ema, step)
         if last:
             break
     progress.close()

@@ -72,7 +72,7 @@ ROWS = {
     "dream": {
         "coarse view words": "",  # filled in by dream_flags
         "no view words": "--view_text none",
-        "colours grow with the scale": "--guidance_rescale 0",
+        "colors grow with the scale": "--guidance_rescale 0",
         "guidance scale 1": "--guidance_scale 1",
         "guidance scale 30": "--guidance_scale 30",
         "guidance scale 100": "--guidance_scale 100",

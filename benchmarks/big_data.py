@@ -60,7 +60,7 @@ def scene_of(images: torch.Tensor, stored: bool) -> Scene:
 
 
 def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
-    """Rays per second of training steps (drawn, rendered, learnt), and of drawing alone."""
+    """Rays per second of training steps (drawn, rendered, learned), and of drawing alone."""
     flags = "--use_viewdirs --N_samples 16 --netwidth 64 --netdepth 4"
     args = nerf_flags.parse(flags.split())
     rng.seed_everything(0)

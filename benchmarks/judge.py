@@ -1,8 +1,8 @@
-"""A judge of pictures that is not the model it judges: which object, which colour, which outline.
+"""A judge of pictures that is not the model it judges: which object, which color, which outline.
 
     python benchmarks/judge.py --out logs/judge.pt        # trains it: a few CPU minutes; not in git
 
-Two parts. A small classifier of object and colour, trained on procedural renders drawn with
+Two parts. A small classifier of object and color, trained on procedural renders drawn with
 another seed than the embedded model's. Its objects include "none": pictures that are blurred,
 drowned in fog or lumpy, and solids without the holes they should have.
 And silhouettes: how well a mask overlaps the exact outline of every object.
@@ -38,7 +38,7 @@ SIZE = 32  # pixels; other pictures are resized
 OBJECTS = (*pictures.NAMES, "none")
 COLORS = pictures.COLOR_NAMES
 SEED = 4021  # the embedded model is trained with other seeds
-# Shapes as they look when an optimiser fills what should be open. Only seen from above the rim.
+# Shapes as they look when an optimizer fills what should be open. Only seen from above the rim.
 FILLED = {
     "torus": Shape((*SHAPES["torus"].parts, Part(cylinder(0.56, -0.2, 0.2)))),
     "mug": Shape(
@@ -134,9 +134,9 @@ def draw_filled(generator: torch.Generator, count: int) -> Tensor:
 
 
 def draw_examples(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures in [0, 1] and their object and colour numbers; about a quarter are no object.
+    """Pictures in [0, 1] and their object and color numbers; about a quarter are no object.
 
-    Colour -1 is not scored: that of a textureless object, which may as well be white, or of none.
+    Color -1 is not scored: that of a textureless object, which may as well be white, or of none.
     """
     images, facts = pictures.draw_pictures(generator, count, SIZE)
     images, objects, colors = images.float() / 255, facts.shape, facts.color
@@ -163,7 +163,7 @@ def loss_of(verdict: Verdict, objects: Tensor, colors: Tensor) -> Tensor:
 
 
 def train(count: int = 32768, epochs: int = 4, batch: int = 128, seed: int = SEED) -> Judge:
-    """A judge trained on ``count`` renders and the spoilt ones made from them."""
+    """A judge trained on ``count`` renders and the spoiled ones made from them."""
     seed_everything(seed)
     chunks = [draw_examples(step_generator(seed, n, "cpu"), 512) for n in range(count // 512)]
     images, objects, colors = (torch.cat(part) for part in zip(*chunks, strict=True))
@@ -187,7 +187,7 @@ def train(count: int = 32768, epochs: int = 4, batch: int = 128, seed: int = SEE
 
 @torch.no_grad()
 def accuracy(judge: Judge, count: int = 2048, seed: int = SEED + 100) -> dict[str, float]:
-    """On renders it never saw: shares of right objects, right colours, and of "none" for bad."""
+    """On renders it never saw: shares of right objects, right colors, and of "none" for bad."""
     images, objects, colors = draw_examples(step_generator(seed, 0, "cpu"), count)
     verdict = judge(images)
     right = verdict.objects.argmax(-1) == objects

@@ -29,7 +29,7 @@ def measure(height: int, width: int, flags: list[str]) -> None:
     from nerf.datasets.scene import Scene
     from nerf.flags import nerf as nerf_flags
     from nerf.outputs.render import block_size
-    from nerf.outputs.scene import Painter
+    from nerf.outputs.scene import SceneOutputs
     from nerf.training import distributed, rng, system
 
     args = nerf_flags.parse(flags)
@@ -53,10 +53,10 @@ def measure(height: int, width: int, flags: list[str]) -> None:
             return renderer.render(rays)
 
     block = block_size(renderer.samples_per_ray, args.netwidth, args.chunk, args.netchunk, "cpu")
-    painter = Painter(render, scene, block, world)
-    painter(scene.resized(10), scene.c2w[0], scene.intrinsics[0])  # warm up
+    outputs = SceneOutputs(render, scene, block, world)
+    outputs(scene.resized(10), scene.c2w[0], scene.intrinsics[0])  # warm up
     began = time.perf_counter()
-    rendered = painter(scene, scene.c2w[0], scene.intrinsics[0])
+    rendered = outputs(scene, scene.c2w[0], scene.intrinsics[0])
     seconds = time.perf_counter() - began
     output = sum(member.nelement() * 4 for member in rendered) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

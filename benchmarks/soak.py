@@ -8,7 +8,7 @@ A tiny run is killed (SIGKILL: no handler, no goodbye) at a random moment and st
 same command, over and over, until it is done; then the next one begins, until --kills are spent.
 Every second run writes slowly, so that kills fall into saves. After each kill the newest checkpoint
 must verify, and be at most the saving cadence behind the last step that was logged; at the end
-weights, optimiser and averaged weights must equal those of a run that was never touched, bit for
+weights, optimizer and averaged weights must equal those of a run that was never touched, bit for
 bit. With --ranks one of torchrun's processes is killed, any of them; torchrun ends the others and
 starts all again. Exits with 1 if anything was lost.
 """

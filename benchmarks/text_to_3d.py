@@ -1,12 +1,12 @@
 """Does a text become that object? Runs, scored from views and by means they never saw.
 
-    python benchmarks/text_to_3d.py                       # 6 simple solids in 3 colours each
-    python benchmarks/text_to_3d.py --set all --jobs 2    # 16 objects in 4 colours each
+    python benchmarks/text_to_3d.py                       # 6 simple solids in 3 colors each
+    python benchmarks/text_to_3d.py --set all --jobs 2    # 16 objects in 4 colors each
     python benchmarks/text_to_3d.py --prompts "a red cone" "a blue mug" --controls 0
 
 Each prompt is one run of run_dreamfusion.py with the embedded model and seed 0. The object is then
 seen from 8 azimuths at elevations 20 and 60. It passes when
-  (a) its mean colour is nearest to the prompt's in 7 of 8 views, at both elevations;
+  (a) its mean color is nearest to the prompt's in 7 of 8 views, at both elevations;
   (b) its silhouette overlaps its own exact object more than any other (best of 5 scales, 24 yaws),
       at both, with an intersection over union of at least 0.80;
   (c) the judge (benchmarks/judge.py) ranks the prompt first of all 160.
@@ -45,13 +45,13 @@ ELEVATIONS = (20.0, 60.0)
 AZIMUTHS = torch.arange(8) * 45.0 + 22.5  # between those that previews show
 SIZE, RADIUS, FOV = 64, 2.75, 41.0
 IOU, VIEWS = 0.80, 7
-GREY = 0.45  # behind what the judge sees: no prompt's colour
+GREY = 0.45  # behind what the judge sees: no prompt's color
 
 
 class Score(NamedTuple):
     """What one object got, as the prompt it was made for."""
 
-    colored: list[int]  # views with the right colour, per elevation
+    colored: list[int]  # views with the right color, per elevation
     iou: list[float]  # with its own object, per elevation
     best: list[str]  # the object of the largest overlap, per elevation
     rank: int  # of the prompt, 1 is first
@@ -70,12 +70,12 @@ class Seen(NamedTuple):
 
     albedo: torch.Tensor  # [E, 8, H, W, 3] over nothing
     opacity: torch.Tensor  # [E, 8, H, W]
-    lit: torch.Tensor  # [E, 8, 3, H, W] over grey
-    bare: torch.Tensor  # [E, 8, 3, H, W] white under a light at the camera, over grey: the shape
+    lit: torch.Tensor  # [E, 8, 3, H, W] over gray
+    bare: torch.Tensor  # [E, 8, 3, H, W] white under a light at the camera, over gray: the shape
 
 
 def prompt_sets() -> dict[str, list[tuple[str, str]]]:
-    """(object, colour) of every prompt; colours go round so that all of them come up."""
+    """(object, color) of every prompt; colors go round so that all of them come up."""
     simple = [
         (name, COLOR_NAMES[(3 * n + 4 * k) % 10]) for n, name in enumerate(SIMPLE) for k in range(3)
     ]
@@ -90,9 +90,7 @@ def parse_prompt(text: str) -> tuple[str, str]:
     name = next((word for word in words if word in NAMES), None)
     color = next((word for word in words if word in COLOR_NAMES), None)
     if name is None or color is None:
-        raise SystemExit(
-            f"{text!r}: expected one of {', '.join(NAMES)} in one of the known colours"
-        )
+        raise SystemExit(f"{text!r}: expected one of {', '.join(NAMES)} in one of the known colors")
     return name, color
 
 
@@ -141,7 +139,7 @@ def look_at(run: Path) -> Seen:
 
 
 def colored_views(seen: Seen, color: str) -> list[int]:
-    """Per elevation, the views whose mean albedo is nearest to ``color`` of all colours."""
+    """Per elevation, the views whose mean albedo is nearest to ``color`` of all colors."""
     mask, colored = seen.opacity > 0.5, []
     named = torch.tensor(list(COLORS.values()))
     for albedo, opacity, solid in zip(seen.albedo, seen.opacity, mask, strict=True):
@@ -160,8 +158,8 @@ def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
     mask, colored = seen.opacity > 0.5, colored_views(seen, color)
     overlaps = [judging.overlap(one, outlines) for one, outlines in zip(mask, exact, strict=True)]
     verdict = judge(seen.lit.flatten(0, 1).clamp(0, 1))
-    # Rank among all objects in all colours; "none" takes its share of the probability away.
-    chance = (verdict.objects[:, :-1, None] * verdict.colors[:, None]).mean(0)  # [objects, colours]
+    # Rank among all objects in all colors; "none" takes its share of the probability away.
+    chance = (verdict.objects[:, :-1, None] * verdict.colors[:, None]).mean(0)  # [objects, colors]
     own = chance[NAMES.index(name), COLOR_NAMES.index(color)]
     none = verdict.objects[:, -1].mean()
     rank = 1 + int((chance > own).sum()) + int(none > 0.5)
@@ -170,9 +168,9 @@ def score(seen: Seen, name: str, color: str, judge, exact) -> Score:
 
 @torch.no_grad()
 def r_precision(seen: Seen, name: str, color: str, judge) -> tuple[float, float]:
-    """Shares of the views that the judge takes for the prompt: in colour, and for its bare shape.
+    """Shares of the views that the judge takes for the prompt: in color, and for its bare shape.
 
-    In colour out of all objects in all colours, bare (white, under a light at the camera) out of
+    In color out of all objects in all colors, bare (white, under a light at the camera) out of
     all objects; "none" is no answer (DreamFusion's R-precision, section 4, and its "Geo").
     """
     lit, bare = (judge(each.flatten(0, 1).clamp(0, 1)) for each in (seen.lit, seen.bare))
@@ -210,7 +208,7 @@ def costs(run: Path) -> tuple[float, float]:
 
 
 def untrained_model(model: Path, out: Path) -> str:
-    """A copy of the embedded model whose U-Net has learnt nothing."""
+    """A copy of the embedded model whose U-Net has learned nothing."""
     import shutil
 
     from diffusers import UNet2DConditionModel
@@ -225,7 +223,7 @@ def untrained_model(model: Path, out: Path) -> str:
 
 def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> None:
     passed, crosses, rows, precise = [], [], [], []
-    print("| prompt | colour 20 / 60 | IoU 20 / 60 | best overlap | rank | a b c | s | MB |")
+    print("| prompt | color 20 / 60 | IoU 20 / 60 | best overlap | rank | a b c | s | MB |")
     print("|---|---|---|---|---|---|---|---|")
     for (name, color), run in zip(prompts, runs, strict=True):
         seen = look_at(run)
@@ -249,13 +247,13 @@ def report(prompts, runs: list[Path], judge, exact, sheet: Path, clip=None) -> N
     if crosses:
         print(f"control: scored as another prompt, {sum(crosses)} of {len(crosses)} pass")
     colored, shaped = torch.tensor(precise).mean(0).tolist()
-    print(f"the judge's R-precision over all views: colour {colored:.1%}, textureless {shaped:.1%}")
+    print(f"the judge's R-precision over all views: color {colored:.1%}, textureless {shaped:.1%}")
     if clip is not None:
         texts = [text for text, *_ in rows]
         for kind in ("lit", "bare"):
             pictures = [getattr(seen, kind).flatten(0, 1).clamp(0, 1) for _, seen, _ in rows]
             share = clip_score.r_precision(clip, pictures, texts)
-            print(f"CLIP R-precision, {'colour' if kind == 'lit' else 'textureless'}: {share:.1%}")
+            print(f"CLIP R-precision, {'color' if kind == 'lit' else 'textureless'}: {share:.1%}")
     print(f"contact sheet: {sheet}")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/tiny_sd.py                                  # the committed model
     python benchmarks/tiny_sd.py --model logs/tiny/model --guidance_scale 4
 
-Every object in every colour, then with two colours, from the four level views; prompts without a
+Every object in every color, then with two colors, from the four level views; prompts without a
 view word and from overhead are scored apart. Prints a table by kind of prompt and the confused
 ones, and writes a picture of the first 256.
 """
@@ -30,7 +30,7 @@ MODEL = ROOT / "guidance" / "tiny" / "model"
 
 
 def prompts() -> list[tuple[str, str, str, str]]:
-    """(prompt, object, colour, kind). The first 256 name one of the four level views.
+    """(prompt, object, color, kind). The first 256 name one of the four level views.
 
     Then 64 each without a view word and from overhead, where some solids look alike: a mushroom or
     a cone from above is a disc. They are reported apart.
@@ -38,15 +38,15 @@ def prompts() -> list[tuple[str, str, str, str]]:
 
     def entry(number: int, view: str | None, kind: str):
         name = NAMES[number % len(NAMES)]
-        # Each round over the objects starts at another colour; 10 rounds make all combinations.
+        # Each round over the objects starts at another color; 10 rounds make all combinations.
         color = COLOR_NAMES[(number // len(NAMES) + 3 * number) % len(COLOR_NAMES)]
         other = COLOR_NAMES[(COLOR_NAMES.index(color) + 1 + number % 7) % len(COLOR_NAMES)]
-        two = kind == "two colours" and SHAPES[name].second is not None
+        two = kind == "two colors" and SHAPES[name].second is not None
         text = article(describe(name, color, other if two else None))
         return (text if view is None else f"{text}, {view} view", name, color, kind)
 
     level = [word for word in VIEW_WORDS if word != "overhead"]
-    kinds = ["one colour"] * 160 + ["two colours"] * 96
+    kinds = ["one color"] * 160 + ["two colors"] * 96
     asked = [entry(n, level[(n + n // 16) % 4], kind) for n, kind in enumerate(kinds)]
     asked += [entry(n, None, "no view word") for n in range(64)]
     return asked + [entry(n, "overhead", "overhead") for n in range(64)]
@@ -111,11 +111,11 @@ def report(verdict: judging.Verdict, asked) -> None:
     ):
         found = judging.OBJECTS[found_object], judging.COLORS[found_color]
         right = (found[0] == name, found[1] == color)
-        for row in (*(("256 level views",) if "colour" in kind else ()), kind):
+        for row in (*(("256 level views",) if "color" in kind else ()), kind):
             rows[row].append(right)
         if not all(right):
             wrong.append(f"{text}: {found[1]} {found[0]}")
-    print("| prompts | number | object | colour | both |\n|---|---|---|---|---|")
+    print("| prompts | number | object | color | both |\n|---|---|---|---|---|")
     for row, rights in rows.items():
         shares = torch.tensor(rights).float()
         cells = (*shares.mean(0).tolist(), shares.prod(1).mean().item())

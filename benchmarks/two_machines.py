@@ -7,7 +7,7 @@ The machines are two network namespaces joined by a virtual cable, each with its
 which meet by a c10d rendezvous at the first one's address. In the middle of the run the cable is
 taken down for --cut seconds and put back, or all processes of the second machine are killed and its
 torchrun started again --crash seconds later. One that gives up is started again, as a cluster's job
-manager does. Both must end, with weights, optimiser and averaged weights equal bit for bit to
+manager does. Both must end, with weights, optimizer and averaged weights equal bit for bit to
 those of the same two ranks on one machine. Exits with 1 if not.
 """
 

@@ -34,16 +34,16 @@ def frames_per_second(flags: list[str]) -> None:
     world = distributed.setup(args.device)
     run = RunFolder(Path(args.basedir) / args.expname, is_main=True, lock=False)
     path, state = run_nerf.find_checkpoint(args, world, run)
-    scene = run_nerf.load_scene(args, run.say).to(world.device)
-    renderer = run_nerf.prepare(args, world, scene, 0, run.say)[0]
-    run_nerf.checkpoint.restore(path, state, run.say, renderer)
-    painter = run_nerf.make_painter(args, world, renderer, scene)
+    scene = run_nerf.load_scene(args, run.log).to(world.device)
+    renderer = run_nerf.prepare(args, world, scene, 0, run.log)[0]
+    run_nerf.checkpoint.restore(path, state, run.log, renderer)
+    outputs = run_nerf.make_outputs(args, world, renderer, scene)
     pose = scene.c2w[0].cpu().numpy()
     for side in viewer.SIDES:
         times = []
         for _ in range(8):
             start = time.perf_counter()
-            viewer.view_of(painter, pose, 0.8, (round(side / 1.5), side), "rgb", None)
+            viewer.view_of(outputs, pose, 0.8, (round(side / 1.5), side), "rgb", None)
             times.append(time.perf_counter() - start)
         print(f"{side} x {round(side / 1.5)}: median {1 / sorted(times)[4]:.1f} frames/s")
 

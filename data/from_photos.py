@@ -58,12 +58,12 @@ lambda_tv = 0.003
 """
 
 
-def gather(source: Path, images: Path, args, say) -> list[Photo]:
+def gather(source: Path, images: Path, args, log) -> list[Photo]:
     """Upright pictures in ``images``; ValueError if they cannot make a scene."""
     if not source.exists():
         raise ValueError(f"{source}: no such file; give a folder of photos or a video")
     if source.is_dir():
-        photos = take_photos(source, images, args.max_side, say)
+        photos = take_photos(source, images, args.max_side, log)
     elif source.suffix.lower() in VIDEOS:
         photos = take_frames(source, images, args.frames, args.max_side)
     else:
@@ -187,7 +187,7 @@ def config(out: Path, photos: list[Photo], model: Model) -> str:
     )
 
 
-def make(source: Path, out: Path, args, say) -> None:
+def make(source: Path, out: Path, args, log) -> None:
     """Everything, in a folder that is renamed to ``out`` at the end."""
     if out.exists():
         raise ValueError(f"{out}: already there; remove it first, or give another --out")
@@ -196,8 +196,8 @@ def make(source: Path, out: Path, args, say) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     start = time.monotonic()
     try:
-        photos = gather(source, work / "images", args, say)
-        say(f"{len(photos)} pictures, {photos[0].width}x{photos[0].height}; finding features ...")
+        photos = gather(source, work / "images", args, log)
+        log(f"{len(photos)} pictures, {photos[0].width}x{photos[0].height}; finding features ...")
         found = sfm.run(
             work / "images",
             work / "sfm",
@@ -212,7 +212,7 @@ def make(source: Path, out: Path, args, say) -> None:
         shutil.rmtree(work / "sfm")
         model = read_model(work / "sparse" / "0")
         text = report(found, photos, model, time.monotonic() - start)
-        say(text)
+        log(text)
         (work / "report.txt").write_text(text + "\n")
         (work / "config.txt").write_text(config(out, photos, model))
         draw(model, work / "cameras.png")
@@ -220,7 +220,7 @@ def make(source: Path, out: Path, args, say) -> None:
         work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    say(f"next: python run_nerf.py --config {out / 'config.txt'}")
+    log(f"next: python run_nerf.py --config {out / 'config.txt'}")
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@
 
 The world is z-up and fits in a box of half-width 1.2 around the origin. Light is one distant lamp
 with hard shadows, an ambient term, and a Blinn highlight on glossy things. Pictures are averages
-over each pixel's area; depth is exact, along the ray through the pixel's centre.
+over each pixel's area; depth is exact, along the ray through the pixel's center.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def _hit_all(o: Tensor, d: Tensor, solids) -> tuple[Tensor, Tensor]:
 
 
 def _texture(local: Tensor, solid: Solid) -> Tensor:
-    """Colour [3, B] at points [3, B] in the object's axes."""
+    """Color [3, B] at points [3, B] in the object's axes."""
     first, second = (local.new_tensor(color)[:, None] for color in solid.colors)
     if solid.texture == "checker":
         pick = torch.floor(local * solid.frequency + 0.01).sum(0) % 2
@@ -222,7 +222,7 @@ def _texture(local: Tensor, solid: Solid) -> Tensor:
 
 
 def cast(rays: Rays, solids=tuple(SOLIDS)) -> tuple[Tensor, Tensor]:
-    """What rays [B] see: colour and alpha [B, 4] (straight, alpha 0 or 1), t [B] (inf: nothing)."""
+    """What rays [B] see: color and alpha [B, 4] (straight, alpha 0 or 1), t [B] (inf: nothing)."""
     o, d = rays.origins.T.contiguous(), rays.directions.T.contiguous()
     t, which = _hit_all(o, d, solids)
     index = torch.isfinite(t).nonzero()[:, 0]
@@ -258,9 +258,9 @@ def render_view(
 ) -> tuple[np.ndarray, np.ndarray]:
     """From c2w [3, 4]: straight RGBA in [0, 1] [size, size, 4], exact depth [size, size].
 
-    Depth is t, the distance along the camera's axis, through the pixel's centre; infinite where
+    Depth is t, the distance along the camera's axis, through the pixel's center; infinite where
     nothing is. Pixels that differ
-    from a neighbour are averages over their area, the others are flat enough for one ray.
+    from a neighbor are averages over their area, the others are flat enough for one ray.
     camera: (height, width, intrinsics [4 + LENS]) instead of the square pinhole.
     """
     height, width, intrinsics = camera or (size, size, intrinsics_of(size))
@@ -460,7 +460,7 @@ def write_colmap(out: Path, size: int, counts: dict[str, int], progress) -> None
 
 
 def surface_points(poses: np.ndarray, per_view: int):
-    """Points on the solids [P, 3], colours [P, 3] uint8, and [T, 2]: which camera sees which."""
+    """Points on the solids [P, 3], colors [P, 3] uint8, and [T, 2]: which camera sees which."""
     random = torch.Generator().manual_seed(5)
     centers = torch.tensor(poses[:, :, 3], dtype=torch.float32)
     aims = torch.rand(len(poses), per_view, 3, generator=random) * 1.6 - 0.8

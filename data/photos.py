@@ -10,7 +10,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
 HEIC = (".heic", ".heif")
 MEASURED_SIDE = 640  # pixels of the longer side at which sharpness is measured
-SAME = 1.5  # mean difference of 32x32 thumbnails, grey levels, up to which pictures are one
+SAME = 1.5  # mean difference of 32x32 thumbnails, gray levels, up to which pictures are one
 BLURRED = 0.2  # of the median sharpness
 
 
@@ -21,22 +21,22 @@ class Photo(NamedTuple):
     width: int
     height: int
     sharpness: float
-    thumbnail: np.ndarray  # [32, 32] grey levels
+    thumbnail: np.ndarray  # [32, 32] gray levels
 
 
-def sharpness(grey: np.ndarray) -> float:
-    """Variance of the Laplacian of [H, W] grey levels: low where a picture is blurred or plain."""
-    grey = grey.astype(np.float32)
-    laplacian = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1]
-    return float((laplacian - 4 * grey[1:-1, 1:-1]).var())
+def sharpness(gray: np.ndarray) -> float:
+    """Variance of the Laplacian of [H, W] gray levels: low where a picture is blurred or plain."""
+    gray = gray.astype(np.float32)
+    laplacian = gray[1:-1, :-2] + gray[1:-1, 2:] + gray[:-2, 1:-1] + gray[2:, 1:-1]
+    return float((laplacian - 4 * gray[1:-1, 1:-1]).var())
 
 
 def measured(name: str, image: Image.Image) -> Photo:
     """What is compared between pictures."""
-    grey = image.convert("L")
-    small = grey.copy()
+    gray = image.convert("L")
+    small = gray.copy()
     small.thumbnail((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BOX)
-    thumbnail = np.asarray(grey.resize((32, 32), Image.Resampling.BOX), np.float32)
+    thumbnail = np.asarray(gray.resize((32, 32), Image.Resampling.BOX), np.float32)
     return Photo(name, image.width, image.height, sharpness(np.asarray(small)), thumbnail)
 
 
@@ -58,14 +58,14 @@ def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     return pictures, [path for path in files if path not in set(pictures)]
 
 
-def take_photos(folder: Path, out: Path, max_side: int, say) -> list[Photo]:
+def take_photos(folder: Path, out: Path, max_side: int, log) -> list[Photo]:
     """Copy the photos of ``folder`` upright into ``out``, none larger than max_side.
 
     Files that are no pictures, and photos that repeat another, are named and left out.
     """
     pictures, others = list_photos(folder)
     if others:
-        say(f"left out, no pictures: {some([path.name for path in others])}")
+        log(f"left out, no pictures: {some([path.name for path in others])}")
     photos: list[Photo] = []
     broken, repeated = [], []
     for path in pictures:
@@ -82,9 +82,9 @@ def take_photos(folder: Path, out: Path, max_side: int, say) -> list[Photo]:
             continue
         photos.append(_save(upright, out, photo, max_side))
     if broken:
-        say(f"left out, cannot be read: {some(broken)}")
+        log(f"left out, cannot be read: {some(broken)}")
     if repeated:
-        say(f"left out, the same picture as another: {some(repeated)}")
+        log(f"left out, the same picture as another: {some(repeated)}")
     return photos
 
 

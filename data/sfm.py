@@ -1,11 +1,11 @@
 """Structure from motion: photos to camera poses. The only file that touches pycolmap.
 
 Pictures of one size share one camera. Matching is exhaustive up to EXHAUSTIVE pictures; video
-frames beyond that are matched with their neighbours in time.
+frames beyond that are matched with their neighbors in time.
 
 What looks alike from two sides (a label printed twice around a can, a table with two equal ends)
 folds a walk around it into half of one: such pairs agree on the thing itself and on nothing around
-it. So pairs that are not neighbours by name count only if they agree over a good part of what
+it. So pairs that are not neighbors by name count only if they agree over a good part of what
 either picture shares with any other.
 """
 
@@ -87,7 +87,7 @@ def reconstruct(
     in_order: bool,
     all_pairs: bool,
     threads: int,
-    say,
+    log,
 ) -> Reconstruction:
     """Find the cameras of the pictures in ``images``; the best model is written to work/sparse/0.
 
@@ -101,11 +101,11 @@ def reconstruct(
     sizes = {name: tuple(size) for name, size in sizes.items()}
     database, names = work / "database.db", sorted(sizes)
     _features(pycolmap, database, images, sizes, camera_model, threads)
-    say(f"features of {len(names)} pictures: done")
+    log(f"features of {len(names)} pictures: done")
     _match(pycolmap, database, len(names), in_order, threads)
     features, partners = _counts(pycolmap, database, names)
     pairs = sum(partners) // 2
-    say(f"matching: {pairs} of {len(names) * (len(names) - 1) // 2} pairs overlap")
+    log(f"matching: {pairs} of {len(names) * (len(names) - 1) // 2} pairs overlap")
     empty = [False] * len(names), features, partners, np.nan, 0, 0
     if not pairs:
         return Reconstruction(None, names, *empty)
@@ -114,10 +114,10 @@ def reconstruct(
     attempts = [database]
     if distrusted:
         attempts = [trusted, database]
-        say(f"{distrusted} pairs agree on a small part of their pictures only: left aside")
+        log(f"{distrusted} pairs agree on a small part of their pictures only: left aside")
     best, found = None, {}
     for number, attempt in enumerate(attempts):
-        say("placing the cameras ...")
+        log("placing the cameras ...")
         models = _map(pycolmap, attempt, images, work / f"models_{number}", threads)
         largest = max(models.values(), key=_quality, default=None)
         if largest is not None and (best is None or _quality(largest) > _quality(best)):
@@ -238,6 +238,6 @@ def _counts(pycolmap, database: Path, names: list[str]) -> tuple[list[int], list
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     images, work = Path(job.pop("images")), Path(job.pop("work"))
-    outcome = reconstruct(images, work, **job, say=lambda line: print(line, flush=True))
+    outcome = reconstruct(images, work, **job, log=lambda line: print(line, flush=True))
     result = outcome._replace(folder=str(outcome.folder) if outcome.folder else None)._asdict()
     (work / "result.json").write_text(json.dumps(result))

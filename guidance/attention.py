@@ -129,9 +129,9 @@ def attention_sheet(images: Tensor, maps: Tensor, labels: list[str], side: int =
     views = F.interpolate(images.float().cpu(), (side, side), mode="nearest")
     maps = F.interpolate(maps.float().cpu(), (side, side), mode="bilinear", align_corners=False)
     strength = (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12))[:, :, None]
-    grey = views.mean(1, keepdim=True)[:, None]  # [V, 1, 1, side, side]
+    gray = views.mean(1, keepdim=True)[:, None]  # [V, 1, 1, side, side]
     warm = views.new_tensor([1.0, 0.55, 0.1]).view(1, 1, 3, 1, 1)
-    cells = torch.cat([views[:, None], 0.35 * grey + 0.65 * strength * warm], dim=1)
+    cells = torch.cat([views[:, None], 0.35 * gray + 0.65 * strength * warm], dim=1)
     rows = cells.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(len(views) * side, -1, 3)
     sheet = np.zeros((len(views) * side + 16, rows.shape[1], 3), np.uint8)
     sheet[16:] = (rows * 255).round().to(torch.uint8).numpy()

@@ -47,7 +47,7 @@ class Gaussian:
 
 
 def ball(origins: Tensor, directions: Tensor, background: Tensor) -> Tensor:
-    """What rays [..., 3] see of a ball of one colour around the origin -> RGB [..., 3]."""
+    """What rays [..., 3] see of a ball of one color around the origin -> RGB [..., 3]."""
     unit = directions / directions.norm(dim=-1, keepdim=True)
     along = (origins * unit).sum(-1)
     hit = (along < 0) & ((origins**2).sum(-1) - along**2 < RADIUS**2)

@@ -21,9 +21,9 @@ class GuidanceNoise(NamedTuple):
     u: Tensor  # [V] uniform: place of t in its range
     epsilon: Tensor  # [V, C, h, w] normal: the noise that is added
     posterior: Tensor  # [V, C, h, w] normal: of the encoder's sample
-    follow_u: Tensor  # [V] uniform, [V, C, h, w] normal and [V] uniform: t, noise and dropped
-    follow_epsilon: Tensor  # cameras where guidance.vsd teaches its copy
-    follow_drop: Tensor
+    lora_u: Tensor  # [V] uniform, [V, C, h, w] normal and [V] uniform: t, noise and dropped
+    lora_epsilon: Tensor  # cameras where guidance.vsd teaches its copy
+    lora_drop: Tensor
 
     def part(self, index) -> "GuidanceNoise":
         """The rows at ``index``."""
@@ -47,7 +47,7 @@ class Scores(NamedTuple):
     text: Tensor  # the model, told the prompt
     others: tuple[Tensor, ...] = ()  # the model, told ``Conditions.others``
     weights: tuple[Tensor, ...] = ()
-    copy: Tensor | None = None  # the copy that has learnt how the renders look (guidance.vsd)
+    lora: Tensor | None = None  # the copy that has learned how the renders look (guidance.vsd)
 
 
 class Recipe(NamedTuple):
@@ -79,9 +79,9 @@ def draw_noise(num_views: int, latent_shape, generator: torch.Generator) -> Guid
     size = (num_views, *latent_shape)
     rows = {"u": torch.rand(num_views, **options)}
     rows["epsilon"], rows["posterior"] = (torch.randn(size, **options) for _ in range(2))
-    rows["follow_u"] = torch.rand(num_views, **options)
-    rows["follow_epsilon"] = torch.randn(size, **options)
-    return GuidanceNoise(**rows, follow_drop=torch.rand(num_views, **options))
+    rows["lora_u"] = torch.rand(num_views, **options)
+    rows["lora_epsilon"] = torch.randn(size, **options)
+    return GuidanceNoise(**rows, lora_drop=torch.rand(num_views, **options))
 
 
 def timesteps(u: Tensor, t_range: tuple[float, float], num_timesteps: int) -> Tensor:
@@ -202,7 +202,7 @@ def rescaled(
     """``epsilon`` whose clean latents have the contrast that the text alone gives, by ``part``.
 
     x0 <- x0 (1 - part + part std(x0_text) / std(x0)), view by view: large guidance scales make
-    latents, so colours, too strong (Lin et al. 2024, section 3.4, there on the prediction; on x0
+    latents, so colors, too strong (Lin et al. 2024, section 3.4, there on the prediction; on x0
     as Shi et al. 2024, MVDream, do). text: the noise that the model sees, told the prompt.
     """
     guided_x0, text_x0 = (predict_x0(each, noisy, alpha_bar) for each in (epsilon, text))
@@ -224,9 +224,9 @@ def csd_residual(epsilon: Tensor, scores: Scores) -> Tensor:
 def vsd_residual(epsilon: Tensor, scores: Scores) -> Tensor:
     """eps_guided - eps_copy: variational score distillation (Wang et al. 2023).
 
-    The copy has learnt what the renders look like; where it agrees with the model nothing pulls.
+    The copy has learned what the renders look like; where it agrees with the model nothing pulls.
     """
-    return epsilon - scores.copy
+    return epsilon - scores.lora
 
 
 RESIDUALS: dict[str, Callable[[Tensor, Scores], Tensor]] = {
@@ -267,8 +267,8 @@ class SpecifyGradient(torch.autograd.Function):
 def resized(images: Tensor, size: int) -> Tensor:
     """images [V, 3, H, W] -> [V, 3, size, size], bilinear; averaged where they shrink.
 
-    A prior only knows pictures of the size that it learnt from: a render of 64 x 64 pixels is shown
-    to Stable Diffusion as 512 x 512, 64 x 64 latents, not as 8 x 8.
+    A prior only knows pictures of the size it was trained on: a 64 x 64 render is shown to Stable
+    Diffusion as 512 x 512, which is 64 x 64 latents, not 8 x 8.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -311,7 +311,7 @@ def distill(
         noisy = add_noise(latents.detach(), noise.epsilon, alpha_bar)
         scores = score(prior, noisy, t, noise.epsilon, conditions)
         if copy is not None:
-            scores = scores._replace(copy=copy(noisy, t))
+            scores = scores._replace(lora=copy(noisy, t))
         epsilon = guided(scores, recipe.scale)
         if recipe.rescale:
             epsilon = rescaled(epsilon, scores.text, noisy, alpha_bar, recipe.rescale)

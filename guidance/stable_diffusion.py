@@ -38,7 +38,7 @@ class StableDiffusion:
     """A frozen text-to-image latent diffusion model in diffusers' folder layout.
 
     alphas_cumprod [T] float32; prediction_type one of PREDICTIONS; native_size: pixels per side of
-    the pictures it learnt from; vocabulary: what ``vocabulary.json`` beside it says, or None;
+    the pictures it learned from; vocabulary: what ``vocabulary.json`` beside it says, or None;
     fingerprint: the same text for the same files, wherever they lie.
     """
 
@@ -94,7 +94,7 @@ class StableDiffusion:
         return torch.cat([self._embedded[text] for text in texts])
 
     def _embed_one(self, text: str) -> Tensor:
-        # Texts go through one by one, so that a text's numbers never hang on its neighbours.
+        # Texts go through one by one, so that a text's numbers never hang on its neighbors.
         if self.text_encoder is None:
             self.text_encoder = self._load_text_encoder()
         tokens = self.tokenizer(

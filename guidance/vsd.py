@@ -53,11 +53,11 @@ def flat_cameras(c2w: Tensor) -> Tensor:
     return torch.cat([c2w.flatten(1), last], dim=1)
 
 
-class RenderCopy(nn.Module):
+class LoRAScoreNetwork(nn.Module):
     """The copy: adapters and camera embedding, which it owns, on a U-Net, which it borrows.
 
     base: a ``StableDiffusion``; the same as guides the scene, or another whose latents and text
-    fit. text [1, L, D]: its embedding of the prompt. views: so many views of a step are learnt
+    fit. text [1, L, D]: its embedding of the prompt. views: so many views of a step are learned
     from, the published code's one or more; 0: all. Its own AdamW is ``optimizer``.
     """
 
@@ -112,12 +112,12 @@ class RenderCopy(nn.Module):
         base, some = self._borrowed[0], slice(self.views or None)
         latents, c2w, noise = latents[some], c2w[some], noise.part(some)
         num_timesteps = len(base.alphas_cumprod)
-        t = (noise.follow_u * num_timesteps).long().clamp(max=num_timesteps - 1)
+        t = (noise.lora_u * num_timesteps).long().clamp(max=num_timesteps - 1)
         alpha_bar = base.alphas_cumprod[t]
-        noisy = add_noise(latents, noise.follow_epsilon, alpha_bar)
-        kept = (noise.follow_drop >= self.camera_dropout).float()
+        noisy = add_noise(latents, noise.lora_epsilon, alpha_bar)
+        kept = (noise.lora_drop >= self.camera_dropout).float()
         output = self._output(noisy, t, flat_cameras(c2w) * kept[:, None])
-        loss = F.mse_loss(output, target(base, latents, noise.follow_epsilon, alpha_bar))
+        loss = F.mse_loss(output, target(base, latents, noise.lora_epsilon, alpha_bar))
         self.scaler.scale(loss).backward()
         world.average_gradients(self.parameters())
         self.scaler.unscale_(self.optimizer)

@@ -11,14 +11,14 @@ from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, NeRFField
 from nerf.flags.dreamfusion import STRUCTURAL
 from nerf.occupancy import OccupancyGrid
-from nerf.occupancy_renderer import GridRenderer
+from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
 from nerf.renderer import NeRFRenderer
 from nerf.scene_bounds import carve, scene_space
 from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, Picture
-from nerf.text3d.shading import LookSettings
+from nerf.text3d.shading import LightingSettings
 from nerf.training.schedules import highest, scheduled
 
 # What to try when memory runs out, in this order: what is given up for it grows.
@@ -50,7 +50,7 @@ def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=pr
         )
 
     if args.occ_grid:
-        return _grid_renderer(args, scene, field, warn)
+        return _occupancy_renderer(args, scene, field, warn)
     return NeRFRenderer(
         field(args.netdepth, args.netwidth),
         field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
@@ -63,7 +63,7 @@ def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=pr
     )
 
 
-def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRenderer:
+def _occupancy_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> OccupancyRenderer:
     """One field with an occupancy grid in the space that the scene's cameras look into."""
     space = scene_space(
         scene,
@@ -87,7 +87,7 @@ def _grid_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> GridRen
             multires_views=args.multires_views,
             use_viewdirs=args.use_viewdirs,
         )
-    return GridRenderer(
+    return OccupancyRenderer(
         field,
         grid,
         space,
@@ -140,7 +140,7 @@ def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
         compiled = renderer(rays)[-1].rgb
         compiled.sum().backward()
         difference = (compiled - expected).abs().max().item()
-        problem = f"colours differ by {difference:.2g}" if not difference <= 1e-3 else None
+        problem = f"colors differ by {difference:.2g}" if not difference <= 1e-3 else None
     except Exception as error:  # a compiler can fail in any way; training must not
         problem = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     renderer.zero_grad(set_to_none=True)
@@ -200,9 +200,9 @@ def orbit_ranges(args: argparse.Namespace) -> OrbitRanges:
     )
 
 
-def look_settings(args: argparse.Namespace) -> LookSettings:
+def lighting_settings(args: argparse.Namespace) -> LightingSettings:
     """By which laws views are lit."""
-    return LookSettings(
+    return LightingSettings(
         ambient=args.ambient,
         p_diffuse=args.p_diffuse,
         p_textureless=args.p_textureless,
@@ -211,14 +211,14 @@ def look_settings(args: argparse.Namespace) -> LookSettings:
     )
 
 
-def adopt(args: argparse.Namespace, saved: dict, say) -> None:
+def adopt(args: argparse.Namespace, saved: dict, log) -> None:
     """Take over from a checkpoint's flags what its weights were made for."""
     for name in (*STRUCTURAL, "bound", "march_steps", "normals"):
         if name in saved and saved[name] != getattr(args, name):
             if name not in ("prompt", "negative_prompt") and not name.startswith(
                 ("prompt_", "negative_")
             ):
-                say(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
+                log(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
             setattr(args, name, saved[name])
 
 

@@ -47,7 +47,7 @@ class TriPlane(nn.Module):
     (Chan et al. 2022, EG3D, section 4; products as in Fridovich-Keil et al. 2023, K-Planes,
     section 3.1.) Unit points [N, 3] in [-1, 1] -> [N, channels x 3], float32. Sides of the planes:
     a quarter, half and all of ``finest``. ``smooth``: read through a 3x3 binomial filter.
-    Each entry's gradient then reaches its neighbours too: noisy ones, as of score distillation,
+    Each entry's gradient then reaches its neighbors too: noisy ones, as of score distillation,
     leave no woven pattern on the surface.
     """
 
@@ -77,7 +77,7 @@ class TriPlane(nn.Module):
         return torch.cat(features).T  # [N, F]
 
     def variation(self) -> Tensor:
-        """Mean squared difference of neighbours, summed over planes and both axes (K-Planes)."""
+        """Mean squared difference of neighbors, summed over planes and both axes (K-Planes)."""
         return sum(
             plane.diff(dim=axis).square().mean() for plane in self.planes for axis in (-1, -2)
         )

@@ -1,4 +1,4 @@
-"""The radiance field: position and direction -> density and colour, before their activations.
+"""The radiance field: position and direction -> density and color, before their activations.
 
 Parameter names and shapes are nerf-pytorch's, so state dicts go both ways. The arithmetic is
 arranged differently, with the same result up to rounding:
@@ -59,7 +59,7 @@ class NeRFField(nn.Module):
             nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
             for i in range(depth)
         )
-        # In nerf-pytorch's order, also when unused: its optimiser state goes by position.
+        # In nerf-pytorch's order, also when unused: its optimizer state goes by position.
         self.views_linears = nn.ModuleList([nn.Linear(view_dim + width, width // 2)])
         if use_viewdirs:
             self.feature_linear = nn.Linear(width, width)
@@ -97,7 +97,7 @@ class NeRFField(nn.Module):
         return self.output_linear(hidden)[:, 3].float()
 
     def color_of(self, hidden: Tensor, viewdirs: Tensor, ray: Tensor) -> Tensor:
-        """Colour before its activation, of hidden [N, W] seen along viewdirs [B, 3] -> [N, 3].
+        """Color before its activation, of hidden [N, W] seen along viewdirs [B, 3] -> [N, 3].
 
         ray [N]: the row of viewdirs each belongs to. float32.
         """
@@ -109,7 +109,7 @@ class NeRFField(nn.Module):
     def forward(
         self, points: Tensor, viewdirs: Tensor, ray: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and colour [B, S, 3], float32.
+        """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and color [B, S, 3], float32.
 
         Both before their activations (ReLU or exp, and sigmoid). Packed samples: points [N, 3] and
         ``ray`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
@@ -141,7 +141,7 @@ class FeatureField(nn.Module):
     """Learned features at a place, and two small networks that read them.
 
     ``encoding`` maps unit points [N, 3] to features [N, F]; the first network gives density and a
-    16-vector, the second colour from that vector and the direction (Instant-NGP, section 5.4).
+    16-vector, the second color from that vector and the direction (Instant-NGP, section 5.4).
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class FeatureField(nn.Module):
         return self.density_net(self.encoding(points))[:, 0].float()
 
     def forward(self, points: Tensor, viewdirs: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed unit points [N, 3], viewdirs [R, 3], ray [N] -> density [N], colour [N, 3]."""
+        """Packed unit points [N, 3], viewdirs [R, 3], ray [N] -> density [N], color [N, 3]."""
         h = self.density_net(self.encoding(points))
         feature = self.on_feature(h)
         if self.view_encoding is not None:

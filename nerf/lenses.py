@@ -147,7 +147,7 @@ def _bearings(places: Tensor, coefficients: Tensor) -> Tensor:
     a, b = coefficients[..., 12], coefficients[..., 13]
     radius = places.norm(dim=-1)
     one = torch.ones_like(radius)
-    # Each candidate: how much the place is stretched, and z. Limits at the centre are 1.
+    # Each candidate: how much the place is stretched, and z. Limits at the center are 1.
     small = torch.where(radius < 1e-6, 1e-6, radius)
     half = torch.where(kind == FOV, a, one)
     fov = torch.tan(radius * half) / (2 * torch.tan(half / 2)) / small

@@ -1,4 +1,4 @@
-"""Pictures and videos on disk, and scalar maps in colour."""
+"""Pictures and videos on disk, and scalar maps in color."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from nerf.metrics import to_8bit
 
 MESH_FORMATS = (".glb", ".obj", ".ply")
-# Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in grey.
+# Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in gray.
 _RAMP = np.array(
     [
         [0.00, 0.00, 0.02],
@@ -54,7 +54,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -> bool:
     """An H.264 video of picture files, read one at a time. False, with a warning, without ffmpeg.
 
-    Odd sizes lose their last row or column: the format stores colour at half resolution.
+    Odd sizes lose their last row or column: the format stores color at half resolution.
     """
     try:
         import imageio_ffmpeg

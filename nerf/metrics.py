@@ -24,7 +24,7 @@ def psnr(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None
 def ssim(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None) -> float | None:
     """Structural similarity (Wang et al. 2004: Gaussian window, sigma 1.5) of [H, W, 3] pictures.
 
-    mask: bool [H, W], windows that count, by their centres; what else they cover is taken to agree.
+    mask: bool [H, W], windows that count, by their centers; what else they cover is taken to agree.
     None where a picture is smaller than the 11-pixel window, or all of it masked.
     """
     from skimage.metrics import structural_similarity

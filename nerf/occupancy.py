@@ -59,7 +59,7 @@ class Box:
         leave = torch.maximum(first, second).amin(-1, keepdim=True).minimum(rays.far)
         return enter, leave
 
-    def middles(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
+    def midpoints(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
         """Where rays are sampled: middles t [R, K] of intervals, and their lengths [R, K or 1].
 
         enter, leave: see ``span``. u [R, 1] or a number in [0, 1): where in its first interval
@@ -70,7 +70,7 @@ class Box:
         numbers = torch.arange(count, device=step.device, dtype=step.dtype)
         return torch.addcmul(enter + u * step, numbers, step), step
 
-    def places(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
+    def cell_coordinates(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
         """Cell coordinates in [0, size] of each ray at t [R, K], axis by axis."""
         scale = size / (self.high - self.low)
         start, slope = (rays.origins - self.low) * scale, rays.directions * scale
@@ -89,11 +89,11 @@ class Contraction:
         while t < far:
             t += max(smallest, t * cone_angle)
             edges.append(t)
-        self.ladder = torch.tensor(edges)
+        self.t_edges = torch.tensor(edges)
         self.step = smallest
 
     def to(self, device) -> "Contraction":
-        self.ladder = self.ladder.to(device)
+        self.t_edges = self.t_edges.to(device)
         return self
 
     def __str__(self) -> str:
@@ -108,12 +108,12 @@ class Contraction:
         scale = 1.0 / rays.directions.norm(dim=-1, keepdim=True)
         return rays.near * scale, rays.far * scale
 
-    def middles(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
+    def midpoints(self, rays: Rays, enter: Tensor, leave: Tensor, u) -> tuple[Tensor, Tensor]:
         """As ``Box.middles``; one ladder of distances serves all rays."""
-        scale, rungs = 1.0 / rays.directions.norm(dim=-1, keepdim=True), self.ladder.diff()
-        return (self.ladder[:-1] + rungs * u) * scale, rungs * scale
+        scale, rungs = 1.0 / rays.directions.norm(dim=-1, keepdim=True), self.t_edges.diff()
+        return (self.t_edges[:-1] + rungs * u) * scale, rungs * scale
 
-    def places(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
+    def cell_coordinates(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
         """As ``Box.places``."""
         points = rays.origins[:, None] + rays.directions[:, None] * t[..., None]
         return [(axis + 1) * (size / 2) for axis in self.to_unit(points).unbind(-1)]
@@ -142,7 +142,7 @@ class OccupancyGrid(nn.Module):
         return self.occupied.float().mean().item()
 
     def cell_points(self, cells: Tensor, u: Tensor | None = None) -> Tensor:
-        """Unit points in cells [M] (numbers) -> [M, 3]: the centres, or at u [M, 3] in [0, 1)."""
+        """Unit points in cells [M] (numbers) -> [M, 3]: the centers, or at u [M, 3] in [0, 1)."""
         size = self.resolution
         place = torch.stack([cells // size**2, cells // size % size, cells % size], dim=-1)
         return (place + (0.5 if u is None else u)) / size * 2 - 1
@@ -211,8 +211,10 @@ class OccupancyGrid(nn.Module):
         enter, leave = space.span(rays, self.bounds)
         hits = (leave > enter)[:, 0].nonzero()[:, 0]
         rays, enter, leave = rays.part(hits), enter[hits], leave[hits]
-        t, length = space.middles(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
-        occupied = self._occupied_at(space.places(rays, t.minimum(leave), self.resolution))
+        t, length = space.midpoints(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
+        occupied = self._occupied_at(
+            space.cell_coordinates(rays, t.minimum(leave), self.resolution)
+        )
         row, number = (occupied & (t < leave)).nonzero(as_tuple=True)
         # index_select, here and wherever samples are picked: 3 times as fast as brackets on a CPU.
         sample = row * t.shape[1] + number

@@ -1,4 +1,4 @@
-"""Rays -> colours with one field and an occupancy grid: samples only where something is.
+"""Rays -> colors with one field and an occupancy grid: samples only where something is.
 
 The same interface as ``nerf.renderer.NeRFRenderer``. Samples are packed (see ``nerf.occupancy``),
 and every step takes as many rays as fill a fixed number of samples.
@@ -11,12 +11,12 @@ from nerf.field import density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
 from nerf.renderer import RayNoise, Rendered
-from nerf.volume import PACKED_WEIGHTS, redraw_packed, scale_gradient, sum_per_ray
+from nerf.volume import PACKED_WEIGHTS, importance_resample_packed, scale_gradient, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
 DENSITY_SHIFT = 3.0  # of exp: fields start as a thin fog that light gets through
 FEWEST_RAYS, MOST_RAYS = 256, 1 << 15
-REDRAW_AFTER = 500  # steps; before, fog at the cameras would draw all samples to itself, and stay
+RESAMPLE_AFTER = 500  # steps; before, fog at the cameras would draw all samples to itself, and stay
 SAMPLES_A_ROUND = 8  # per ray, between two looks at which rays are already opaque
 
 
@@ -25,11 +25,11 @@ def density_of(raw: Tensor) -> Tensor:
     return torch.exp((raw - DENSITY_SHIFT).clamp(max=12.0))
 
 
-class GridRenderer(nn.Module):
+class OccupancyRenderer(nn.Module):
     """One field, sampled where an occupancy grid says that something is.
 
     space: Box or Contraction, scene -> unit coordinates. target_samples: per training step; the
-    number of rays follows. random_background: train over a colour of its own per ray, so that
+    number of rays follows. random_background: train over a color of its own per ray, so that
     nothing transparent can pass for the background. composite: a key of PACKED_WEIGHTS.
     early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
     gradients are scaled down by its square (0: not at all). lambda_tv: weight of the planes'
@@ -60,7 +60,7 @@ class GridRenderer(nn.Module):
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
         self.near_scaling, self.lambda_tv, self.resample = near_scaling, lambda_tv, resample
         self.num_samples = 0  # of the latest batch
-        self.redraws = resample > 0  # now: not during the first steps
+        self.resamples = resample > 0  # now: not during the first steps
 
     @property
     def fields(self) -> list[nn.Module]:
@@ -84,7 +84,7 @@ class GridRenderer(nn.Module):
         return torch.sigmoid(query_packed(self.field, unit, viewdirs, number)[1])
 
     def draw_noise(self, num_rays: int, generator: torch.Generator) -> RayNoise:
-        """One shift per ray, and its background colour where that is random."""
+        """One shift per ray, and its background color where that is random."""
 
         def uniform(count: int) -> Tensor:
             return torch.rand(num_rays, count, generator=generator, device=generator.device)
@@ -96,9 +96,9 @@ class GridRenderer(nn.Module):
         """Rays of the next step over all ranks; ``wanted`` is ignored, samples are what counts."""
         return max(num_ranks, self.num_rays // num_ranks * num_ranks)
 
-    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Keep the grid up to date. The same on every rank: same weights, same draws."""
-        self.redraws = self.resample > 0 and step >= REDRAW_AFTER
+        self.resamples = self.resample > 0 and step >= RESAMPLE_AFTER
         if step % UPDATE_EVERY == 0:
             self.grid.update(
                 lambda points: density_of(self.field.density(points)),
@@ -107,24 +107,24 @@ class GridRenderer(nn.Module):
                 generator,
             )
 
-    def finish_step(self, num_rays: int, num_samples: float) -> None:
+    def end_step(self, num_rays: int, num_samples: float) -> None:
         """Choose the next step's rays from how many samples ``num_rays`` of them took."""
         wanted = int(num_rays * self.target_samples / max(1.0, num_samples))
         self.num_rays = min(MOST_RAYS, max(FEWEST_RAYS, wanted))
 
     def penalty(self) -> Tensor | float:
-        """What the loss gets beside the colours' error."""
+        """What the loss gets beside the colors' error."""
         return self.lambda_tv * self.field.encoding.variation() if self.lambda_tv else 0.0
 
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """The one level there is, of rays [R]."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
-        samples = self.grid.march(rays, self.space, None if self.redraws else jitter)
+        samples = self.grid.march(rays, self.space, None if self.resamples else jitter)
         num_rays = len(rays.origins)
-        if self.redraws:
-            samples = self._redrawn(samples, rays, jitter)
+        if self.resamples:
+            samples = self._importance_resample(samples, rays, jitter)
         elif self.early_stop and self.training:
-            samples = self._seen(samples, num_rays)
+            samples = self._cull_occluded(samples, num_rays)
         self.num_samples = len(samples.ray)
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
@@ -154,7 +154,7 @@ class GridRenderer(nn.Module):
         return (distance / self.near_scaling).square().clamp(max=1.0)
 
     @torch.no_grad()
-    def _seen(self, samples: Samples, num_rays: int) -> Samples:
+    def _cull_occluded(self, samples: Samples, num_rays: int) -> Samples:
         """The samples that light gets through to; found without a graph, by density alone.
 
         About half of a ray's samples lie behind a surface once there are surfaces, and a graph
@@ -167,7 +167,7 @@ class GridRenderer(nn.Module):
         return Samples(*(member.index_select(0, index) for member in samples))
 
     @torch.no_grad()
-    def _redrawn(self, samples: Samples, rays: Rays, u: Tensor | None) -> Samples:
+    def _importance_resample(self, samples: Samples, rays: Rays, u: Tensor | None) -> Samples:
         """``resample`` samples a ray where the field has light end, of those that were marched.
 
         Steps across a scene that reaches far are longer than its surfaces are thick.
@@ -177,7 +177,7 @@ class GridRenderer(nn.Module):
         weights = self.packed_weights(sigma, samples.length, samples.ray, num_rays)
         length = samples.length / scale.index_select(0, samples.ray)
         packed = weights, samples.t, length, samples.ray
-        ray, t, length = redraw_packed(*packed, num_rays, self.resample, u)
+        ray, t, length = importance_resample_packed(*packed, num_rays, self.resample, u)
         origins, directions = (part.index_select(0, ray) for part in rays[:2])
         points = self.space.to_unit(torch.addcmul(origins, directions, t[:, None]))
         return Samples(ray, t, length * scale.index_select(0, ray), points)
@@ -185,7 +185,7 @@ class GridRenderer(nn.Module):
     @torch.no_grad()
     def render(self, rays: Rays) -> Rendered:
         """Rays [R] front to back, ``SAMPLES_A_ROUND`` samples at a time, until they are opaque."""
-        if self.redraws:
+        if self.resamples:
             return self(rays)[0]
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)

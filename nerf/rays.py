@@ -4,8 +4,8 @@ Axes: the world is right-handed. A camera looks along its own -z, x points right
 Blender). ``c2w`` [3, 4] maps camera to world, its last column is the camera's position.
 Pixels: (x, y) counts columns and rows from the top left. By default a ray passes through the
 pixel's corner, as nerf-pytorch has it; ``pixel_center`` moves it to the middle (+0.5).
-Distance: directions are not normalised. Their camera-z is -1, so t is depth along the camera's
-axis, in scene units; behind fisheye lenses they have length 1, so t is distance. In normalised
+Distance: directions are not normalized. Their camera-z is -1, so t is depth along the camera's
+axis, in scene units; behind fisheye lenses they have length 1, so t is distance. In normalized
 device coordinates (NDC) t runs from 0 (near) to 1 (infinity).
 """
 
@@ -21,7 +21,7 @@ class Rays(NamedTuple):
     """A batch of rays; every member has the same leading dimensions."""
 
     origins: Tensor  # [..., 3]
-    directions: Tensor  # [..., 3], not normalised
+    directions: Tensor  # [..., 3], not normalized
     viewdirs: Tensor  # [..., 3], unit, in world axes also when origins and directions are NDC
     near: Tensor  # [..., 1] first t
     far: Tensor  # [..., 1] last t
@@ -70,10 +70,10 @@ def pixels_to_rays(
 
 
 def rays_to_ndc(rays: Rays, height: int, width: int, intrinsics: Tensor) -> Rays:
-    """Forward-facing world rays in normalised device coordinates (NeRF, appendix C).
+    """Forward-facing world rays in normalized device coordinates (NeRF, appendix C).
 
     The near plane is at z = -1. Afterwards t = 0 lies on it and t = 1 at infinity. intrinsics
-    [..., 4]; the principal point is taken to be the picture's centre.
+    [..., 4]; the principal point is taken to be the picture's center.
     """
     fx, fy = intrinsics[..., 0], intrinsics[..., 1]
     origins, directions = rays.origins, rays.directions
@@ -95,7 +95,7 @@ def rays_to_ndc(rays: Rays, height: int, width: int, intrinsics: Tensor) -> Rays
 
 
 def ndc_to_world(points: Tensor, height: int, width: int, intrinsics: Tensor) -> Tensor:
-    """Points [..., 3] in normalised device coordinates back in the world; z = 1 is infinity.
+    """Points [..., 3] in normalized device coordinates back in the world; z = 1 is infinity.
 
     The inverse of ``rays_to_ndc``; intrinsics [4]. Left and right, up and down stay as they are,
     depth runs the other way: the map mirrors.

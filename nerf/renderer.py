@@ -1,4 +1,4 @@
-"""Rays -> colours: NeRF's two levels of volume rendering, and whole pictures in flat memory."""
+"""Rays -> colors: NeRF's two levels of volume rendering, and whole pictures in flat memory."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class RayNoise(NamedTuple):
 class NeRFRenderer(nn.Module):
     """Coarse and fine field, and the sampling between them (NeRF section 5.2).
 
-    background: grey level behind everything, 1 for white. perturb: stratified jitter in training.
+    background: gray level behind everything, 1 for white. perturb: stratified jitter in training.
     raw_noise_std: deviation of the noise on training densities.
     """
 
@@ -106,18 +106,18 @@ class NeRFRenderer(nn.Module):
         """Rays of the next step over all ranks: as many as the user asks for."""
         return wanted
 
-    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Look again, with the step's first block, whether empty samples are worth skipping.
 
         Only on a CPU: on a GPU the look itself, a wait for the count, costs as much.
         """
         self._skip_empty = next(self.parameters()).device.type == "cpu"
 
-    def finish_step(self, num_rays: int, num_samples: float) -> None:
+    def end_step(self, num_rays: int, num_samples: float) -> None:
         """Nothing to learn from a step's size."""
 
     def penalty(self) -> float:
-        """Nothing in the loss but the colours' error."""
+        """Nothing in the loss but the colors' error."""
         return 0.0
 
     def warning(self, step: int) -> str | None:
@@ -169,7 +169,7 @@ class NeRFRenderer(nn.Module):
         hidden = field.hidden(self._points(rays, t))
         sigma = F.relu(field.density_of(hidden)).view(t.shape)
         weights = blend_weights(sigma, interval_lengths(t, rays.directions))
-        seen = weights.flatten().nonzero()[:, 0]  # the others' colour is never asked for
+        seen = weights.flatten().nonzero()[:, 0]  # the others' color is never asked for
         raw_rgb = color_packed(field, hidden, rays.viewdirs, seen, seen // t.shape[1])
         rgb = raw_rgb.new_zeros(weights.numel(), 3).index_copy_(0, seen, torch.sigmoid(raw_rgb))
         return Rendered(*composite(rgb.view(*t.shape, 3), weights, t, self.background))
@@ -200,10 +200,10 @@ class NeRFRenderer(nn.Module):
         return F.relu(raw if noise is None else raw + noise * self.raw_noise_std)
 
     def _query_filled(self, field, rays, points, density_noise) -> tuple[Tensor, Tensor]:
-        """Density and colour at points [B, S, 3], asking for a graph only where there is density.
+        """Density and color at points [B, S, 3], asking for a graph only where there is density.
 
         A sample with density 0 has weight 0, and the ReLU stops its gradient: it adds exactly
-        nothing to any result, so it needs neither colour nor backward pass. One pass without a
+        nothing to any result, so it needs neither color nor backward pass. One pass without a
         graph finds the others. This pays when fewer than about half are left.
         """
         shape = points.shape[:2]

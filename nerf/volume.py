@@ -14,7 +14,7 @@ def stratified_t(
 ) -> Tensor:
     """One distance per bin between near and far [..., 1] (NeRF eq. 2) -> t [..., S], ascending.
 
-    u [..., S] in [0, 1) places each sample between the midpoints to its neighbours; None gives
+    u [..., S] in [0, 1) places each sample between the midpoints to its neighbors; None gives
     the bin positions themselves. ``lindisp`` spaces them evenly in 1 / t; near must be positive.
     """
     fraction = torch.linspace(0.0, 1.0, num_samples, dtype=near.dtype, device=near.device)
@@ -33,7 +33,7 @@ def stratified_t(
 def sample_pdf(edges: Tensor, weights: Tensor, num_samples: int, u: Tensor | None = None) -> Tensor:
     """Inverse-CDF samples of a piecewise constant density (NeRF section 5.2).
 
-    edges [..., S + 1] ascending; weights [..., S] >= 0, not normalised. u [..., num_samples] in
+    edges [..., S + 1] ascending; weights [..., S] >= 0, not normalized. u [..., num_samples] in
     [0, 1], or None for evenly spaced ones. Returns [..., num_samples] within the edges. Where all
     weights are zero the samples spread evenly over the bins.
     """
@@ -81,7 +81,7 @@ def blend_weights(sigma: Tensor, lengths: Tensor) -> Tensor:
 def composite(rgb: Tensor, weights: Tensor, t: Tensor, background: float):
     """Blend samples along each ray (NeRF eq. 3).
 
-    rgb [..., S, 3] in [0, 1]; weights [..., S]; t [..., S]; background grey level in [0, 1].
+    rgb [..., S, 3] in [0, 1]; weights [..., S]; t [..., S]; background gray level in [0, 1].
     Returns rgb [..., 3], opacity [...], and depth [...]: the mean t of what the ray hit, 0 where
     it hit nothing.
     """
@@ -146,7 +146,7 @@ def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
     return values * factor + (values * (1 - factor)).detach()
 
 
-def redraw_packed(
+def importance_resample_packed(
     weights: Tensor,
     t: Tensor,
     length: Tensor,
@@ -164,7 +164,7 @@ def redraw_packed(
     what lies between those intervals is empty. A ray's light, with ``floor`` > 0 of a whole one
     spread evenly over them, is cut into parts of equal weight. A new sample stands in the middle
     of its part, and is as long as the part is outside of gaps: lengths add up to what they were.
-    u [num_rays, 1] in [0, 1) shifts a ray's cuts; None: none. blur: share weights with neighbours
+    u [num_rays, 1] in [0, 1) shifts a ray's cuts; None: none. blur: share weights with neighbors
     first (Barron et al. 2021, mip-NeRF, eq. 18): a surface may lie before the first sample that
     tells of it. Returns ray, t and length [M].
     """
@@ -182,7 +182,7 @@ def redraw_packed(
 
     start, width, mass = (laid_out(values) for values in (t - length / 2, length, weights))
     if blur:
-        larger = torch.maximum(mass[:, 1:], mass[:, :-1])  # of two neighbours
+        larger = torch.maximum(mass[:, 1:], mass[:, :-1])  # of two neighbors
         mass = (F.pad(larger, (0, 1)).maximum(mass) + F.pad(larger, (1, 0)).maximum(mass)) / 2
         mass = torch.where(width > 0, mass, 0.0)
     mass = mass + floor * width / width.sum(-1, keepdim=True)

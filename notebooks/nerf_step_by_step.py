@@ -62,7 +62,7 @@ show(torch.cat(list(images[:4]), dim=1), "pictures")
 
 # %% [markdown]
 # ## 2. Rays
-# Through the centre of each pixel goes one ray, `o + t d`. *In the project:* `nerf/rays.py`;
+# Through the center of each pixel goes one ray, `o + t d`. *In the project:* `nerf/rays.py`;
 # nerf-pytorch shoots through pixel corners, which `docs/details.md` says the cost of.
 
 
@@ -76,9 +76,9 @@ def rays_of(c2w, column, row):
 
 
 # %% [markdown]
-# ## 3. The field: position and direction to density and colour
+# ## 3. The field: position and direction to density and color
 # A small MLP cannot follow fine detail in raw coordinates; sines and cosines of growing frequency
-# let it (equation 4). Density must depend on the position alone; colour may depend on the
+# let it (equation 4). Density must depend on the position alone; color may depend on the
 # direction, too. *In the project:* `nerf/encodings.py`, `nerf/field.py`.
 
 
@@ -109,7 +109,7 @@ class Field(nn.Module):
 
 
 # %% [markdown]
-# ## 4. From samples to a colour
+# ## 4. From samples to a color
 # Light that reaches the camera from a sample has passed all samples before it. With intervals
 # $\delta_i$, opacity $\alpha_i = 1 - e^{-\sigma_i \delta_i}$ and transmittance
 # $T_i = e^{-\sum_{j<i} \sigma_j \delta_j}$, the weights are $w_i = T_i \alpha_i$ (equation 3).

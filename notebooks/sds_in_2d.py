@@ -10,7 +10,7 @@
 # # Score distillation in two dimensions
 #
 # DreamFusion ([Poole et al. 2022](https://arxiv.org/abs/2209.14988)) makes a 3-D object from a text
-# with a model that only knows pictures. The idea needs no 3-D to be understood: let us optimise the
+# with a model that only knows pictures. The idea needs no 3-D to be understood: let us optimize the
 # pixels of one picture until a text-to-image model finds that it looks like the text. The model is
 # the embedded one (`guidance/tiny/`): 32 x 32 pixels, 16 objects, real Stable Diffusion layout.
 
@@ -57,18 +57,18 @@ show(sample(prior, [TEXT] * 4, scale=5.0, steps=12), "samples")
 # %% [markdown]
 # ## 2. One look through noise
 # The model's idea of the noise says which clean picture it has in mind, $\hat x_0 = (x_t -
-# \sqrt{1 - a_t}\,\hat\epsilon) / \sqrt{a_t}$. Here is a grey picture, noised to three levels, and
+# \sqrt{1 - a_t}\,\hat\epsilon) / \sqrt{a_t}$. Here is a gray picture, noised to three levels, and
 # what the model takes it for. Much noise: the text decides. Little: the picture does.
 
 # %%
-grey = torch.full((1, 3, 32, 32), 0.5)
+gray = torch.full((1, 3, 32, 32), 0.5)
 words, nothing = prior.embed([TEXT]), prior.embed([""])
 generator = torch.Generator().manual_seed(0)
 seen = []
 with torch.no_grad():
     for t in (950, 600, 100):
         t = torch.tensor([t])
-        a, latents = prior.alphas_cumprod[t], prior.encode(grey, None)
+        a, latents = prior.alphas_cumprod[t], prior.encode(gray, None)
         noisy = sds.add_noise(latents, torch.randn(latents.shape, generator=generator), a)
         output = prior.predict(noisy.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([nothing, words]))
         sides = [sds.to_epsilon(o, noisy, a, prior.prediction_type) for o in output.chunk(2)]
@@ -92,7 +92,7 @@ show(torch.cat(seen), "one_look")
 def dream(
     prior, conditions, *, scale, steps=STEPS, t_range=(0.02, 0.98), size=32, seed=0, rate=0.03
 ):
-    """Optimise one picture; how it looked at a quarter, half and the end: [3, 3, size, size]."""
+    """Optimize one picture; how it looked at a quarter, half and the end: [3, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     picture = torch.full((1, 3, size, size), 0.5, requires_grad=True)
     optimizer = torch.optim.Adam([picture], lr=rate)
@@ -129,7 +129,7 @@ assert error < (0.5 - mu).abs().mean()
 # ## 5. A text, and how much it counts
 # Rows: guidance scale 1, 7.5 and 50. With 1 the cone is dull, on a busy background: score
 # distillation looks for the *most probable* picture, not a typical one, and averages over all that
-# fit. More guidance makes it definite, and its colours too strong: DreamFusion uses 100 where
+# fit. More guidance makes it definite, and its colors too strong: DreamFusion uses 100 where
 # sampling uses 7.5.
 
 # %%
@@ -151,7 +151,7 @@ show(torch.cat(last), "seeds")
 # %% [markdown]
 # ## 7. Which noise levels
 # Left: only much noise, `t` in [0.7, 0.98]: shape without detail. Right: only little, [0.02, 0.3]:
-# the model believes the grey picture and makes a texture of it. The project's recipe begins with
+# the model believes the gray picture and makes a texture of it. The project's recipe begins with
 # much and ends with little (`t_max` in `configs/dream_tiny.txt`).
 
 # %%
@@ -159,6 +159,6 @@ ranges = ((0.7, 0.98), (0.02, 0.3))
 show(torch.cat([dream(prior, conditions, scale=7.5, t_range=r)[-1:] for r in ranges]), "ranges")
 
 # %% [markdown]
-# From here to 3-D is one step: instead of pixels, optimise a field whose *rendering* from a random
+# From here to 3-D is one step: instead of pixels, optimize a field whose *rendering* from a random
 # camera is the picture, and tell the model from where it looks ("a red cone, back view").
 # `python run_dreamfusion.py --space 2d` is this notebook with every flag; without it, it is 3-D.

@@ -1,7 +1,7 @@
 """Bad flags, configs, data and checkpoints, one table: each is answered by one line that names it.
 
 Exit code 2, no traceback, and what lay in the data and run folders is as it was. Further ones stand
-beside what they are about: test_datasets.py, test_options.py, test_dream_options.py.
+beside what they are about: test_datasets.py, test_flags.py, test_dream_flags.py.
 """
 
 import hashlib
@@ -172,7 +172,7 @@ CONFIGS = {
     "UTF-16": ("lrate = 1e-3\n".encode("utf-16"), "is no text file"),
     "twice": (b"lrate = 1e-3\nN_rand = 8\nlrate = 1e-4\n", "lrate is there twice, 1e-3 and 1e-4"),
     "unknown": (b"learning_rate = 1\n", "learning_rate"),
-    "misspelt": (b"N_sampels = 8\n", "N_samples"),
+    "misspelled": (b"N_sampels = 8\n", "N_samples"),
     "no number": (b"N_rand = many\n", "N_rand"),
     "no value": (b"N_rand =\n", "N_rand"),
     "a list": (b"N_rand = [1, 2]\n", "N_rand"),

@@ -11,7 +11,7 @@ from conftest import DEMO_COUNTS, DEMO_SIZE, REPOSITORY, run_script
 from PIL import Image
 
 from nerf.cameras import orbit_path
-from nerf.datasets import capture, colmap, llff, load_scene, recognise
+from nerf.datasets import capture, colmap, llff, load_scene, recognize
 from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, quaternion, read_model, write_model
 from nerf.flags import nerf as nerf_flags
 from nerf.lenses import from_colmap
@@ -190,7 +190,7 @@ def test_several_transforms_files_are_splits_with_intrinsics_of_their_own(demo_c
         top = {key: value for key, value in content.items() if "filenames" not in key}
         (folder / f"transforms_{split}.json").write_text(json.dumps({**top, "frames": frames}))
     scene = load(folder, "--testskip", "1")
-    assert recognise(folder) == "transforms"
+    assert recognize(folder) == "transforms"
     assert [len(scene.splits[name]) for name in ("train", "val", "test")] == [6, 2, 2]
     for view, name in enumerate(scene.names):
         torch.testing.assert_close(
@@ -304,7 +304,7 @@ def test_smaller_pictures_keep_their_rays(demo_transforms):
 
 
 def pixels_drawn(scene, count, **settings):
-    """Views and flat places of drawn rays, told by colours that name their pixel."""
+    """Views and flat places of drawn rays, told by colors that name their pixel."""
     height, width = scene.images.shape[1:3]
     flat = torch.arange(scene.images[..., 0].numel()).view(scene.images.shape[:3])
     scene.images = torch.stack([flat % 256, flat // 256 % 256, flat // 65536], -1).to(torch.uint8)
@@ -354,8 +354,8 @@ def test_masked_pixels_are_not_drawn(demo_copy):
     assert set(y[view == 1].tolist()) == {5}
     assert scene.mask(2) is None and scene.mask(0).float().mean() == 0.5
     # Every usable pixel counts the same.
-    share = (view == 1).float().mean() * (4.5 * 24 * 32 + 32)
-    assert share == pytest.approx(32, rel=0.2)
+    shard = (view == 1).float().mean() * (4.5 * 24 * 32 + 32)
+    assert shard == pytest.approx(32, rel=0.2)
 
 
 def test_a_run_on_mixed_sizes_and_masks_trains_measures_and_renders(demo_copy, tmp_path):
@@ -424,8 +424,8 @@ def test_a_folder_of_smaller_pictures_is_used_when_it_is_complete(demo_copy):
     (folder / "images_2").mkdir()
     for path in (folder / "images").iterdir():
         with Image.open(path) as image:
-            grey = Image.new("RGB", (image.width // 2, image.height // 2), (9, 9, 9))
-            grey.save(folder / "images_2" / path.name)
+            gray = Image.new("RGB", (image.width // 2, image.height // 2), (9, 9, 9))
+            gray.save(folder / "images_2" / path.name)
     found = load(folder, "--factor", "2")
     torch.testing.assert_close(found.intrinsics, expected.intrinsics)
     assert found.images.max() == 9
@@ -445,7 +445,7 @@ def test_the_real_capture_agrees_with_its_llff_poses():
     assert len(set(views.intrinsics[:, 0])) == 71 and views.intrinsics[:, 5].any()
 
 
-# ----------------------------------------------------------------------------------- recognise
+# ----------------------------------------------------------------------------------- recognize
 
 
 @pytest.mark.parametrize(
@@ -453,15 +453,15 @@ def test_the_real_capture_agrees_with_its_llff_poses():
 )
 def test_a_folder_tells_its_format(request, kind):
     expected = "LINEMOD" if kind == "linemod" else kind
-    assert recognise(request.getfixturevalue(f"demo_{kind}")) == expected
+    assert recognize(request.getfixturevalue(f"demo_{kind}")) == expected
 
 
 def test_a_folder_without_poses_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match=r"no known format; expected transforms\.json"):
-        recognise(tmp_path)
+        recognize(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"python data/from_photos\.py"):
-        recognise(tmp_path)
+        recognize(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- EXIF

@@ -30,8 +30,8 @@ def test_r_precision_is_the_share_of_views_nearest_to_their_prompt():
     assert r_precision(OneHot(), [views[0], views[0]], ["0", "0"]) == 1.0  # one prompt, twice
 
 
-def test_the_judges_r_precision_counts_views_of_the_right_object_and_colour():
-    """A judge that reads the object from red and the colour from green; "none" is no answer."""
+def test_the_judges_r_precision_counts_views_of_the_right_object_and_color():
+    """A judge that reads the object from red and the color from green; "none" is no answer."""
 
     def reads(pictures):
         objects, colors = pictures[:, 0, 0, 0] * 100, pictures[:, 1, 0, 0] * 100
@@ -42,7 +42,7 @@ def test_the_judges_r_precision_counts_views_of_the_right_object_and_colour():
     name, color = judge.OBJECTS[3], judge.COLORS[2]
     lit, bare = torch.zeros(2, 2, 8, 3, 4, 4)  # [E, V, 3, H, W] each
     lit[:, :, 0], lit[:, :, 1] = 0.03, 0.02
-    lit[0, :4, 1] = 0.05  # another colour in a quarter of the views
+    lit[0, :4, 1] = 0.05  # another color in a quarter of the views
     bare[1, :, 0] = 0.03  # the right shape in half of them
     seen = text_to_3d.Seen(None, None, lit, bare)
     assert text_to_3d.r_precision(seen, name, color, reads) == (0.75, 0.5)

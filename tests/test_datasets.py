@@ -56,7 +56,7 @@ def seen(scene, view, shift=0.0, solids=make_demo.SOLIDS, samples=3):
     """What the caster sees through ``scene``'s own rays: area averages [H, W, 3] over white."""
     y, x = (g.flatten() for g in torch.meshgrid(*[torch.arange(DEMO_SIZE)] * 2, indexing="ij"))
     total = torch.zeros(len(x), 3)
-    steps = (torch.arange(samples) + 0.5) / samples - 0.5  # the rays pass pixel centres already
+    steps = (torch.arange(samples) + 0.5) / samples - 0.5  # the rays pass pixel centers already
     for dy in steps:
         for dx in steps:
             rays = scene.rays(
@@ -107,7 +107,7 @@ def test_smaller_pictures_keep_their_rays(request, kind, flags):
     whole, small = load(folder, kind), load(folder, kind, *flags)
     assert (small.height, small.width) == (DEMO_SIZE // factor,) * 2
     x, y = torch.tensor([0.0, 3.0]), torch.tensor([1.0, 2.0])
-    # The centre of a block of pixels is the centre of the pixel that replaces it.
+    # The center of a block of pixels is the center of the pixel that replaces it.
     middle = [factor * grid + (factor - 1) / 2 for grid in (x, y)]
     expected = whole.rays(*middle, whole.c2w[0], whole.intrinsics[0]).directions
     found = small.rays(x, y, small.c2w[0], small.intrinsics[0]).directions
@@ -142,7 +142,7 @@ def similarity(before, after):
     return scale, rotation, shift
 
 
-@pytest.mark.parametrize("flags", [(), ("--spherify",)], ids=["recentred", "spherified"])
+@pytest.mark.parametrize("flags", [(), ("--spherify",)], ids=["recentered", "spherified"])
 def test_llff_world_is_a_similarity_of_the_captured_one(demo_llff, flags):
     scene = load(demo_llff, "llff", *flags)
     before, _, bounds = original_cameras(demo_llff)
@@ -162,7 +162,7 @@ def test_llff_world_is_a_similarity_of_the_captured_one(demo_llff, flags):
         assert scale * bounds.min() * 0.75 == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--spherify",)], ids=["recentred", "spherified"])
+@pytest.mark.parametrize("flags", [(), ("--spherify",)], ids=["recentered", "spherified"])
 def test_llff_points_of_known_depth_project_to_their_pixels(demo_llff, flags):
     scene = load(demo_llff, "llff", *flags)
     before, focal, _ = original_cameras(demo_llff)
@@ -345,7 +345,7 @@ def test_a_missing_deepvoxels_split_is_fine(demo, split):
     assert len(load(folder, "deepvoxels").images) == NUM_VIEWS - 2
 
 
-def test_blender_scene_under_the_llff_loaders_name_is_recognised(demo_blender):
+def test_blender_scene_under_the_llff_loaders_name_is_recognized(demo_blender):
     warnings = []
     found = load(demo_blender, "blender", "--dataset_type", "llff", warn=warnings.append)
     assert torch.equal(found.images, load(demo_blender, "blender").images)
@@ -664,7 +664,7 @@ def draw(scene, count=3000, seed=0, **settings):
 
 
 @pytest.mark.parametrize("kind", ["blender", "deepvoxels", "llff"])
-def test_sampled_colours_are_the_pictures_pixels(request, kind):
+def test_sampled_colors_are_the_pictures_pixels(request, kind):
     scene = load(request.getfixturevalue(f"demo_{kind}"), kind)
     rays, colors = draw(scene)
     view, x, y = pixels_of(scene, rays)

@@ -1,4 +1,4 @@
-"""Meshes and point clouds of scenes: in place, closed, the right way out, in colour, in files."""
+"""Meshes and point clouds of scenes: in place, closed, the right way out, in color, in files."""
 
 import math
 
@@ -25,12 +25,12 @@ SIZE, RADIUS = 64, 0.6
 
 
 def color_of(points):
-    """A colour for every place, the same from everywhere."""
+    """A color for every place, the same from everywhere."""
     return 0.5 + 0.4 * torch.sin(3 * points)
 
 
 class Ball(torch.nn.Module):
-    """A hard ball, as a renderer: known density and colour in the rays' coordinates."""
+    """A hard ball, as a renderer: known density and color in the rays' coordinates."""
 
     def __init__(self, scene_of, center, density=200.0, ndc=False):
         super().__init__()
@@ -112,7 +112,7 @@ def assert_is_ball(mesh, center, rel=0.03):
 
 
 @pytest.mark.parametrize("alpha", [False, True], ids=["opaque pictures", "alpha masks"])
-def test_mesh_of_a_ball_is_closed_in_place_and_coloured(alpha):
+def test_mesh_of_a_ball_is_closed_in_place_and_colored(alpha):
     capture, said = around(alpha=alpha)
     assert_is_ball(export.scene_mesh(capture, resolution=64, level=0.0), CENTER)
     assert not [line for line in said if "soft" in line or "cut" in line]
@@ -176,7 +176,7 @@ def test_soft_and_empty_scenes_are_said():
 
 
 @pytest.mark.parametrize("ndc", [False, True], ids=["world", "NDC"])
-def test_points_lie_on_the_ball_with_normals_outwards_and_its_colours(ndc, tmp_path):
+def test_points_lie_on_the_ball_with_normals_outwards_and_its_colors(ndc, tmp_path):
     capture, _ = ahead() if ndc else around(alpha=True)
     center = AHEAD if ndc else CENTER
     cloud = export.scene_points(capture, 6000)
@@ -214,7 +214,7 @@ def test_points_that_stand_alone_are_left_out():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_looking_near_the_surface_finds_the_same_surface(seed):
-    """Smooth noise: every change of sign between neighbours is the full grid's."""
+    """Smooth noise: every change of sign between neighbors is the full grid's."""
     generator = torch.Generator().manual_seed(seed)
     counts = (41, 30, 23)
     noise = torch.nn.functional.interpolate(

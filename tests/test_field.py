@@ -78,7 +78,7 @@ def test_field_equals_the_naive_network_in_values_and_gradients(settings):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3)
 
 
-def test_density_alone_equals_the_density_beside_colour():
+def test_density_alone_equals_the_density_beside_color():
     points, viewdirs = inputs()
     for use_viewdirs in (True, False):
         field = make_field(use_viewdirs=use_viewdirs)
@@ -86,7 +86,7 @@ def test_density_alone_equals_the_density_beside_colour():
         torch.testing.assert_close(field.density(points), expected, rtol=0, atol=1e-6)
 
 
-def test_colour_sees_the_direction_and_density_does_not():
+def test_color_sees_the_direction_and_density_does_not():
     field = make_field()
     points, viewdirs = inputs()
     density, rgb = field(points, viewdirs)

@@ -21,7 +21,7 @@ BEER = REPOSITORY.parent / "shared" / "data" / "llff_beer"
 
 
 def texture(seed, size=(96, 64)):
-    """A picture like no other: smooth random colours."""
+    """A picture like no other: smooth random colors."""
     noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1.5))
 
@@ -215,7 +215,7 @@ def test_a_real_walk_around_is_not_folded_and_agrees_piece_by_piece(tmp_path, mo
         assert np.median(degrees) < 1.2 and degrees.max() < 1.8
 
 
-def test_pairs_that_agree_on_little_are_left_aside_unless_neighbours(tmp_path):
+def test_pairs_that_agree_on_little_are_left_aside_unless_neighbors(tmp_path):
     pycolmap = pytest.importorskip("pycolmap", reason="needs pycolmap")
     names = [f"{number:02d}.jpg" for number in range(12)]
     random = np.random.default_rng(0)

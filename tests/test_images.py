@@ -35,10 +35,10 @@ def test_rgb_and_rgba_are_kept_as_they_are(tmp_path):
         np.testing.assert_array_equal(found, pixels)
 
 
-def test_grey_becomes_rgb(tmp_path):
-    grey = noise().astype(np.uint8)
-    found = read_image(save(tmp_path, grey, "L"))
-    np.testing.assert_array_equal(found, np.repeat(grey[..., None], 3, -1))
+def test_gray_becomes_rgb(tmp_path):
+    gray = noise().astype(np.uint8)
+    found = read_image(save(tmp_path, gray, "L"))
+    np.testing.assert_array_equal(found, np.repeat(gray[..., None], 3, -1))
 
 
 def test_black_and_white_becomes_rgb(tmp_path):
@@ -47,7 +47,7 @@ def test_black_and_white_becomes_rgb(tmp_path):
     np.testing.assert_array_equal(found, np.repeat(bits[..., None] * np.uint8(255), 3, -1))
 
 
-def test_grey_with_alpha_becomes_rgba(tmp_path):
+def test_gray_with_alpha_becomes_rgba(tmp_path):
     pixels = noise(2).astype(np.uint8)
     found = read_image(save(tmp_path, pixels, "LA"))
     np.testing.assert_array_equal(found, pixels[..., [0, 0, 0, 1]])
@@ -70,7 +70,7 @@ def test_palette_becomes_rgb_or_rgba_where_transparent(tmp_path, transparent):
         np.testing.assert_array_equal(found[..., 3], np.where(index == transparent, 0, 255))
 
 
-def test_transparent_colour_of_an_rgb_picture_becomes_alpha(tmp_path):
+def test_transparent_color_of_an_rgb_picture_becomes_alpha(tmp_path):
     pixels = noise(3).astype(np.uint8)
     key = tuple(int(value) for value in pixels[1, 2])
     found = read_image(save(tmp_path, pixels, transparency=key))
@@ -87,12 +87,12 @@ def test_cmyk_becomes_rgb(tmp_path):
     np.testing.assert_allclose(found, np.broadcast_to([0, 255, 255], found.shape), atol=3)  # JPEG
 
 
-def test_16_bit_grey_is_scaled(tmp_path):
-    grey = noise(high=65536).astype(np.uint16)
-    grey[0, :3] = [0, 128, 65535]
-    found = read_image(save(tmp_path, grey, "I;16"))
+def test_16_bit_gray_is_scaled(tmp_path):
+    gray = noise(high=65536).astype(np.uint16)
+    gray[0, :3] = [0, 128, 65535]
+    found = read_image(save(tmp_path, gray, "I;16"))
     assert found.shape == (HEIGHT, WIDTH, 3)
-    expected = np.round(grey / 65535.0 * 255.0)
+    expected = np.round(gray / 65535.0 * 255.0)
     np.testing.assert_array_equal(found[..., 1], expected)
     assert found[0, :3, 0].tolist() == [0, 0, 255]
 
@@ -200,7 +200,7 @@ def test_pictures_without_alpha_are_opaque_among_others(tmp_path):
 # -------------------------------------------------------------------------------------- shrink
 
 
-def test_shrink_averages_premultiplied_colours():
+def test_shrink_averages_premultiplied_colors():
     picture = np.random.default_rng(0).integers(0, 256, (6, 8, 4)).astype(np.uint8)
     picture[:2, :2, 3] = 0  # a block of nothing
     found = shrink(picture, 2)
@@ -212,7 +212,7 @@ def test_shrink_averages_premultiplied_colours():
             np.testing.assert_allclose(found[y, x], [*color, alpha], rtol=0, atol=0.501)
 
 
-def test_a_transparent_pixels_colour_does_not_bleed():
+def test_a_transparent_pixels_color_does_not_bleed():
     picture = np.zeros((2, 2, 4), np.uint8)
     picture[0, 0] = [200, 100, 50, 255]
     picture[1, 1] = [0, 255, 0, 0]

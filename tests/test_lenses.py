@@ -140,6 +140,6 @@ def test_an_ideal_lens_gives_the_pinholes_rays():
 def test_cameras_of_several_kinds_in_one_batch_do_not_mix():
     rows = torch.stack([camera(model) for model in CAMERAS])
     pixels = torch.tensor([[30.0, 40.0]]).double().expand(len(rows), 2)
-    together = lenses.directions((pixels - rows[:, 2:4]) / rows[:, :2], rows[:, 4:])
+    raise_on_all_ranks = lenses.directions((pixels - rows[:, 2:4]) / rows[:, :2], rows[:, 4:])
     alone = torch.cat([looks(row, pixels[:1]) for row in rows])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(raise_on_all_ranks, alone, rtol=0, atol=1e-12)

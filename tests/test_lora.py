@@ -11,7 +11,7 @@ from guidance import sds
 from guidance.lora import LoRA, attention_layers, load_lora, save_lora
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import (
-    RenderCopy,
+    LoRAScoreNetwork,
     disable_unet_class_embedding,
     flat_cameras,
     unet_class_embedding,
@@ -26,10 +26,10 @@ def model(sd_folder):  # noqa: F811
     return StableDiffusion(sd_folder, CPU)
 
 
-def make_copy(model, **changes):
+def make_lora_score(model, **changes):
     settings = {"rank": 4, "lrate": 1e-2, "camera_dropout": 0.1} | changes
     torch.manual_seed(0)
-    return RenderCopy(model, model.embed(["a red cube"]), **settings)
+    return LoRAScoreNetwork(model, model.embed(["a red cube"]), **settings)
 
 
 def noisy(count: int = 2):
@@ -135,7 +135,7 @@ def test_the_copy_begins_as_the_model_and_leaves_it_alone(model):
     x, t = noisy()
     plain = model.predict(x, t, model.embed(["a red cube"] * 2))
     weights = {name: value.clone() for name, value in model.unet.state_dict().items()}
-    copy = make_copy(model)
+    copy = make_lora_score(model)
     assert torch.equal(copy.epsilon(x, t, cameras()), plain)  # epsilon model: the output itself
     teach(copy)
     assert not torch.allclose(copy.epsilon(x, t, cameras()), plain, atol=1e-4)
@@ -146,9 +146,9 @@ def test_the_copy_begins_as_the_model_and_leaves_it_alone(model):
     assert copy.steps == 3
 
 
-def test_the_copy_hears_the_camera_after_it_has_learnt(model):
+def test_the_copy_hears_the_camera_after_it_has_learned(model):
     x, t = noisy()
-    copy = make_copy(model, camera_dropout=0.0)
+    copy = make_lora_score(model, camera_dropout=0.0)
     assert torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
     teach(copy)
     assert not torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
@@ -156,22 +156,22 @@ def test_the_copy_hears_the_camera_after_it_has_learnt(model):
 
 def test_the_copy_learns_from_as_many_views_as_it_is_told(model):
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
-    latents, learnt = draw(2, 4, SIDE, SIDE), []
+    latents, learned = draw(2, 4, SIDE, SIDE), []
     for views, second in ((1, 0.0), (1, 9.0), (0, 0.0), (0, 9.0)):
-        copy = make_copy(model, views=views)
+        copy = make_lora_score(model, views=views)
         changed = latents.clone()
         changed[1] += second
         copy.learn(changed, cameras(), noise, WORLD)
-        learnt.append([p.clone() for p in copy.parameters()])
-    assert all(map(torch.equal, learnt[0], learnt[1]))  # the second view is not looked at
-    assert not all(map(torch.equal, learnt[2], learnt[3]))
+        learned.append([p.clone() for p in copy.parameters()])
+    assert all(map(torch.equal, learned[0], learned[1]))  # the second view is not looked at
+    assert not all(map(torch.equal, learned[2], learned[3]))
 
 
 def test_dropped_cameras_are_zeros(model):
     """With every camera dropped, learning cannot tell two sets of cameras apart."""
     both = []
     for sign in (1.0, -1.0):
-        copy = make_copy(model, camera_dropout=1.0)
+        copy = make_lora_score(model, camera_dropout=1.0)
         noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
         copy.learn(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
         both.append([p.clone() for p in copy.parameters()])
@@ -182,7 +182,7 @@ def test_dropped_cameras_are_zeros(model):
 def test_the_copy_learns_to_denoise_the_renders(folder, request):
     """Its loss on one picture falls, for models that predict the noise and for v."""
     model = StableDiffusion(request.getfixturevalue(folder), CPU)
-    copy = make_copy(model, camera_dropout=0.0)
+    copy = make_lora_score(model, camera_dropout=0.0)
     latents, losses = draw(2, 4, SIDE, SIDE, seed=5), []
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     for _ in range(30):
@@ -192,7 +192,7 @@ def test_the_copy_learns_to_denoise_the_renders(folder, request):
 
 def test_vsd_begins_at_the_guidance_alone(model):
     """While the copy is the model, eps_guided - eps_copy is (s - 1)(c - u) for one prompt."""
-    copy, images = make_copy(model), draw(2, 3, 8 * SIDE, 8 * SIDE).sigmoid()
+    copy, images = make_lora_score(model), draw(2, 3, 8 * SIDE, 8 * SIDE).sigmoid()
     text, none = model.embed(["a red cube"] * 2), model.embed([""] * 2)
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     found = {}
@@ -205,7 +205,7 @@ def test_vsd_begins_at_the_guidance_alone(model):
 
 def test_two_bases_guide_and_follow(model, sd2_folder):  # noqa: F811
     other = StableDiffusion(sd2_folder, CPU)
-    copy = make_copy(other)
+    copy = make_lora_score(other)
     x, t = noisy()
     wanted = sds.to_epsilon(
         other.predict(x, t, other.embed(["a red cube"] * 2)), x, other.alphas_cumprod[t],
@@ -216,7 +216,7 @@ def test_two_bases_guide_and_follow(model, sd2_folder):  # noqa: F811
 
 def test_a_half_precision_base_keeps_float32_masters(sd_folder):  # noqa: F811
     model = StableDiffusion(sd_folder, CPU, dtype="bf16")
-    copy = make_copy(model, lrate=1e-4)
+    copy = make_lora_score(model, lrate=1e-4)
     before = [p.clone() for p in copy.parameters()]
     teach(copy, 1)
     assert all(p.dtype == torch.float32 for p in copy.parameters())
@@ -224,22 +224,22 @@ def test_a_half_precision_base_keeps_float32_masters(sd_folder):  # noqa: F811
 
 
 def test_a_copy_goes_on_to_the_bit_from_its_checkpoint(model):
-    whole = make_copy(model)
+    whole = make_lora_score(model)
     teach(whole, 2)
     state = whole.checkpoint()
     state = {"weights": {k: v.clone() for k, v in state["weights"].items()}} | {
         name: torch.load(_through_a_file(state[name])) for name in ("optimizer", "scaler")
     }
     teach(whole, 2)
-    resumed = make_copy(model)
+    resumed = make_lora_score(model)
     resumed.restore(state, "here")
     teach(resumed, 2)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
     assert resumed.steps == 4
     with pytest.raises(ValueError, match="here: its copy of the model"):
-        make_copy(model, rank=2).restore(state, "here")
+        make_lora_score(model, rank=2).restore(state, "here")
     with pytest.raises(ValueError, match="keep --guidance"):
-        make_copy(model).restore(None, "here")
+        make_lora_score(model).restore(None, "here")
 
 
 def _through_a_file(value):
@@ -252,7 +252,7 @@ def _through_a_file(value):
 
 
 def test_gradients_that_are_not_finite_are_left_out(model):
-    copy = make_copy(model)
+    copy = make_lora_score(model)
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     before = [p.clone() for p in copy.parameters()]
     copy.learn(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
@@ -276,13 +276,13 @@ def no_change(lora):
 
 
 def test_the_file_holds_the_adapters_alone_and_comes_back(model, tmp_path):
-    copy, path = make_copy(model), tmp_path / "lora.safetensors"
+    copy, path = make_lora_score(model), tmp_path / "lora.safetensors"
     teach(copy, 1)
     save_lora(path, copy.lora)
     kept = load_file(path)
     assert kept.keys() == copy.lora.tensors().keys()
     assert all(name.startswith("unet.") for name in kept)
-    other = make_copy(model)
+    other = make_lora_score(model)
     load_lora(path, other.lora)
     assert all(map(torch.equal, other.lora.parameters(), copy.lora.parameters()))
 
@@ -305,7 +305,7 @@ def test_files_that_do_not_fit_are_refused_and_nothing_is_lost(model, tmp_path):
 
 def test_peft_reads_the_file_as_we_do(model, tmp_path):
     pytest.importorskip("peft")
-    copy, path = make_copy(model, camera_dropout=0.0), tmp_path / "lora.safetensors"
+    copy, path = make_lora_score(model, camera_dropout=0.0), tmp_path / "lora.safetensors"
     teach(copy)
     save_lora(path, copy.lora)
     x, t = noisy()

@@ -69,7 +69,7 @@ def test_checkpointing_keeps_less_for_the_way_back(sd_folder):  # noqa: F811
     assert held(Memory(vae_checkpointing=True)) < 0.5 * held(Memory())
 
 
-class Traveller(torch.nn.Module):
+class Traveler(torch.nn.Module):
     """Notes where it is sent."""
 
     def __init__(self):
@@ -83,7 +83,7 @@ class Traveller(torch.nn.Module):
 
 @pytest.mark.parametrize("offload, stops", [("none", ["cuda"]), ("model", ["cuda", "cpu"])])
 def test_offloaded_parts_leave_after_their_work(offload, stops):
-    part = Traveller()
+    part = Traveler()
     with pytest.raises(KeyError), on_device(part, CUDA, offload) as here:
         assert here is part
         raise KeyError

@@ -1,4 +1,4 @@
-"""Meshes from density fields: closed, in place, the right way out, coloured, and written."""
+"""Meshes from density fields: closed, in place, the right way out, colored, and written."""
 
 import json
 import math
@@ -239,7 +239,7 @@ def test_broken_density_raises(value):
 
     with pytest.raises(ValueError, match="density is NaN or infinite at"):
         extract(field)
-    with pytest.raises(ValueError, match="colour is NaN at"):
+    with pytest.raises(ValueError, match="color is NaN at"):
         extract(ball((0, 0, 0), 0.5), lambda points: points * math.nan)
 
 

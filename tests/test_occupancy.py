@@ -39,7 +39,7 @@ def test_contraction_is_the_papers():
     points = torch.tensor([[0.3, -0.2, 0.1], [4.0, 0.0, 0.0], [0.0, 1e6, 0.0]])
     expected = torch.tensor([[0.3, -0.2, 0.1], [2 - 1 / 4, 0.0, 0.0], [0.0, 2.0, 0.0]]) / 2
     torch.testing.assert_close(space.to_unit(points), expected, rtol=1e-5, atol=1e-5)
-    steps = space.ladder.diff()
+    steps = space.t_edges.diff()
     assert (steps >= 0.02 - 1e-6).all() and steps[-1] > 10 * steps[0]
 
 

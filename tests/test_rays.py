@@ -1,4 +1,4 @@
-"""nerf.rays: pixels to rays and back, axes, and normalised device coordinates."""
+"""nerf.rays: pixels to rays and back, axes, and normalized device coordinates."""
 
 import numpy as np
 import pytest

@@ -28,12 +28,12 @@ def out_of_memory_above(limit):
 
 def test_size_is_halved_until_it_fits_and_one_ray_is_the_end():
     job, asked = out_of_memory_above(100)
-    assert recovery.smaller_until_it_fits(job, 1000, lambda text: None) == (62, 62)
+    assert recovery.halve_until_it_fits(job, 1000, lambda text: None) == (62, 62)
     assert asked == [1000, 500, 250, 125, 62]
     with pytest.raises(ValueError, match="out of memory with 1 rays"):
-        recovery.smaller_until_it_fits(out_of_memory_above(0)[0], 8, lambda text: None)
+        recovery.halve_until_it_fits(out_of_memory_above(0)[0], 8, lambda text: None)
     with pytest.raises(ZeroDivisionError):  # no other error is taken for it
-        recovery.smaller_until_it_fits(lambda size: size / 0, 8)
+        recovery.halve_until_it_fits(lambda size: size / 0, 8)
 
 
 def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -63,20 +63,20 @@ def poison(monkeypatch, where: str, steps) -> None:
 
     scene_of, backward = run_nerf.load_scene, run_nerf.backward
 
-    def load_scene(args, say):
-        scene = scene_of(args, say)
+    def load_scene(args, log):
+        scene = scene_of(args, log)
         draw = scene.sample_rays
 
         def sample_rays(*given, **named):
             rays, target = draw(*given, **named)
             if now():
-                spoilt = {
+                spoiled = {
                     "pixel": target,
                     "infinite pixel": target,
                     "ray": rays.directions,
                 }[where.replace("pose", "ray")]
                 value = float("inf") if "infinite" in where else float("nan")
-                spoilt[5, 1] = value
+                spoiled[5, 1] = value
                 if where == "pose":
                     rays = rays._replace(origins=torch.full_like(rays.origins, value))
             return rays, target
@@ -85,7 +85,7 @@ def poison(monkeypatch, where: str, steps) -> None:
         object.__setattr__(scene, "to", lambda device: scene)
         return scene
 
-    def spoilt_backward(args, world, model, renderer, *given):
+    def spoiled_backward(args, world, model, renderer, *given):
         found = backward(args, world, model, renderer, *given)
         if now():
             if where == "loss":
@@ -94,7 +94,7 @@ def poison(monkeypatch, where: str, steps) -> None:
         return found
 
     if where in ("loss", "gradient"):
-        monkeypatch.setattr(run_nerf, "backward", spoilt_backward)
+        monkeypatch.setattr(run_nerf, "backward", spoiled_backward)
     else:
         monkeypatch.setattr(run_nerf, "load_scene", load_scene)
 

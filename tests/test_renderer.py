@@ -257,15 +257,15 @@ def compiles_to(change):
     [
         (cannot_compile, "no compiler here"),
         (compiles_to_something_that_fails, "cc: not found"),
-        (compiles_to(0.5), "colours differ"),
-        (compiles_to(float("nan")), "colours differ"),
+        (compiles_to(0.5), "colors differ"),
+        (compiles_to(float("nan")), "colors differ"),
     ],
-    ids=["compile raises", "call raises", "wrong colours", "NaN colours"],
+    ids=["compile raises", "call raises", "wrong colors", "NaN colors"],
 )
 def test_a_compiler_that_fails_costs_one_warning(monkeypatch, broken, reason):
     renderer, rays = make_renderer(background=1.0), some_rays()
     for field in (renderer.coarse, renderer.fine):
-        torch.nn.init.constant_(field.alpha_linear.bias, 1.0)  # so that colour is seen at all
+        torch.nn.init.constant_(field.alpha_linear.bias, 1.0)  # so that color is seen at all
     before = renderer(rays)
     monkeypatch.setattr(NeRFField, "compile", broken)
     warnings = []
@@ -296,6 +296,6 @@ def test_rendering_gives_the_same_as_the_training_forward(use_viewdirs):
     rays = Rays(torch.randn(50, 3), directions, directions, near, far)
     with torch.no_grad():
         expected, found = renderer(rays)[-1], renderer.render(rays)
-    # Colour is asked for only where it counts; the rest is summed in another order.
+    # Color is asked for only where it counts; the rest is summed in another order.
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)

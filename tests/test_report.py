@@ -80,7 +80,7 @@ def test_a_run_leaves_one_self_contained_report_worst_view_first(runs):
     assert ("LPIPS left out" in page.text) == ("lpips" not in said)
     psnrs = [float(value) for value in re.findall(r"psnr ([\d.]+)", page.text)]
     assert len(psnrs) == 3 and psnrs == sorted(psnrs)
-    assert "metres" in page.text and "along the camera's axis" in page.text
+    assert "meters" in page.text and "along the camera's axis" in page.text
 
 
 def test_a_report_is_made_of_what_there_is(runs, tmp_path):
@@ -152,12 +152,12 @@ def test_depth_error_is_measured_where_the_truth_is_known():
 def test_depth_files_have_values_and_say_their_unit(runs):
     depth = runs / "a" / "render_test_000010" / "depth"
     unit = json.loads((depth / "unit.json").read_text())
-    assert unit["unit"] == "metres" and unit["metres_per_scene_unit"] == 0.5
+    assert unit["unit"] == "meters" and unit["metres_per_scene_unit"] == 0.5
     assert unit["depth"].startswith("z") and "from 1 to 3" in unit["png"]  # 2 to 6 scene units
-    metres = np.load(depth / "000.npy")
+    meters = np.load(depth / "000.npy")
     truth = np.load(runs / "demo" / "depth" / "test" / "r_0.npy")
     views = json.loads((runs / "a" / "metrics.json").read_text())["views"]
-    expected = np.abs(metres / 0.5 - truth)[np.isfinite(truth)].mean()  # errors are in scene units
+    expected = np.abs(meters / 0.5 - truth)[np.isfinite(truth)].mean()  # errors are in scene units
     assert views[0]["depth_error"] == pytest.approx(expected, rel=1e-5)
     picture = np.load(runs / "b" / "render_test_000010" / "depth" / "002.npy")
     assert picture.shape == (16, 16) and picture.dtype == np.float32
@@ -178,13 +178,13 @@ def test_ndc_depth_is_given_along_the_camera_axis_in_the_world():
         render_poses=c2w,
         ndc=True,
     )
-    painter = scene_outputs.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
+    outputs = scene_outputs.SceneOutputs(None, scene, 64, World(0, 1, torch.device("cpu")))
     t = torch.full((12, 16), 1 - 1 / 4)  # 1 + 1 / z, from the near plane
     opacity = torch.ones(12, 16)
     opacity[0, 0] = 0
     rendered = Rendered(torch.zeros(12, 16, 3), opacity, t)
     for view, distance in ((0, 4.0), (1, 4.3)):
-        depth = painter.z_depth(rendered, scene, view)
+        depth = outputs.z_depth(rendered, scene, view)
         assert depth[0, 0] == 0
         assert np.allclose(depth[opacity.numpy() > 0], distance, atol=1e-4)
 
@@ -205,9 +205,9 @@ def test_depth_through_a_lens_is_along_the_axis_not_along_the_ray():
     rays = scene.view_rays(scene.c2w[0], scene.intrinsics[0], 16)(torch.arange(12 * 16))
     t = (-4.0 / rays.directions[:, 2]).view(12, 16)  # where each ray meets the wall
     assert (t - 4.0).abs().max() > 0.1  # so that the two differ
-    painter = scene_outputs.Painter(None, scene, 64, World(0, 1, torch.device("cpu")))
+    outputs = scene_outputs.SceneOutputs(None, scene, 64, World(0, 1, torch.device("cpu")))
     rendered = Rendered(torch.zeros(12, 16, 3), torch.ones(12, 16), t)
-    assert np.allclose(painter.z_depth(rendered, scene, 0), 4.0, atol=1e-4)
+    assert np.allclose(outputs.z_depth(rendered, scene, 0), 4.0, atol=1e-4)
 
 
 def test_lpips_is_left_out_with_what_is_missing_and_used_where_it_is_there(monkeypatch, tmp_path):

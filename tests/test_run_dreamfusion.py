@@ -523,9 +523,9 @@ def test_endless_nan_goes_back_once_and_then_stops_with_a_dump(tiny, tmp_path, c
     monkeypatch.setattr(run_dreamfusion.recovery, "MAX_SKIPPED", 5)
     code, said = inside(capsys, *tiny, "--N_iters", 40)
     assert code == 2 and "going back to 000004.tar, with other random numbers" in said
-    assert "again after going back: rendered colours (NaN" in said and "Traceback" not in said
+    assert "again after going back: rendered colors (NaN" in said and "Traceback" not in said
     dump = torch.load(next((tmp_path / "ball").glob("broken_*.pt")), weights_only=True)
-    assert dump["rendered_colours"].isnan().any()
+    assert dump["rendered_colors"].isnan().any()
 
 
 def test_a_way_back_leads_past_a_bad_place(tiny, tmp_path, capsys, monkeypatch):

@@ -223,7 +223,7 @@ def two_rank_gradients(rank: int, port: int, folder: str) -> None:
     world = distributed.setup("cpu")
     renderer, rays, target, noise = gradient_case()
     model = torch.nn.parallel.DistributedDataParallel(renderer)
-    share = world.share(len(target))
+    share = world.shard(len(target))
     levels = model(rays.part(share), noise.part(share))
     sum(((level.rgb - target[share]) ** 2).mean() for level in levels).backward()
     torch.save([p.grad for p in renderer.parameters()], f"{folder}/{rank}.pt")
@@ -273,7 +273,7 @@ def test_endless_nan_stops_with_a_diagnosis(tiny, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "going back to the start" in said and "again after going back: " in said
     dump = torch.load(next((tmp_path / "tiny").glob("broken_*.pt")), weights_only=True)
-    assert dump["target_colours"].shape == (64, 3) and dump["trouble"] in said
+    assert dump["target_colors"].shape == (64, 3) and dump["trouble"] in said
 
 
 def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_path, monkeypatch):

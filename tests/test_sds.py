@@ -164,11 +164,11 @@ def test_residuals_differ_by_what_they_subtract():
     """sds - csd is u - eps; vsd with a copy that sees the noise is sds, with u it is csd."""
     seen = scores()
     asked = sds.guided(seen, 7.5)
-    pulls = {kind: residual(asked, seen._replace(copy=seen.epsilon))
+    pulls = {kind: residual(asked, seen._replace(lora=seen.epsilon))
              for kind, residual in sds.RESIDUALS.items()}  # fmt: skip
     torch.testing.assert_close(pulls["sds"] - pulls["csd"], seen.negative - seen.epsilon)
     torch.testing.assert_close(pulls["vsd"], pulls["sds"])
-    own = sds.vsd_residual(asked, seen._replace(copy=seen.negative))
+    own = sds.vsd_residual(asked, seen._replace(lora=seen.negative))
     torch.testing.assert_close(own, pulls["csd"])
     text_alone = sds.csd_residual(sds.guided(seen, 3.0), seen)
     torch.testing.assert_close(text_alone, 3.0 * (seen.text - seen.negative))

@@ -5,42 +5,42 @@ import torch
 
 from guidance.prompts import view_word
 from nerf.text3d.orbit import OrbitRanges, orbit_cameras, random_orbit_cameras
-from nerf.text3d.shading import LookSettings, draw_look, plain_look, shade
+from nerf.text3d.shading import LightingSettings, draw_lighting, preview_lighting, shade
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def look(light, ambient, textureless=0.0, count=1):
-    plain = plain_look(torch.tensor([light] * count), "white", ambient=ambient)
+def lighting(light, ambient, textureless=0.0, count=1):
+    plain = preview_lighting(torch.tensor([light] * count), "white", ambient=ambient)
     return plain._replace(textureless=torch.full((count, 1), textureless))
 
 
 def test_lamberts_law_by_hand():
     albedo, normal = torch.tensor([[0.5, 0.2, 0.8]]), torch.tensor([[0.0, 0.0, 1.0]])
     point = torch.tensor([[0.0, 0.0, 1.0]])
-    above = shade(albedo, normal, point, look([0.0, 0.0, 3.0], 0.1))
+    above = shade(albedo, normal, point, lighting([0.0, 0.0, 3.0], 0.1))
     torch.testing.assert_close(above, albedo)  # straight light: all of it
-    grazing = shade(albedo, normal, point, look([5.0, 0.0, 1.0], 0.1))
+    grazing = shade(albedo, normal, point, lighting([5.0, 0.0, 1.0], 0.1))
     torch.testing.assert_close(grazing, 0.1 * albedo)
-    behind = shade(albedo, normal, point, look([0.0, 0.0, -3.0], 0.1))
+    behind = shade(albedo, normal, point, lighting([0.0, 0.0, -3.0], 0.1))
     torch.testing.assert_close(behind, 0.1 * albedo)
-    slanted = shade(albedo, normal, point, look([1.0, 0.0, 2.0], 0.0))
+    slanted = shade(albedo, normal, point, lighting([1.0, 0.0, 2.0], 0.0))
     torch.testing.assert_close(slanted, albedo * 0.5**0.5)
-    assert (shade(albedo, normal, point, look([9.0, 0.0, 0.0], 1.0)) == albedo).all()
+    assert (shade(albedo, normal, point, lighting([9.0, 0.0, 0.0], 1.0)) == albedo).all()
 
 
 def test_textureless_is_white_under_the_same_light():
     normal = torch.tensor([[0.0, 0.0, 1.0]])
     albedo = torch.tensor([[0.5, 0.2, 0.8]])
-    seen = shade(albedo, normal, 0 * normal, look([0.0, 0.0, 2.0], 0.3, textureless=1.0))
+    seen = shade(albedo, normal, 0 * normal, lighting([0.0, 0.0, 2.0], 0.3, textureless=1.0))
     torch.testing.assert_close(seen, torch.ones(1, 3))
 
 
 def test_shares_of_shading_are_the_papers():
     cameras = torch.tensor([[0.0, 2.0, 1.0]]).expand(20000, 3)
-    drawn = draw_look(cameras, LookSettings(), generator(), lit=True)
+    drawn = draw_lighting(cameras, LightingSettings(), generator(), lit=True)
     lit = drawn.ambient < 1
     # Three standard deviations of a share of 20,000 are below 0.011.
     assert lit.float().mean() == pytest.approx(0.75, abs=0.011)
@@ -53,7 +53,7 @@ def test_shares_of_shading_are_the_papers():
 
 
 def test_without_light_all_is_albedo():
-    drawn = draw_look(torch.ones(50, 3), LookSettings(), generator(), lit=False)
+    drawn = draw_lighting(torch.ones(50, 3), LightingSettings(), generator(), lit=False)
     assert not drawn.is_lit and drawn.textureless.sum() == 0
 
 
@@ -61,13 +61,13 @@ def test_without_light_all_is_albedo():
     ("background", "expected"), [("white", 1.0), ("black", 0.0), ("learned", None)]
 )
 def test_backgrounds(background, expected):
-    settings = LookSettings(background=background, p_random=0.0)
-    drawn = draw_look(torch.ones(10, 3), settings, generator(), lit=False)
-    assert (drawn.learned == float(background == "learned")).all()
+    settings = LightingSettings(background=background, p_random=0.0)
+    drawn = draw_lighting(torch.ones(10, 3), settings, generator(), lit=False)
+    assert (drawn.use_background_net == float(background == "learned")).all()
     if expected is not None:
         assert (drawn.background == expected).all()
-    random = draw_look(torch.ones(10, 3), LookSettings(), generator(), lit=False)
-    assert len(random.background.unique(dim=0)) == 10 and random.learned.sum() == 0
+    random = draw_lighting(torch.ones(10, 3), LightingSettings(), generator(), lit=False)
+    assert len(random.background.unique(dim=0)) == 10 and random.use_background_net.sum() == 0
 
 
 # ------------------------------------------------------------------------------ orbit cameras

@@ -119,7 +119,7 @@ def test_what_a_store_cannot_do_is_one_line(demo_copy):
 @pytest.mark.parametrize("pixels", [7 * 5, BLOCK, 3 * BLOCK + 17])
 def test_every_pixel_is_drawn_once_an_epoch_in_whatever_steps(monkeypatch, pixels):
     monkeypatch.setattr(store, "WINDOW", 3)
-    images = torch.arange(6 * pixels).view(6, 1, pixels, 1)  # a colour is its own number
+    images = torch.arange(6 * pixels).view(6, 1, pixels, 1)  # a color is its own number
     order = BlockOrder(images, [0, 2, 3, 5], 7, "cpu")
     drawn, position = [], 0
     for count in (1, 11, pixels, 2 * pixels, pixels - 12, 4 * pixels):
@@ -179,8 +179,8 @@ def test_a_share_is_that_part_of_the_whole_batch(request, kind, flags):
     """Of random draws too: which rays a step sees does not depend on the number of processes."""
     scene = load(request.getfixturevalue(f"demo_{kind}"), kind)
 
-    def draw(share=None):
-        rays, colors = scene.sample_rays(12, torch.Generator().manual_seed(3), share=share, **flags)
+    def draw(shard=None):
+        rays, colors = scene.sample_rays(12, torch.Generator().manual_seed(3), shard=shard, **flags)
         return [*rays, colors]
 
     whole, parts = draw(), [draw(slice(start, start + 4)) for start in (0, 4, 8)]

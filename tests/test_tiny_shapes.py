@@ -217,7 +217,7 @@ def test_descriptions(args, text):
     assert pictures.describe(*args) == text
 
 
-def test_colours_of_a_picture_are_those_of_its_caption():
+def test_colors_of_a_picture_are_those_of_its_caption():
     """The hue of the pixels that are object, in pictures shaded by ambient light alone."""
     generator = torch.Generator().manual_seed(0)
     facts, _ = pictures.draw_facts(generator, 600)
@@ -231,7 +231,7 @@ def test_colours_of_a_picture_are_those_of_its_caption():
     assert (colors[facts.color < 0] == pictures.TEXTURELESS_RGB).all()
     background = pictures.draw_background(generator, colors)
     far = (background[:, None] - colors[:, :2]).norm(dim=-1).amin(1) > 0.35
-    assert far.float().mean() > 0.99  # an object the colour of its background would not be seen
+    assert far.float().mean() > 0.99  # an object the color of its background would not be seen
 
 
 def test_issue_counts():

@@ -87,7 +87,7 @@ def test_written_weights_are_the_averaged_ones(micro):
     assert any(not torch.equal(written[n], state["module"][n].half()) for n in names)
 
 
-def test_words_are_single_tokens_and_the_rest_is_spelt(tmp_path):
+def test_words_are_single_tokens_and_the_rest_is_spelled(tmp_path):
     words = pictures.vocabulary()["words"]
     tokenizer = build.make_tokenizer(words, tmp_path)
     for word in words:
@@ -167,8 +167,8 @@ def test_committed_weights_are_small_and_cannot_run_code():
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-def test_committed_model_draws_the_colour_asked_for(pipeline):
-    """The middle of the picture is nearest to the colour named, three times of three."""
+def test_committed_model_draws_the_color_asked_for(pipeline):
+    """The middle of the picture is nearest to the color named, three times of three."""
     asked = ("red", "green", "blue")
     generators = [torch.Generator().manual_seed(n) for n in range(3)]
     images = pipeline(
@@ -180,7 +180,7 @@ def test_committed_model_draws_the_colour_asked_for(pipeline):
     ).images
     middle = images[:, :, 12:20, 12:20].mean((2, 3))
     palette = torch.tensor(list(pictures.COLORS.values()))
-    # Shading makes colours darker, not of another hue: compare directions.
+    # Shading makes colors darker, not of another hue: compare directions.
     hue = torch.nn.functional.normalize(middle, dim=-1)
     nearest = (hue @ torch.nn.functional.normalize(palette, dim=-1).T).argmax(-1)
     assert [pictures.COLOR_NAMES[n] for n in nearest] == list(asked)

@@ -13,7 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_object_renderer import renderer
+from test_text3d_renderer import renderer
 
 from nerf.cameras import look_at
 from nerf.outputs import object as object_outputs
@@ -213,7 +213,7 @@ def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
     module = renderer()
     place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
     parts = (None, World(0, 1, torch.device("cpu")), module, EMA(module, 0.0), "off", 32, "white")
-    shown = object_outputs.Studio(*parts, **place)
+    shown = object_outputs.ObjectOutputs(*parts, **place)
     c2w = look_at((0.0, -3.0, 0.0), (0, 0, 0))
     for mode in object_outputs.MODES:
         picture = object_outputs.look_at(shown, c2w, 0.7, (16, 24), mode, None)

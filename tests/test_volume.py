@@ -9,8 +9,8 @@ from nerf.volume import (
     blend_weights,
     composite,
     disparity,
+    importance_resample_packed,
     interval_lengths,
-    redraw_packed,
     sample_pdf,
     stratified_t,
 )
@@ -39,7 +39,7 @@ def test_samples_ascend_one_per_bin_within_bounds(lindisp):
         t = stratified_t(near, far, 16, u=u, lindisp=lindisp)
         assert (t[:, 1:] >= t[:, :-1]).all()
         assert (t >= near - 1e-6).all() and (t <= far + 1e-6).all()  # float32, up to 2
-        # The bins meet half-way between neighbours: exactly one sample lies in each.
+        # The bins meet half-way between neighbors: exactly one sample lies in each.
         assert (t[:, 1:] >= middle - 1e-6).all() and (t[:, :-1] <= middle + 1e-6).all()
 
 
@@ -232,7 +232,9 @@ def test_redrawn_samples_carry_equal_light_and_keep_the_length():
     t = torch.tensor([1.5, 2.5, 5.5, 3.0, 4.0])  # intervals 1-2, 2-3, gap, 5-6; 2.5-3.5, 3.5-4.5
     weights = torch.tensor([0.1, 0.2, 0.6, 0.0, 0.9])
     exactly = {"floor": 1e-6, "blur": False}
-    rows, where, length = redraw_packed(weights, t, torch.ones(5), ray, 3, 9, **exactly)
+    rows, where, length = importance_resample_packed(
+        weights, t, torch.ones(5), ray, 3, 9, **exactly
+    )
     assert rows.tolist() == [0] * 9 + [2] * 9
     # Ray 0: nine parts of 0.1: one in the first interval, two in the second, six in the third.
     middles = [1.5, 2.25, 2.75, *(5 + (n + 0.5) / 6 for n in range(6))]
@@ -244,11 +246,11 @@ def test_redrawn_samples_carry_equal_light_and_keep_the_length():
     torch.testing.assert_close(length[9:].sum(), torch.tensor(2.0), atol=1e-5, rtol=0)
 
 
-def test_a_redrawn_rays_weights_are_shared_with_neighbours_and_stay_on_the_ray():
+def test_a_redrawn_rays_weights_are_shared_with_neighbors_and_stay_on_the_ray():
     """Weights 0 0 1 0 become 0 1/2 1 1/2; eight parts of 1/4 then."""
     t, ray = torch.tensor([0.5, 1.5, 2.5, 3.5, 9.0]), torch.tensor([0, 0, 0, 0, 1])
     weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
-    _, where, _ = redraw_packed(weights, t, torch.ones(5), ray, 2, 8, floor=1e-6)
+    _, where, _ = importance_resample_packed(weights, t, torch.ones(5), ray, 2, 8, floor=1e-6)
     expected = [1.25, 1.75, 2.125, 2.375, 2.625, 2.875, 3.25, 3.75]
     torch.testing.assert_close(where[:8], torch.tensor(expected), atol=1e-3, rtol=0)
 
@@ -264,7 +266,7 @@ def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
     t = torch.cumsum(length + gaps, 0) - length / 2
     weights = torch.rand(len(ray), generator=generator) ** 8
     u = torch.rand(num_rays, 1, generator=generator) if shifted else None
-    rows, where, lengths = redraw_packed(weights, t, length, ray, num_rays, count, u)
+    rows, where, lengths = importance_resample_packed(weights, t, length, ray, num_rays, count, u)
     assert rows.tolist() == [r for r in range(num_rays) if counts[r] for _ in range(count)]
     close = (where[:, None] - t).abs() <= length / 2 + 1e-4
     assert (close & (rows[:, None] == ray)).any(1).all()
@@ -274,11 +276,13 @@ def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
 
 
 def test_a_ray_without_light_is_redrawn_evenly_and_no_ray_at_all_is_nothing():
-    rows, where, length = redraw_packed(
+    rows, where, length = importance_resample_packed(
         torch.zeros(2), torch.tensor([0.5, 1.5]), torch.ones(2), torch.zeros(2, dtype=torch.long),
         1, 4,
     )  # fmt: skip
     torch.testing.assert_close(where, torch.tensor([0.25, 0.75, 1.25, 1.75]))
     torch.testing.assert_close(length, torch.full((4,), 0.5))
     none = torch.zeros(0)
-    assert all(len(part) == 0 for part in redraw_packed(none, none, none, none.long(), 5, 4))
+    assert all(
+        len(part) == 0 for part in importance_resample_packed(none, none, none, none.long(), 5, 4)
+    )

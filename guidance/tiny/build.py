@@ -70,7 +70,7 @@ def _bytes_as_letters() -> dict[int, str]:
 
 
 def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: join the neighbours that were merged first until none is left."""
+    """Byte-pair encoding: join the neighbors that were merged first until none is left."""
     while True:
         known = [pair for pair in zip(symbols, symbols[1:], strict=False) if pair in merges]
         if not known:

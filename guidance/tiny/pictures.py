@@ -2,7 +2,7 @@
 
 A picture is described by one row of whole numbers (``Facts``), so that its caption can be drawn
 anew each time it is shown. About one picture in twelve is textureless: grey, and its caption leaves
-the colour out ("a cube", "a textureless cube"). Colours are RGB in [0, 1].
+the color out ("a cube", "a textureless cube"). Colors are RGB in [0, 1].
 """
 
 import re
@@ -54,7 +54,7 @@ class Facts(NamedTuple):
 
     shape: Tensor
     color: Tensor  # -1: textureless
-    second: Tensor  # colour of the second part, -1: as the rest
+    second: Tensor  # color of the second part, -1: as the rest
     view: Tensor  # of VIEW_WORDS
     fine: Tensor  # of FINE_VIEW_WORDS, -1: not near the middle of one
 
@@ -93,7 +93,7 @@ def caption(facts, draws) -> str:
 
 
 def vocabulary() -> dict:
-    """All that a caption can hold: objects with their second part, colours, views, words."""
+    """All that a caption can hold: objects with their second part, colors, views, words."""
     texts = [text.format("a", bare="") for text in PHRASES] + ["an", "with", "view", "textureless"]
     texts += [*SHAPES, *COLORS, *VIEW_WORDS, *FINE_VIEW_WORDS]
     texts += [shape.second for shape in SHAPES.values() if shape.second]
@@ -169,7 +169,7 @@ def draw_colors(generator: torch.Generator, facts: Facts) -> Tensor:
 
 
 def draw_background(generator: torch.Generator, colors: Tensor) -> Tensor:
-    """[N, 3]: white, black, grey or any colour, never nearly that of the main or second part."""
+    """[N, 3]: white, black, grey or any color, never nearly that of the main or second part."""
     count = len(colors)
     kind = torch.rand(count, 1, generator=generator)
     tries = torch.rand(8, count, 3, generator=generator)

@@ -4,8 +4,8 @@ Axes as in ``nerf.rays`` and ``nerf.cameras``: z up, a camera at azimuth 0 stand
 +x. Every shape faces +y, so azimuth 0 sees its front and 90 its own right side (see
 ``guidance.prompts``). Shapes lie inside a sphere of radius BOUND around the origin at scale 1.
 
-A shape is a union of parts. The slot of a part says which colour it takes: MAIN, SECOND (the part
-that a two-colour caption names: "a red mushroom with a white stem") or DETAIL (always dark).
+A shape is a union of parts. The slot of a part says which color it takes: MAIN, SECOND (the part
+that a two-color caption names: "a red mushroom with a white stem") or DETAIL (always dark).
 Inside, points are three separate tensors: sums over a last axis of 3 are slow.
 """
 
@@ -57,7 +57,7 @@ def sphere(radius: float, x0=0.0, y0=0.0, z0=0.0) -> Distance:
 
 
 def box(half, center=(0.0, 0.0, 0.0)) -> Distance:
-    """Half-widths and centre along x, y, z."""
+    """Half-widths and center along x, y, z."""
     (a, b, c), (x0, y0, z0) = half, center
     return lambda x, y, z: _outside((x - x0).abs() - a, (y - y0).abs() - b, (z - z0).abs() - c)
 

@@ -117,7 +117,7 @@ def _cos(left: float) -> float:
 
 
 class Fit:
-    """What one stage resumes from: weights, their average, the optimiser, updates finished."""
+    """What one stage resumes from: weights, their average, the optimizer, updates finished."""
 
     def __init__(self, path: Path, module: nn.Module, peak: float, args, device):
         self.path, self.module, self.step, self.cpu_seconds = path, module, 0, 0.0
@@ -148,7 +148,7 @@ class Fit:
 
 
 def fit(name: str, module: nn.Module, loss_of, steps: int, peak: float, args, device) -> bool:
-    """Minimise ``loss_of(generator)`` over the module's weights, averaged weights at the end.
+    """Minimize ``loss_of(generator)`` over the module's weights, averaged weights at the end.
 
     Resumes from <work>/<name>.pt and keeps it up to date. False if it was stopped before ``steps``.
     """
@@ -206,7 +206,7 @@ def to_range(images: Tensor) -> Tensor:
 
 
 def vae_loss(vae, images: Tensor, generator) -> Tensor:
-    """Squared and absolute error, edges, colour of 8x8 blocks, and a little KL.
+    """Squared and absolute error, edges, color of 8x8 blocks, and a little KL.
 
     Without the block term a short training mixes up hues that share a brightness.
     """

@@ -110,7 +110,7 @@ def load_colmap(args, warn) -> Scene:
 
 def load_auto(args, warn) -> Scene:
     """The scene in whatever format its folder has; says which."""
-    kind = recognise(Path(args.datadir))
+    kind = recognize(Path(args.datadir))
     warn(f"{args.datadir} is in format {kind} (--dataset_type auto)")
     return DATASETS[kind](args, warn)
 
@@ -125,11 +125,11 @@ DATASETS = {
     "colmap": load_colmap,
     "auto": load_auto,
 }
-# What these files call a place in a picture has pixel centres at half numbers, and is exact.
+# What these files call a place in a picture has pixel centers at half numbers, and is exact.
 WITH_PIXEL_CENTERS = ("transforms", "colmap")
 
 
-def recognise(folder: Path) -> str:
+def recognize(folder: Path) -> str:
     """The --dataset_type of a data folder, by the files in it. ValueError if it is none."""
     if (folder / "transforms.json").exists():
         return "transforms"
@@ -185,7 +185,7 @@ def load_scene(args, warn=print) -> Scene:
         )
     if args.render_factor > min(scene.height, scene.width):
         raise ValueError(f"{small} leave nothing at --render_factor {args.render_factor}; lower it")
-    kind = recognise(folder) if kind == "auto" else kind
+    kind = recognize(folder) if kind == "auto" else kind
     scene.pixel_center = args.pixel_center or kind in WITH_PIXEL_CENTERS
     return scene
 

@@ -127,15 +127,15 @@ def _usable(views: Views, cameras: torch.Tensor, shape, sizes: np.ndarray) -> to
 
 def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     """bool [H, W]: where the mask is white, also after it was reduced to ``size``."""
-    grey = Image.fromarray(read_image(path, size[::-1])[..., 0])
-    if abs(grey.width * size[0] / size[1] - grey.height) > 1 + 0.02 * grey.height:
+    gray = Image.fromarray(read_image(path, size[::-1])[..., 0])
+    if abs(gray.width * size[0] / size[1] - gray.height) > 1 + 0.02 * gray.height:
         raise ValueError(
-            f"{path}: is {grey.width}x{grey.height}; expected the proportions of its picture, "
+            f"{path}: is {gray.width}x{gray.height}; expected the proportions of its picture, "
             f"{size[1]}x{size[0]}"
         )
-    if grey.size != size[::-1]:
-        grey = grey.resize(size[::-1], Image.Resampling.BOX)
-    return np.asarray(grey) > 127
+    if gray.size != size[::-1]:
+        gray = gray.resize(size[::-1], Image.Resampling.BOX)
+    return np.asarray(gray) > 127
 
 
 def _seen(camera: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -178,7 +178,7 @@ def forward_facing(c2w: np.ndarray, bounds: np.ndarray) -> Layout:
 
 
 def around(c2w: np.ndarray) -> Layout:
-    """Upright, and centred on what the cameras look at; an arc through them as preview."""
+    """Upright, and centered on what the cameras look at; an arc through them as preview."""
     center, found = _focus(c2w)
     up = up_direction(c2w)
     back = (c2w[:, :, 3] - center).mean(0) if found else c2w[:, :, 2].sum(0)

@@ -28,7 +28,7 @@ def load(
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
-    Cameras that all look one way are laid out for normalised device coordinates if ``ndc``, others
+    Cameras that all look one way are laid out for normalized device coordinates if ``ndc``, others
     around what they look at. spherical: around in any case. near, far: in scene units, 0: from the
     points. llffhold: every n-th view by name is for validation and testing.
     """
@@ -46,7 +46,7 @@ def load(
     facing = bounds is not None and not spherical and capture.faces_forward(views.c2w)
     if facing and ndc:
         layout = capture.forward_facing(views.c2w, bounds)
-        warn("all cameras look one way: normalised device coordinates (--no_ndc for the world's)")
+        warn("all cameras look one way: normalized device coordinates (--no_ndc for the world's)")
     else:
         layout = capture.around(views.c2w)
     limits = (capture.NEAR, capture.FAR)

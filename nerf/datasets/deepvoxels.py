@@ -1,7 +1,7 @@
 """DeepVoxels scenes: {train,validation,test}/<shape>/{intrinsics.txt, pose/*.txt, rgb/*.png}.
 
 Poses are camera-to-world in OpenCV axes (x right, y down, z forward). As in nerf-pytorch the
-principal point is taken to be the picture's centre.
+principal point is taken to be the picture's center.
 """
 
 from pathlib import Path
@@ -77,7 +77,7 @@ def read_pose(path: Path) -> np.ndarray:
 def read_focal(path: Path, height: int) -> float:
     """Focal length for pictures of ``height`` pixels.
 
-    The file's lines: "f cx cy 0", grid centre, near plane, scale, "height width".
+    The file's lines: "f cx cy 0", grid center, near plane, scale, "height width".
     """
     lines = read_numbers(path)
     if len(lines) < 5 or len(lines[0]) < 3 or len(lines[4]) < 2:

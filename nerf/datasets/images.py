@@ -1,7 +1,7 @@
 """Picture files -> uint8 arrays, one documented conversion per kind of file.
 
-Grey becomes RGB; palette and CMYK become RGB (RGBA where transparent); grey with alpha becomes
-RGBA; 16-bit grey is scaled to 8 bits, 16-bit RGB keeps its high byte. Alpha stays straight (not
+Gray becomes RGB; palette and CMYK become RGB (RGBA where transparent); gray with alpha becomes
+RGBA; 16-bit gray is scaled to 8 bits, 16-bit RGB keeps its high byte. Alpha stays straight (not
 multiplied in). A rotation noted in a photo's EXIF data is carried out, unless its camera is known
 to be that of the picture as stored. Anything else is refused by name.
 """
@@ -75,8 +75,8 @@ def read_image(path: Path, size: tuple[float, float] | None = None) -> np.ndarra
         wide = np.asarray(image)
         if wide.dtype == np.float32 or wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"{path}: floating-point pixels; expected 8- or 16-bit integers")
-        grey = np.round(wide / 257.0).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
+        gray = np.round(wide / 257.0).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return np.array(image.convert("RGBA" if transparent else "RGB"))
 
@@ -181,10 +181,10 @@ def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [H, W, C] at the top left of one array [V, H, W, C]; their sizes [V, 2]."""
     sizes = np.array([picture.shape[:2] for picture in pictures])
     height, width = sizes.max(0)
-    together = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
-    for row, picture in zip(together, pictures, strict=True):
+    raise_on_all_ranks = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
+    for row, picture in zip(raise_on_all_ranks, pictures, strict=True):
         row[: picture.shape[0], : picture.shape[1]] = picture
-    return together, sizes
+    return raise_on_all_ranks, sizes
 
 
 def with_alpha(picture: np.ndarray) -> np.ndarray:
@@ -197,7 +197,7 @@ def with_alpha(picture: np.ndarray) -> np.ndarray:
 def shrink(picture: np.ndarray, factor: int, name: str = "picture") -> np.ndarray:
     """Area average over factor x factor pixels: uint8 [H, W, C] -> [H / factor, W / factor, C].
 
-    Colours are weighted by alpha while averaging, so a transparent pixel's colour never bleeds
+    Colors are weighted by alpha while averaging, so a transparent pixel's color never bleeds
     into an edge.
     """
     height, width, channels = picture.shape

@@ -37,7 +37,7 @@ def load(
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
     llffhold: every n-th view is for testing (0: the most central one); val is the same views.
-    ndc: forward-facing rays. spherical: 360 degrees, camera centres scaled to a unit sphere.
+    ndc: forward-facing rays. spherical: 360 degrees, camera centers scaled to a unit sphere.
     """
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
     images, names = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)

@@ -15,7 +15,7 @@ from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
 SPLITS = ("train", "val", "test")
-FARTHEST = 1e8  # in units of the scene; maps in metres reach 1e7
+FARTHEST = 1e8  # in units of the scene; maps in meters reach 1e7
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Scene:
     images: uint8 [V, H, W, 3|4], straight alpha. c2w: [V, 3, 4]. intrinsics: [V, 4] fx fy cx cy in
     pixels, or [V, 4 + LENS] with a lens each (``nerf.lenses``). splits: split name -> view numbers.
     names: one per view. near, far: in units of t. render_poses: [P, 3, 4] camera path for previews.
-    background: grey level shown behind transparent pixels. ndc: rays are handed out in normalised
+    background: gray level shown behind transparent pixels. ndc: rays are handed out in normalized
     device coordinates.
     sizes: [V, 2] height and width of each picture, at the top left of ``images``; None: they fill
     it. usable: bool [V, H, W] pixels that training and metrics look at; None: all. box: [2, 3] low
@@ -184,7 +184,7 @@ class Scene:
     def pick(
         self, views: Tensor, x: Tensor, y: Tensor, background: Tensor | None = None
     ) -> tuple[Rays, Tensor]:
-        """Rays and colours [B, 3] of pixels x, y [B] (integers) in views [B]."""
+        """Rays and colors [B, 3] of pixels x, y [B] (integers) in views [B]."""
         return self._rays_of(views, x, y), self.over_background(
             self.pixels(views, x, y), background
         )
@@ -212,21 +212,21 @@ class Scene:
         one_image: bool = False,
         crop: float = 1.0,
         background: Tensor | None = None,
-        share: slice | None = None,
+        shard: slice | None = None,
         order: BlockOrder | None = None,
         position: int = 0,
     ) -> tuple[Rays, Tensor]:
-        """Random training rays [B] and their colours [B, 3] in [0, 1], or this process' part.
+        """Random training rays [B] and their colors [B, 3] in [0, 1], or this process' part.
 
         one_image: all from one random picture (``--no_batching``). crop: fraction of the height
-        and width around the centre to draw from (``--precrop_frac``). background [B, 3]: behind
+        and width around the center to draw from (``--precrop_frac``). background [B, 3]: behind
         transparent pixels, instead of the scene's; as many as there are rays. share: which of the
         ``num_rays`` to make, by default all. order: of ``block_order``: instead of random ones,
         those after the first ``position`` rays of the run (not for one_image and crop).
         """
-        device, share = self.c2w.device, share or slice(0, num_rays)
+        device, shard = self.c2w.device, shard or slice(0, num_rays)
         if order is not None and not one_image and crop == 1.0:
-            numbers, colors = order.draw(position, num_rays, share)
+            numbers, colors = order.draw(position, num_rays, shard)
             return self._rays_of(*self.place(numbers)), self.over_background(colors, background)
 
         def draw(low: int, high: int, count: int) -> Tensor:
@@ -238,14 +238,14 @@ class Scene:
             if one_image:
                 number = int(draw(0, len(starts) - 1, 1))
                 low, high = starts[number], starts[number + 1]
-            return self.pick(*self.place(pool[draw(low, high, num_rays)[share]]), background)
+            return self.pick(*self.place(pool[draw(low, high, num_rays)[shard]]), background)
         views = self._train[draw(0, len(self._train), 1 if one_image else num_rays)]
         views = views.expand(num_rays)
         half_w, half_h = self.width / 2 * crop, self.height / 2 * crop
         x0, x1 = int(self.width / 2 - half_w), max(1, int(self.width / 2 + half_w))
         y0, y1 = int(self.height / 2 - half_h), max(1, int(self.height / 2 + half_h))
         x, y = draw(x0, x1, num_rays), draw(y0, y1, num_rays)
-        return self.pick(views[share], x[share], y[share], background)
+        return self.pick(views[shard], x[shard], y[shard], background)
 
     def usable_pixels(self, split: str, crop: float = 1.0) -> tuple[Tensor, list[int]]:
         """Flat numbers [N] of the usable pixels of a split, and where each of its views begins.

@@ -154,11 +154,11 @@ class BlockOrder:
 
     The set is cut into ``SHARDS`` parts (fewer where its size has not that divisor), and a batch's
     rows are those of the first shard, then of the second, ...: a process that makes a share of
-    the rows reads that share of the views. In a shard, blocks of neighbours are shuffled; the
+    the rows reads that share of the views. In a shard, blocks of neighbors are shuffled; the
     pixels of ``WINDOW`` blocks at a time are read, and shuffled among them. Where a run stands is
     one number, the pixels drawn so far.
 
-    images: uint8 [V, H, W, C]. views: those to draw from. device: where colours are wanted.
+    images: uint8 [V, H, W, C]. views: those to draw from. device: where colors are wanted.
     """
 
     def __init__(self, images: Tensor, views: list[int], seed: int, device):
@@ -170,22 +170,22 @@ class BlockOrder:
         self._epochs: dict[int, tuple] = {}
         self._windows: dict[int, tuple] = {}
 
-    def draw(self, position: int, count: int, share: slice | None = None) -> tuple[Tensor, Tensor]:
-        """Flat pixel numbers [B] and colours uint8 [B, C] at ``position`` and after.
+    def draw(self, position: int, count: int, shard: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Flat pixel numbers [B] and colors uint8 [B, C] at ``position`` and after.
 
         share: which of the ``count`` rows to make, by default all.
         """
-        share, parts, row = share or slice(0, count), [], 0
+        shard, parts, row = shard or slice(0, count), [], 0
         for shard in range(self.shards):
             # Of all rays of the run, number n is of shard n % shards.
             first, end = (-((shard - n) // self.shards) for n in (position, position + count))
-            low, high = max(share.start, row), min(share.stop, row + end - first)
+            low, high = max(shard.start, row), min(shard.stop, row + end - first)
             parts += self._draw(shard, first + low - row, high - low)
             row += end - first
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _draw(self, shard: int, position: int, count: int):
-        """Numbers and colours, in pieces, of a shard's pixels at ``position`` and after."""
+        """Numbers and colors, in pieces, of a shard's pixels at ``position`` and after."""
         while count > 0:
             epoch, place = divmod(position, self.per_shard)
             blocks, ends = self._blocks(shard, epoch)

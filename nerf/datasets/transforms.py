@@ -2,7 +2,7 @@
 
 Poses are camera-to-world in our axes. Intrinsics (fl_x fl_y cx cy w h, or camera_angle_x) and the
 lens (k1 k2 k3 k4 p1 p2; OPENCV, OPENCV_FISHEYE) stand at the top or in a frame, which then wins.
-Pixel centres lie at half numbers. aabb_scale, scale and offset are instant-ngp's: its unit cube
+Pixel centers lie at half numbers. aabb_scale, scale and offset are instant-ngp's: its unit cube
 becomes the cube from -1 to 1 here, and the scene fills aabb_scale times that.
 """
 

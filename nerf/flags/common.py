@@ -17,12 +17,12 @@ import configargparse
 
 from nerf.encodings import ENCODINGS
 from nerf.flags.types import (
-    amount,
     decay,
     frequencies,
-    grid_side,
-    not_negative,
-    positive,
+    grid_resolution,
+    non_negative,
+    non_negative_int,
+    positive_int,
     seed,
 )
 
@@ -85,34 +85,49 @@ def add_run_flags(parser) -> None:
     add("--basedir", default="./logs/", help="folder that holds run folders")
     add("--seed", type=seed, default=0, help="decides weights and every random draw")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--N_iters", type=positive, default=200000, help="train up to this many updates in all")
-    add("--max_minutes", type=amount, default=0.0, help="stop training after so long; 0: no limit")
+    add("--N_iters", type=positive_int, default=200000, help="train up to this many updates in all")
+    add(
+        "--max_minutes",
+        type=non_negative,
+        default=0.0,
+        help="stop training after so long; 0: no limit",
+    )
     add_switch(group, "no_reload", "start anew, ignoring the checkpoints of the run folder")
     add("--ft_path", help="checkpoint to start from, ours or nerf-pytorch's (.tar)")
 
-    group = parser.add_argument_group("optimisation")
+    group = parser.add_argument_group("optimization")
     add = group.add_argument
     add("--lrate", type=float, default=5e-4, help="learning rate")
-    add("--lrate_decay", type=positive, default=250, help="thousand steps to a tenth of it")
+    add("--lrate_decay", type=positive_int, default=250, help="thousand steps to a tenth of it")
     add(
         "--lr_schedule",
         choices=("exp", "cosine"),
         default="exp",
         help="exp: by --lrate_decay; cosine: to 2 %% at N_iters",
     )
-    add("--lrate_grid", type=amount, default=8e-2, help="learning rate of features on grids")
-    add("--lrate_warmup", type=not_negative, default=0, help="steps to reach it linearly")
+    add("--lrate_grid", type=non_negative, default=8e-2, help="learning rate of features on grids")
+    add("--lrate_warmup", type=non_negative_int, default=0, help="steps to reach it linearly")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
     add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
-    add("--grad_clip", type=amount, default=0.0, help="largest gradient norm; 0: no limit")
+    add("--grad_clip", type=non_negative, default=0.0, help="largest gradient norm; 0: no limit")
 
     group = parser.add_argument_group("logging and saving")
     add = group.add_argument
-    add("--i_print", type=positive, default=100, help="steps between lines of metrics")
-    add("--i_img", type=not_negative, default=500, help="steps between validations; 0: never")
-    add("--i_weights", type=not_negative, default=10000, help="steps between checkpoints; 0: none")
-    add("--i_video", type=not_negative, default=50000, help="steps between videos; 0: never")
-    add("--ckpt_secs", type=amount, default=60.0, help="seconds between checkpoints; 0: by step")
+    add("--i_print", type=positive_int, default=100, help="steps between lines of metrics")
+    add("--i_img", type=non_negative_int, default=500, help="steps between validations; 0: never")
+    add(
+        "--i_weights",
+        type=non_negative_int,
+        default=10000,
+        help="steps between checkpoints; 0: none",
+    )
+    add("--i_video", type=non_negative_int, default=50000, help="steps between videos; 0: never")
+    add(
+        "--ckpt_secs",
+        type=non_negative,
+        default=60.0,
+        help="seconds between checkpoints; 0: by step",
+    )
     add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
     add_switch(group, "wandb", "log to Weights & Biases as well (pip install wandb)")
 
@@ -121,8 +136,8 @@ def add_network_flags(parser) -> None:
     """Flags of a field, for any script."""
     group = parser.add_argument_group("network")
     add = group.add_argument
-    add("--netdepth", type=positive, default=8, help="layers")
-    add("--netwidth", type=positive, default=256, help="channels per layer")
+    add("--netdepth", type=positive_int, default=8, help="layers")
+    add("--netwidth", type=positive_int, default=256, help="channels per layer")
     add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
     add("--multires", type=frequencies, default=10, help="frequencies of the position")
     add(
@@ -131,15 +146,15 @@ def add_network_flags(parser) -> None:
         default="mlp",
         help="positional-encoding MLP, or features on grids and two small MLPs",
     )
-    add("--grid_res", type=grid_side, default=128, help="finest side of a grid of features")
+    add("--grid_res", type=grid_resolution, default=128, help="finest side of a grid of features")
 
 
 def add_grid_flags(parser) -> None:
     """Flags of marching through an occupancy grid, for any script."""
     group = parser.add_argument_group("occupancy grid")
     add = group.add_argument
-    add("--occ_res", type=positive, default=64, help="cells per side of the occupancy grid")
-    add("--march_steps", type=positive, default=128, help="samples across the whole scene box")
+    add("--occ_res", type=positive_int, default=64, help="cells per side of the occupancy grid")
+    add("--march_steps", type=positive_int, default=128, help="samples across the whole scene box")
     add("--early_stop", type=decay, default=1e-3, help="transmittance that ends a ray; 0: none")
 
 
@@ -147,8 +162,8 @@ def add_export_flags(group) -> None:
     """Flags of the mesh that a finished run gives, for any script."""
     add = group.add_argument
     add("--export", help="write the mesh of the newest checkpoint: out.glb, out.obj or out.ply")
-    add("--mesh_res", type=grid_side, default=128, help="cells of the mesh's longer side")
-    add("--mesh_level", type=amount, default=0.0, help="density of the surface; 0: auto")
+    add("--mesh_res", type=grid_resolution, default=128, help="cells of the mesh's longer side")
+    add("--mesh_level", type=non_negative, default=0.0, help="density of the surface; 0: auto")
 
 
 def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> None:
@@ -161,7 +176,7 @@ def add_viewer_flags(parser) -> None:
     """Flags of the live viewer."""
     group = parser.add_argument_group("viewer")
     add_switch(group, "viewer", "show the scene in the browser while it trains (pip install viser)")
-    group.add_argument("--viewer_port", type=positive, default=8080, help="where it is served")
+    group.add_argument("--viewer_port", type=positive_int, default=8080, help="where it is served")
     group.add_argument("--viewer_host", default="127.0.0.1", help="0.0.0.0: to other machines too")
     help = "with --render_only: render these key frames, saved by the viewer (camera_path.json)"
     group.add_argument("--camera_path", help=help)

@@ -22,7 +22,14 @@ from nerf.flags.common import (
     check_run_flags,
     new_parser,
 )
-from nerf.flags.types import amount, fraction, not_negative, part, positive, positive_number
+from nerf.flags.types import (
+    fraction,
+    non_negative,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    unit_interval,
+)
 from nerf.media import MESH_FORMATS
 from nerf.training.schedules import highest, parse_schedule, schedule, scheduled
 
@@ -81,7 +88,7 @@ def add_guidance_flags(parser) -> None:
     )
     add("--guidance_scale", type=schedule, default="100", help="u + s (c - u); a schedule")
     add("--guidance_rescale", type=schedule, default="0",
-        help="0 to 1: keep colours from growing with the scale; a schedule")  # fmt: skip
+        help="0 to 1: keep colors from growing with the scale; a schedule")  # fmt: skip
     add("--weighting", choices=("sds", "uniform", "annealed", "fantasia3d"), default="sds",
         help="w(t); annealed: from sds to uniform")  # fmt: skip
     add("--t_min", type=schedule, default="0.02", help="least noise, part of all; a schedule")
@@ -91,19 +98,19 @@ def add_guidance_flags(parser) -> None:
     add("--latent_clip", type=schedule, default="0", help="largest number of a latent's gradient")
     add_switch(group, "perp_neg", "push each view away from the other views' words")
     add("--lambda_sds", type=schedule, default="1", help="weight of the guidance; a schedule")
-    add("--i_attn", type=not_negative, default=0,
+    add("--i_attn", type=non_negative_int, default=0,
         help="steps between pictures of where each word is looked at; 0: never")  # fmt: skip
     add("--attn_tokens", help="words of the prompt to draw then, with commas between; default: all")
     group = parser.add_argument_group("variational score distillation (--guidance vsd)")
     add = group.add_argument
-    add("--n_particles", type=positive, default=1, help="objects; each step takes one")
-    add("--lora_rank", type=positive, default=4, help="of the model's copy")
+    add("--n_particles", type=positive_int, default=1, help="objects; each step takes one")
+    add("--lora_rank", type=positive_int, default=4, help="of the model's copy")
     add("--lora_model", help="folder or hub id of another model for the copy; default: --sd_model")
     add("--lora_file", help="LoRA to start the copy from (lora.safetensors of a run)")
-    add("--lrate_lora", type=positive_number, default=1e-4, help="of the copy")
-    add("--lora_views", type=not_negative, default=0,
+    add("--lrate_lora", type=positive_float, default=1e-4, help="of the copy")
+    add("--lora_views", type=non_negative_int, default=0,
         help="views of a step that the copy learns from, on each process; 0: all")  # fmt: skip
-    add("--camera_dropout", type=part, default=0.1, help="cameras the copy is not told")
+    add("--camera_dropout", type=unit_interval, default=0.1, help="cameras the copy is not told")
 
 
 def add_model_flags(parser) -> None:
@@ -113,7 +120,7 @@ def add_model_flags(parser) -> None:
     add("--sd_model", default="guidance/tiny/model", help="folder or hub id of a Stable Diffusion")
     add_switch(group, "local_files_only", "never ask the hub")
     add_switch(group, "allow_pickle", "open .bin weights, which can run code")
-    add("--guidance_res", type=not_negative, default=0,
+    add("--guidance_res", type=non_negative_int, default=0,
         help="pixels per side that renders are shown to the model at; 0: its own")  # fmt: skip
     add("--scheduler", help="noise schedule instead of the model's own: ddim, ddpm, pndm ...")
     add("--guidance_dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -132,13 +139,13 @@ def add_object_flags(parser) -> None:
     group = parser.add_argument_group("object")
     add = group.add_argument
     add("--space", choices=("3d", "2d"), default="3d", help="2d: make pictures, not an object")
-    add("--bound", type=positive_number, default=1.0, help="half side of the object's cube")
+    add("--bound", type=positive_float, default=1.0, help="half side of the object's cube")
     add("--activation", choices=sorted(ACTIVATIONS), default="silu", help="of the mlp")
-    add("--blob_scale", type=amount, default=10.0, help="density the object starts with ...")
-    add("--blob_std", type=positive_number, default=0.5, help="... and where it is 0")
+    add("--blob_scale", type=non_negative, default=10.0, help="density the object starts with ...")
+    add("--blob_std", type=positive_float, default=0.5, help="... and where it is 0")
     add(
         "--density_scale",
-        type=positive_number,
+        type=positive_float,
         default=1.0,
         help="larger: harder surfaces, fewer samples behind them",
     )
@@ -146,7 +153,7 @@ def add_object_flags(parser) -> None:
     add("--normals", choices=("analytic", "fd"), help="default: analytic for mlp, fd for grids")
     group = parser.add_argument_group("cameras")
     add = group.add_argument
-    add("--batch_views", type=positive, default=4, help="views per step, over all processes")
+    add("--batch_views", type=positive_int, default=4, help="views per step, over all processes")
     add("--train_res", type=schedule, default="64", help="pixels per side; a schedule of steps")
     for name, low, high in (
         ("azimuth", -180.0, 180.0),
@@ -157,21 +164,21 @@ def add_object_flags(parser) -> None:
         add(f"--{name}_range", type=float, nargs=2, default=[low, high], help="of random cameras")
     add(
         "--sphere_rate",
-        type=part,
+        type=unit_interval,
         default=0.5,
         help="elevations even by area",
     )
     add("--view_spread", type=fraction, default=1.0,
         help="share of each of 8 directions and 4 heights, about its middle")  # fmt: skip
-    add("--jitter_pos", type=amount, default=0.1, help="largest shift of a camera")
-    add("--jitter_target", type=amount, default=0.2, help="deviation of its aim")
-    add("--jitter_up", type=amount, default=0.02, help="deviation of its up direction")
+    add("--jitter_pos", type=non_negative, default=0.1, help="largest shift of a camera")
+    add("--jitter_target", type=non_negative, default=0.2, help="deviation of its aim")
+    add("--jitter_up", type=non_negative, default=0.02, help="deviation of its up direction")
     group = parser.add_argument_group("light")
     add = group.add_argument
-    add("--albedo_steps", type=not_negative, default=1000, help="first steps without light")
-    add("--p_diffuse", type=part, default=0.75, help="later views that are lit")
-    add("--p_textureless", type=part, default=0.5, help="of those, shown white")
-    add("--ambient", type=part, default=0.1, help="light from everywhere on lit views")
+    add("--albedo_steps", type=non_negative_int, default=1000, help="first steps without light")
+    add("--p_diffuse", type=unit_interval, default=0.75, help="later views that are lit")
+    add("--p_textureless", type=unit_interval, default=0.5, help="of those, shown white")
+    add("--ambient", type=unit_interval, default=0.1, help="light from everywhere on lit views")
     add(
         "--background",
         choices=("random", "learned", "white", "black"),
@@ -180,9 +187,9 @@ def add_object_flags(parser) -> None:
     )
     add(
         "--p_random_bg",
-        type=part,
+        type=unit_interval,
         default=0.5,
-        help="views before a random colour",
+        help="views before a random color",
     )
     group = parser.add_argument_group("shape losses (schedules)")
     add = group.add_argument
@@ -201,10 +208,10 @@ def add_output_flags(parser) -> None:
     add_export_flags(group)
     add_switch(group, "mesh", "write mesh.glb into the run folder at the end of training")
     add("--init_from", help="run folder or checkpoint whose object to start from")
-    add("--eval_res", type=positive, default=128, help="pixels per side of what is rendered")
+    add("--eval_res", type=positive_int, default=128, help="pixels per side of what is rendered")
     add("--eval_background", choices=("white", "black", "learned"), default="white", help="there")
     add("--eval_elevation", type=float, default=20.0, help="of the turntable, degrees")
-    add("--video_frames", type=positive, default=60, help="of the turntable")
+    add("--video_frames", type=positive_int, default=60, help="of the turntable")
 
 
 def dream_parser():
@@ -292,8 +299,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     steps = {s for n in ("t_min", "t_max") for s in parse_schedule(getattr(args, n))[0]}
     if any(scheduled(args.t_min, step) > scheduled(args.t_max, step) for step in steps):
         raise ValueError(f"--t_min {args.t_min} is above --t_max {args.t_max}; exchange them")
-    positive = [n for n in vars(args) if n.startswith("lambda_")]
-    for name in ("latent_clip", *positive):
+    positive_int = [n for n in vars(args) if n.startswith("lambda_")]
+    for name in ("latent_clip", *positive_int):
         if min(parse_schedule(getattr(args, name))[1]) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}; expected 0 or more")
     if args.guidance == "gaussian" and (args.perp_neg or args.i_attn):

@@ -18,7 +18,7 @@ from nerf.flags.common import (
     check_run_flags,
     new_parser,
 )
-from nerf.flags.types import amount, fraction, frequencies, not_negative, positive
+from nerf.flags.types import fraction, frequencies, non_negative, non_negative_int, positive_int
 from nerf.media import MESH_FORMATS
 from nerf.volume import PACKED_WEIGHTS
 
@@ -42,7 +42,7 @@ def add_scene_flags(parser) -> None:
     add = group.add_argument
     add("--datadir", default="./data/llff/fern", help="folder of the scene")
     add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format; auto: look")
-    add("--testskip", type=not_negative, default=8, help="keep 1/N of val and test views")
+    add("--testskip", type=non_negative_int, default=8, help="keep 1/N of val and test views")
     add(
         "--data_store",
         choices=("memory", "mmap", "auto"),
@@ -53,15 +53,27 @@ def add_scene_flags(parser) -> None:
     add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
     add_switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
     add_switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
-    add("--downscale", type=positive, default=1, help="reduce Blender pictures, and transforms'")
-    add("--factor", type=positive, default=8, help="llff, colmap: pictures this many times smaller")
+    add(
+        "--downscale", type=positive_int, default=1, help="reduce Blender pictures, and transforms'"
+    )
+    add(
+        "--factor",
+        type=positive_int,
+        default=8,
+        help="llff, colmap: pictures this many times smaller",
+    )
     add_switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
     add_switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
     add_switch(group, "spherify", "llff: 360-degree capture around an object")
-    add("--llffhold", type=not_negative, default=8, help="llff: every N-th view is for testing")
-    add("--near", type=amount, default=0.0, help="transforms, colmap: where rays begin; 0: auto")
-    add("--far", type=amount, default=0.0, help="transforms, colmap: where rays end; 0: auto")
-    add_switch(group, "pixel_center", "rays through pixel centres (nerf-pytorch: corners)")
+    add("--llffhold", type=non_negative_int, default=8, help="llff: every N-th view is for testing")
+    add(
+        "--near",
+        type=non_negative,
+        default=0.0,
+        help="transforms, colmap: where rays begin; 0: auto",
+    )
+    add("--far", type=non_negative, default=0.0, help="transforms, colmap: where rays end; 0: auto")
+    add_switch(group, "pixel_center", "rays through pixel centers (nerf-pytorch: corners)")
 
 
 def add_field_flags(parser) -> None:
@@ -69,19 +81,29 @@ def add_field_flags(parser) -> None:
     add_network_flags(parser)
     group = parser.add_argument_group("view dependence and fine network")
     add = group.add_argument
-    add("--netdepth_fine", type=positive, default=8, help="layers of the fine network")
-    add("--netwidth_fine", type=positive, default=256, help="channels per layer, fine network")
-    add_switch(group, "use_viewdirs", "colour depends on the viewing direction (5D input)")
+    add("--netdepth_fine", type=positive_int, default=8, help="layers of the fine network")
+    add("--netwidth_fine", type=positive_int, default=256, help="channels per layer, fine network")
+    add_switch(group, "use_viewdirs", "color depends on the viewing direction (5D input)")
     add("--multires_views", type=frequencies, default=4, help="frequencies of the direction")
     add_grid_flags(parser)
     group = parser.add_argument_group("fast path")
     add = group.add_argument
     add_switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
     add_switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
-    add("--target_samples", type=positive, default=8192, help="samples per step; rays follow")
-    add("--scene_bound", type=amount, default=0.0, help="half side of the scene's cube; 0: auto")
+    add("--target_samples", type=positive_int, default=8192, help="samples per step; rays follow")
+    add(
+        "--scene_bound",
+        type=non_negative,
+        default=0.0,
+        help="half side of the scene's cube; 0: auto",
+    )
     add_switch(group, "contract", "unbounded scene: draw everything far away into a ball")
-    add("--cone_angle", type=amount, default=0.01, help="growth of steps with distance (contract)")
+    add(
+        "--cone_angle",
+        type=non_negative,
+        default=0.01,
+        help="growth of steps with distance (contract)",
+    )
     add_switch(group, "random_bg", "train over random backgrounds, where pictures have alpha")
     add(
         "--hull_init",
@@ -92,60 +114,89 @@ def add_field_flags(parser) -> None:
     add("--composite", choices=sorted(PACKED_WEIGHTS), default="cumsum", help="packed blending")
     add(
         "--near_scaling",
-        type=amount,
+        type=non_negative,
         default=0.0,
         help="scale gradients nearer than this by the distance squared; 0: do not",
     )
     add(
         "--resample",
-        type=not_negative,
+        type=non_negative_int,
         default=0,
         help="samples a ray, drawn anew where a first look finds density; 0: those of that look",
     )
-    add("--lambda_tv", type=amount, default=0.0, help="smoothness of tri-planes, e.g. 0.03; 0: off")
+    add(
+        "--lambda_tv",
+        type=non_negative,
+        default=0.0,
+        help="smoothness of tri-planes, e.g. 0.03; 0: off",
+    )
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("--N_samples", type=positive, default=64, help="coarse samples per ray")
-    add("--N_importance", type=not_negative, default=0, help="further, fine samples per ray")
-    add("--perturb", type=amount, default=1.0, help="1: jitter training samples, 0: do not")
+    add("--N_samples", type=positive_int, default=64, help="coarse samples per ray")
+    add("--N_importance", type=non_negative_int, default=0, help="further, fine samples per ray")
+    add("--perturb", type=non_negative, default=1.0, help="1: jitter training samples, 0: do not")
     add(
         "--raw_noise_std",
-        type=amount,
+        type=non_negative,
         default=0.0,
         help="noise on training densities; not with occ_grid",
     )
-    add("--chunk", type=positive, default=1024 * 32, help="most rays processed together")
-    add("--netchunk", type=positive, default=1024 * 64, help="most points in one network call")
+    add("--chunk", type=positive_int, default=1024 * 32, help="most rays processed together")
+    add("--netchunk", type=positive_int, default=1024 * 64, help="most points in one network call")
 
 
 def add_nerf_flags(parser) -> None:
     """Flags of run_nerf.py alone."""
     group = parser.add_argument_group("ray batches")
     add = group.add_argument
-    add("--N_rand", type=positive, default=32 * 32 * 4, help="rays per step, over all processes")
+    add(
+        "--N_rand", type=positive_int, default=32 * 32 * 4, help="rays per step, over all processes"
+    )
     add_switch(group, "no_batching", "all rays of a step from one picture")
-    add("--precrop_iters", type=not_negative, default=0, help="first steps use central crops only")
+    add(
+        "--precrop_iters",
+        type=non_negative_int,
+        default=0,
+        help="first steps use central crops only",
+    )
     add("--precrop_frac", type=fraction, default=0.5, help="part of the picture taken for them")
     group = parser.add_argument_group("training posed pictures")
     add_switch(
         group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs"
     )
-    group.add_argument("--dead_restarts", type=not_negative, default=3, help="new seeds if stuck")
+    group.add_argument(
+        "--dead_restarts", type=non_negative_int, default=3, help="new seeds if stuck"
+    )
     group = parser.add_argument_group("rendering")
     add = group.add_argument
-    add("--i_testset", type=not_negative, default=50000, help="steps between test renders; 0: end")
+    add(
+        "--i_testset",
+        type=non_negative_int,
+        default=50000,
+        help="steps between test renders; 0: end",
+    )
     add_switch(group, "render_only", "render from the newest checkpoint instead of training")
     add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
-    add("--render_factor", type=not_negative, default=0, help="render N times smaller, e.g. 4")
-    add("--metres_per_unit", type=amount, default=0.0, help="scene's scale, for depth; 0: unknown")
+    add("--render_factor", type=non_negative_int, default=0, help="render N times smaller, e.g. 4")
+    add(
+        "--metres_per_unit",
+        type=non_negative,
+        default=0.0,
+        help="scene's scale, for depth; 0: unknown",
+    )
     add_viewer_flags(parser)
     group = parser.add_argument_group("export (reads a finished run)")
     add_export_flags(group)
     add = group.add_argument
     parser.set_defaults(mesh_res=256)
-    add("--export_points", help="write a point cloud with colours and normals: out.ply")
-    add("--num_points", type=positive, default=200_000, help="of the point cloud, about")
-    add("--export_bound", type=amount, default=0.0, help="half side of the exported cube; 0: auto")
+    add("--export_points", help="write a point cloud with colors and normals: out.ply")
+    add("--num_points", type=positive_int, default=200_000, help="of the point cloud, about")
+    add(
+        "--export_bound",
+        type=non_negative,
+        default=0.0,
+        help="half side of the exported cube; 0: auto",
+    )
 
 
 def nerf_parser() -> configargparse.ArgumentParser:

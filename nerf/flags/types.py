@@ -3,14 +3,14 @@
 import argparse
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
     return value
 
 
-def not_negative(text: str) -> int:
+def non_negative_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}; expected 0 or more")
@@ -24,28 +24,28 @@ def fraction(text: str) -> float:
     return value
 
 
-def amount(text: str) -> float:
+def non_negative(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1e9:  # no flag means more, and float32 has no room for its square
         raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more, up to 1e9")
     return value
 
 
-def part(text: str) -> float:
+def unit_interval(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1]")
     return value
 
 
-def positive_number(text: str) -> float:
-    value = amount(text)
+def positive_float(text: str) -> float:
+    value = non_negative(text)
     if value < 1e-15:  # its square has to be a float32
         raise argparse.ArgumentTypeError(f"{text}; expected a number above 0, 1e-15 or more")
     return value
 
 
-def grid_side(text: str) -> int:
+def grid_resolution(text: str) -> int:
     value = int(text)
     if value < 16:
         raise argparse.ArgumentTypeError(f"{text}; expected 16 or more")

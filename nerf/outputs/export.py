@@ -1,13 +1,13 @@
-"""A trained scene as a mesh or a point cloud: what to export, at which density, in which colours.
+"""A trained scene as a mesh or a point cloud: what to export, at which density, in which colors.
 
 Both start from what the training pictures show: random pixels are rendered, and where a ray is
 opaque the mean depth of what it hit is a point of the surface. They say where the scene is, and how
 soft. A mesh's surface is where a 32nd of the box has opacity 0.5, so it does not depend on the
 field's scale, in units or in training; see RESULTS.md for others on the demo scene.
 
-Files are in scene units and the scene's axes (``nerf.mesh``); scenes in normalised device
+Files are in scene units and the scene's axes (``nerf.outputs.mesh``); scenes in normalized device
 coordinates (NDC) are brought back to the world. What a ray never met is in no file.
-Colours depend on the direction: a vertex has the mean of those that the three training cameras
+Colors depend on the direction: a vertex has the mean of those that the three training cameras
 which face it most squarely see, a point of a cloud what its pixel shows.
 """
 
@@ -32,11 +32,11 @@ from nerf.training.system import map_on_threads
 FEW_RAYS = 4096  # rendered to find out where the scene is and how soft
 THICKNESS = 32  # of the box's longest side, in which a surface stops half of the light
 SMALLEST_PIECE = 0.01  # of the largest one's volume
-FACING = 3  # cameras that give a vertex its colour
+FACING = 3  # cameras that give a vertex its color
 MOST_CAMERAS = 128  # asked for that, evenly taken
 UNBOUNDED = 1.0  # half side of the exported cube, where space beyond 1 is contracted
 NEIGHBORS = 16  # of a point, for its normal and for whether it stands alone
-ALONE = 2.0  # standard deviations beyond the mean distance to neighbours
+ALONE = 2.0  # standard deviations beyond the mean distance to neighbors
 MARGIN = 0.05  # around what pictures show, of its size
 CHUNK = 1 << 14  # points in one call: activations of wide networks stay small
 
@@ -57,7 +57,7 @@ class Capture(NamedTuple):
     render: object  # rays [B] -> Rendered
     block: int  # rays rendered together
     bound: float  # half side of the cube around the origin to export; 0: as wide as is seen
-    say: object  # of progress and of what may surprise
+    log: object  # of progress and of what may surprise
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def box_of(capture: Capture, seen: Seen) -> tuple[Box, object]:
     if isinstance(space, Contraction) or capture.bound:
         half = capture.bound or UNBOUNDED
         if not capture.bound:
-            capture.say(
+            capture.log(
                 f"unbounded scene: the cube of half side {half:g} around the origin is exported, "
                 "where space is not contracted; --export_bound sets another"
             )
@@ -156,7 +156,7 @@ def _quantiles(points: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def scene_mesh(capture: Capture, *, resolution: int, level: float) -> "trimesh.Trimesh":  # noqa: F821
-    """The scene's surface in world axes and scene units, coloured; see ``mesh.extract_mesh``.
+    """The scene's surface in world axes and scene units, colored; see ``mesh.extract_mesh``.
 
     resolution: points along the box's longest side. level: the surface's density; 0:
     from opacity.
@@ -175,7 +175,7 @@ def scene_mesh(capture: Capture, *, resolution: int, level: float) -> "trimesh.T
         chunk=CHUNK,
         smallest_piece=SMALLEST_PIECE,
         near_surface=True,
-        warn=capture.say,
+        warn=capture.log,
     )
     here = torch.from_numpy(surface.vertices).to(seen.points)
     if scene.ndc:
@@ -210,7 +210,7 @@ def _level_of(capture: Capture, seen: Seen, box: Box) -> float:
             "set --mesh_level"
         )
     if soft < hard:
-        capture.say(
+        capture.log(
             f"surfaces are soft: half of the light goes {math.log(2) / soft:.2g} deep into them "
             f"(box: {side:.3g}); the mesh will show fog, a point cloud may serve better"
         )
@@ -239,7 +239,7 @@ def export_mesh(capture: Capture, path: Path, *, resolution: int, level: float) 
     surface = scene_mesh(capture, resolution=resolution, level=level)
     mesh.write_mesh(path, surface)
     closed = "watertight" if surface.is_watertight else "not watertight"
-    capture.say(
+    capture.log(
         f"mesh: {path} ({len(surface.vertices)} vertices, {len(surface.faces)} triangles, {closed},"
         f" scene units, {time.perf_counter() - start:.0f} s)"
     )
@@ -261,8 +261,8 @@ def scene_points(capture: Capture, num_points: int) -> Cloud:
     """About ``num_points`` points of the surface, those that stand alone left out.
 
     A pixel at the rim of an object sees part of what is behind, and its mean depth lies between:
-    such points have few neighbours (Rusu et al. 2008, statistical outlier removal). Normals: the
-    plane through the nearest neighbours, by principal components.
+    such points have few neighbors (Rusu et al. 2008, statistical outlier removal). Normals: the
+    plane through the nearest neighbors, by principal components.
     """
     scene = capture.scene
     seen = look(capture, FEW_RAYS)
@@ -327,7 +327,7 @@ def export_points(capture: Capture, path: Path, num_points: int) -> None:
     start = time.perf_counter()
     cloud = scene_points(capture, num_points)
     write_points(path, cloud)
-    capture.say(
-        f"point cloud: {path} ({len(cloud.points)} points with colours and normals, scene units, "
+    capture.log(
+        f"point cloud: {path} ({len(cloud.points)} points with colors and normals, scene units, "
         f"{time.perf_counter() - start:.0f} s)"
     )

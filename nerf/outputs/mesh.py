@@ -1,4 +1,4 @@
-"""Triangle meshes: the surface of a density field with a colour per vertex, and files of it.
+"""Triangle meshes: the surface of a density field with a color per vertex, and files of it.
 
 Surface: where a step of a given length has opacity 0.5 (``surface_level``). Marching cubes
 (Lorensen and Cline 1987; Lewiner et al. 2003) runs on that opacity, 1 - 2^(-density / level). It is
@@ -7,11 +7,11 @@ the density itself it would be drawn to the empty point, half a cell too far out
 
 Axes: meshes have the scene's (right-handed, z up by our scenes' custom), and so have .obj and .ply.
 glTF demands y up: a .glb holds (x, z, -y), a rotation, which viewers and Blender expect.
-Colours: RGB as rendered, that is sRGB, 8 bits; .obj and .ply hold it as it is, which MeshLab and
+Colors: RGB as rendered, that is sRGB, 8 bits; .obj and .ply hold it as it is, which MeshLab and
 Blender expect. glTF defines COLOR_0 as linear, and three.js and Blender read it so: sRGB stored
 there looks washed out. A .glb therefore holds linear float32, 8 bits being too coarse in the
 dark, and a matte material: glTF's default is a metal, black where there is nothing to mirror.
-trimesh converts nothing: it reads linear colours back, with ``skip_materials=True``.
+trimesh converts nothing: it reads linear colors back, with ``skip_materials=True``.
 """
 
 import math
@@ -57,10 +57,10 @@ def extract_mesh(
     near_surface: bool = False,
     warn=print,
 ) -> "trimesh.Trimesh":  # noqa: F821
-    """The closed surface of a density field, faces outwards, with an sRGB colour per vertex.
+    """The closed surface of a density field, faces outwards, with an sRGB color per vertex.
 
     density_at: scene points [M, 3] -> density [M] >= 0, per scene unit; color_at: scene points
-    [M, 3] -> RGB [M, 3] in [0, 1], None: no colours; at most ``chunk`` points a call. low, high:
+    [M, 3] -> RGB [M, 3] in [0, 1], None: no colors; at most ``chunk`` points a call. low, high:
     corners [3] of the box. resolution: points along the longest side of the grid, which is fitted
     to what the box holds. level: the surface's density; where nothing reaches it, a percentile of
     what there is. keep_largest: only the piece with the most solid volume. Not the largest area,
@@ -111,7 +111,7 @@ def extract_mesh(
 def write_mesh(path: Path, mesh) -> None:
     """The mesh as .glb, .obj or .ply, by the name's ending; its folder is made.
 
-    For axes and colours in the file see above. At any moment the old file or the new is whole.
+    For axes and colors in the file see above. At any moment the old file or the new is whole.
     """
     kind = path.suffix.lower()
     if kind not in MESH_FORMATS:
@@ -250,20 +250,20 @@ def rgba(rgb: Tensor) -> np.ndarray:
     """RGBA [V, 4] uint8 of vertices' RGB [V, 3] in [0, 1]. ValueError where it is NaN."""
     if bad := int(rgb.isnan().any(-1).sum()):
         raise ValueError(
-            f"the colour is NaN at {bad} of {len(rgb)} vertices: the field is broken, "
+            f"the color is NaN at {bad} of {len(rgb)} vertices: the field is broken, "
             "export an earlier checkpoint"
         )
     return np.pad(to_8bit(rgb.float().cpu().numpy()), ((0, 0), (0, 1)), constant_values=255)
 
 
 def _glb(mesh) -> bytes:
-    """A mesh in scene axes as binary glTF: y up, linear colours, matte."""
+    """A mesh in scene axes as binary glTF: y up, linear colors, matte."""
     trimesh, _ = _libraries()
     linear = trimesh.visual.color.srgb_to_linear(mesh.visual.vertex_colors[:, :3])
     turned = trimesh.Trimesh(
         mesh.vertices[:, [0, 2, 1]] * [1.0, 1.0, -1.0],
         mesh.faces,
-        # trimesh writes vertex colours with 8 bits only, other attributes as they are ...
+        # trimesh writes vertex colors with 8 bits only, other attributes as they are ...
         vertex_attributes={"_COLOR_0": linear.astype(np.float32)},
         process=False,
     )

@@ -94,7 +94,7 @@ def sample_density(
 def heights_near_surface(height_at: Callable[[Tensor], np.ndarray], grid: Grid) -> np.ndarray:
     """Heights [X, Y, Z], positive inside, asked for only where the surface may be.
 
-    height_at: flat numbers of points [M] -> heights [M]. Every change of sign between neighbours is
+    height_at: flat numbers of points [M] -> heights [M]. Every change of sign between neighbors is
     between points that were asked for, so the surface is the same as on the whole grid, but for
     pieces so small that they miss every corner of the blocks near them. Elsewhere heights are those
     of a block's corner.
@@ -142,7 +142,7 @@ def _flat(rows: list[Tensor], counts) -> Tensor:
 
 
 def _unknown_at_sign_change(solid: Tensor, known: Tensor) -> Tensor:
-    """The points [X, Y, Z] not known whose neighbour along a grid line is of the other kind."""
+    """The points [X, Y, Z] not known whose neighbor along a grid line is of the other kind."""
     found = torch.zeros_like(known)
     for axis in range(3):
         size = solid.shape[axis] - 1

@@ -217,12 +217,12 @@ def write_page(path: Path, content: str) -> Path:
     return path
 
 
-def try_report(folder: Path, say) -> None:
+def try_report(folder: Path, log) -> None:
     """``write_report`` after a run: what goes wrong is said and costs nothing else."""
     try:
-        say(f"report: {write_report(folder)}")
+        log(f"report: {write_report(folder)}")
     except (ValueError, OSError, KeyError, TypeError) as error:
-        say(f"there is no report.html: {error}")
+        log(f"there is no report.html: {error}")
 
 
 def main() -> int:

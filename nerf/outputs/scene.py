@@ -20,7 +20,7 @@ from nerf.outputs.render import render_view
 from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered
 from nerf.training.distributed import World
-from nerf.training.recovery import smaller_until_it_fits
+from nerf.training.recovery import halve_until_it_fits
 from nerf.training.system import StopSignal
 
 VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
@@ -31,7 +31,7 @@ class Interrupted(Exception):
     """A signal came while pictures were being rendered."""
 
 
-class Painter:
+class SceneOutputs:
     """Renders cameras of one scene: what the functions below need to know, in one place.
 
     stop: a StopSignal; once it has noted one, the next picture raises Interrupted. block: rays at
@@ -45,10 +45,10 @@ class Painter:
         block: int,
         world: World,
         stop: StopSignal | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         self.render, self.scene, self.block, self.world = render, scene, block, world
-        self.stop, self.say = stop, say
+        self.stop, self.log = stop, log
 
     def __call__(
         self, scene: Scene, c2w: Tensor, intrinsics: Tensor, size: tuple[int, int] | None = None
@@ -67,7 +67,7 @@ class Painter:
 
     def fitting(self, job: Callable):
         """job(rays at a time), which is without messages between ranks, with as many as fit."""
-        made, self.block = smaller_until_it_fits(job, self.block, self.say)
+        made, self.block = halve_until_it_fits(job, self.block, self.log)
         return made
 
     def view(self, scene: Scene, view: int) -> Rendered:
@@ -92,7 +92,7 @@ class Painter:
         return torch.where(rendered.opacity > 0, z, 0.0).numpy()
 
     def depth_map(self, rendered: Rendered) -> np.ndarray:
-        """Depth in colour [H, W, 3]; near is bright, nothing is dark."""
+        """Depth in color [H, W, 3]; near is bright, nothing is dark."""
         scene = self.scene
         near = nearness(rendered.depth.numpy(), scene.near, scene.far, scene.ndc)
         return colorize(near * np.clip(rendered.opacity.numpy(), 0, 1))
@@ -120,7 +120,7 @@ def _averaged(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def measure_views(
-    painter: Painter,
+    outputs: SceneOutputs,
     split: str,
     folder: Path,
     factor: int = 0,
@@ -135,19 +135,19 @@ def measure_views(
     is measured on the pictures as saved. lpips: of ``metrics.load_lpips``. true_depth: folder of
     exact depth, <view's name>.npy [H, W], see ``depth_unit``. metres_per_unit: 0: not known.
     """
-    scene = painter.scene.resized(factor)
-    world, views = painter.world, painter.scene.splits[split]
+    scene = outputs.scene.resized(factor)
+    world, views = outputs.world, outputs.scene.splits[split]
     mine = []
-    with world.together():
+    with world.raise_on_all_ranks():
         for number in range(world.rank, len(views), world.size):
             view, start = views[number], time.perf_counter()
-            rendered = painter.view(scene, view)
+            rendered = outputs.view(scene, view)
             seconds = time.perf_counter() - start
             picture = rendered.rgb.clamp(0, 1).numpy()
-            target, mask = (of(painter.scene, view, factor) for of in (target_at, mask_at))
-            depth = painter.z_depth(rendered, scene, view)
+            target, mask = (of(outputs.scene, view, factor) for of in (target_at, mask_at))
+            depth = outputs.z_depth(rendered, scene, view)
             write_view(folder, number, picture, target)
-            write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+            write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
             np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
             saved = to_8bit(picture) / 255.0
             row = {
@@ -162,7 +162,7 @@ def measure_views(
                 row["lpips"] = lpips(picture, target)
             mine.append(row | _against_truth(depth, true_depth, scene.names[view]))
         if world.is_main and views:
-            write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=True)
+            write_depth_unit(folder / "depth", outputs.scene, metres_per_unit, values=True)
     rows = sorted((row for part in world.gather(mine) for row in part), key=lambda r: r["number"])
     seconds = [row.pop("seconds") for row in rows]
     for row in rows:
@@ -180,7 +180,7 @@ def measure_views(
 
 
 def write_view(folder: Path, number: int, picture: np.ndarray, target: np.ndarray) -> None:
-    """A view as rendered, target/ and error/: the mean absolute difference, times 4, in colour."""
+    """A view as rendered, target/ and error/: the mean absolute difference, times 4, in color."""
     write_png(folder / f"{number:03d}.png", picture)
     write_png(folder / "target" / f"{number:03d}.png", target)
     error = np.abs(picture - target).mean(-1) * 4
@@ -200,13 +200,13 @@ def _against_truth(depth: np.ndarray, folder: Path | None, name: str) -> dict[st
 
 
 def write_depth_unit(folder: Path, scene: Scene, metres_per_unit: float, *, values: bool) -> None:
-    """unit.json beside depth files: what their numbers and colours mean."""
+    """unit.json beside depth files: what their numbers and colors mean."""
     scale = metres_per_unit or 1.0
     content = {
         "depth": "z: along the camera's axis, not the distance to the camera",
-        "unit": "metres" if metres_per_unit else "scene units; their length in metres is not known",
+        "unit": "meters" if metres_per_unit else "scene units; their length in meters is not known",
         "metres_per_scene_unit": metres_per_unit or None,
-        "png": "colour: bright is near, black nothing; even in "
+        "png": "color: bright is near, black nothing; even in "
         + ("NDC depth" if scene.ndc else "1 / z" if scene.near > 0 else "z")
         + f" from {scene.near * (1 if scene.ndc else scale):g}"
         + f" to {scene.far * (1 if scene.ndc else scale):g}",
@@ -224,7 +224,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def render_path(
-    painter: Painter,
+    outputs: SceneOutputs,
     folder: Path,
     factor: int = 0,
     warn=print,
@@ -237,7 +237,7 @@ def render_path(
     key_path: c2w [F, 3, 4] and vertical fov_deg [F] instead, of ``camera_path.read_path``.
     Returns the videos that were made.
     """
-    scene, world = painter.scene.resized(factor), painter.world
+    scene, world = outputs.scene.resized(factor), outputs.world
     poses = scene.render_poses
     # One camera model serves the whole path: the first view's, without its lens' distortion.
     camera, size = scene.intrinsics[0, :4], scene.view_size(0)
@@ -246,14 +246,14 @@ def render_path(
         poses = torch.tensor(key_path[0], dtype=torch.float32, device=camera.device)
         focal = 0.5 * size[0] / np.tan(np.radians(key_path[1]) / 2)
         cameras = [camera.new_tensor([f, f, 0.5 * size[1], 0.5 * size[0]]) for f in focal]
-    with world.together():
+    with world.raise_on_all_ranks():
         for number in range(world.rank, len(poses), world.size):
-            rendered = painter(scene, poses[number], cameras[number], size)
+            rendered = outputs(scene, poses[number], cameras[number], size)
             write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
-            write_png(folder / "depth" / f"{number:03d}.png", painter.depth_map(rendered))
+            write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
     if not world.is_main:
         return []
-    write_depth_unit(folder / "depth", painter.scene, metres_per_unit, values=False)
+    write_depth_unit(folder / "depth", outputs.scene, metres_per_unit, values=False)
     return make_videos(folder, len(poses), warn)
 
 
@@ -267,9 +267,9 @@ def make_videos(folder: Path, num_frames: int, warn=print) -> list[Path]:
     return made
 
 
-def validation_psnr(painter: Painter) -> float:
+def validation_psnr(outputs: SceneOutputs) -> float:
     """PSNR of a fixed random set of pixels over all validation views (training ones if none)."""
-    scene, world = painter.scene, painter.world
+    scene, world = outputs.scene, outputs.world
     views = scene.splits.get("val") or scene.splits["train"]
     generator = torch.Generator().manual_seed(0)
     pool = None
@@ -287,26 +287,26 @@ def validation_psnr(painter: Painter) -> float:
         for start in range(0, len(pixels), block):
             part = slice(start, start + block)
             rays, target = scene.pick(view[part], x[part], y[part])
-            error += ((painter.render(rays).rgb - target) ** 2).sum().item()
+            error += ((outputs.render(rays).rgb - target) ** 2).sum().item()
         return error
 
-    error = painter.fitting(error_of)
+    error = outputs.fitting(error_of)
     return psnr_from_mse(sum(world.gather(error)) / (VAL_PIXELS * 3))
 
 
-def validation_strip(painter: Painter, step: int) -> np.ndarray:
+def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
     """rgb | target | error | depth | opacity of one validation view, small -> uint8 [H, 5 W, 3].
 
     The view changes with ``step``. The error is the mean absolute one, times 4.
     """
-    scene = painter.scene
+    scene = outputs.scene
     views = scene.splits.get("val") or scene.splits["train"]
     view = views[step * 7919 % len(views)]
     factor = max(1, max(scene.height, scene.width) // STRIP_SIDE)
-    rendered = painter.view(scene.resized(factor), view)
+    rendered = outputs.view(scene.resized(factor), view)
     picture = rendered.rgb.clamp(0, 1).numpy()
     target = target_at(scene, view, factor)
     error = colorize(np.abs(picture - target).mean(-1) * 4)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
-    panels = [picture, target, error, painter.depth_map(rendered), opacity]
+    panels = [picture, target, error, outputs.depth_map(rendered), opacity]
     return to_8bit(np.concatenate(panels, axis=1))

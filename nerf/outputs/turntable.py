@@ -10,13 +10,13 @@ from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import to_8bit
 from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.renderer import ObjectRendered
-from nerf.text3d.shading import plain_look
+from nerf.text3d.shading import preview_lighting
 from nerf.training.distributed import World
 from nerf.training.system import map_on_threads
 
 AMBIENT = 0.3  # on lit pictures
 RAYS = 4096  # rendered together
-PARTS = ("lit", "normal", "depth", "opacity")  # beside the colour, each in a folder of its own
+PARTS = ("lit", "normal", "depth", "opacity")  # beside the color, each in a folder of its own
 
 
 def orbit(num_views: int, elevation_deg: float, radius: float, fov_deg: float, device):
@@ -40,10 +40,12 @@ def render_cameras(
         view, piece = job
         part = slice(piece * RAYS, min((piece + 1) * RAYS, num_pixels))
         camera = cameras.part(slice(view, view + 1))
-        look = plain_look(camera.c2w[:, :, 3], background, ambient=AMBIENT if lit else 1.0)
-        look = look.per_pixel(part.stop - part.start)
+        lighting = preview_lighting(
+            camera.c2w[:, :, 3], background, ambient=AMBIENT if lit else 1.0
+        )
+        lighting = lighting.per_pixel(part.stop - part.start)
         with torch.no_grad():  # a setting of each thread
-            rendered = model(camera.rays(size, size).part(part), look)
+            rendered = model(camera.rays(size, size).part(part), lighting)
         pictures[view][piece] = ObjectRendered(*(member.cpu() for member in rendered))
 
     jobs = [(view, piece) for view, pieces in enumerate(pictures) for piece in range(len(pieces))]
@@ -107,7 +109,7 @@ def render_turntable(
     own = cameras.part(list(mine))
     plain = render_cameras(model, own, size, background)
     lit = render_cameras(model, own, size, background, lit=True)
-    with world.together():
+    with world.raise_on_all_ranks():
         for number, pair in zip(mine, zip(plain, lit, strict=True), strict=True):
             for name, picture in as_pictures(*pair, *bounds).items():
                 write_png(

@@ -46,9 +46,9 @@ def check_server(host: str, port: int) -> None:
             ) from None
 
 
-def view_of(painter, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box):
+def view_of(outputs, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box):
     """What a free camera sees, [H, W, 3] in [0, 1]. fov: vertical, radians; box: [2, 3] or None."""
-    scene, device = painter.scene, painter.world.device
+    scene, device = outputs.scene, outputs.world.device
     height, width = size
     focal = 0.5 * height / math.tan(0.5 * fov)
     pose = torch.tensor(c2w, dtype=torch.float32, device=device)
@@ -60,8 +60,8 @@ def view_of(painter, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: s
         hit = inside.view(height, width).cpu()
     parts = []
     with torch.no_grad():
-        for start in range(0, height * width, painter.block):
-            parts.append(painter.render(rays.part(slice(start, start + painter.block))))
+        for start in range(0, height * width, outputs.block):
+            parts.append(outputs.render(rays.part(slice(start, start + outputs.block))))
     rgb, opacity, depth = (torch.cat(m).cpu().float() for m in zip(*parts, strict=True))
     rgb, depth = rgb.view(height, width, 3), depth.view(height, width) * hit
     opacity = opacity.view(height, width).clamp(0, 1) * hit
@@ -119,11 +119,11 @@ class Viewer:
 
     view: Callable | None = None
 
-    def __init__(self, scene, folder: Path, host: str, port: int, say, *,
+    def __init__(self, scene, folder: Path, host: str, port: int, log, *,
                  modes=MODES, text: str | None = None, may_pause=True) -> None:  # fmt: skip
         import viser
 
-        self.scene, self.folder, self.say = scene, folder, say
+        self.scene, self.folder, self.log = scene, folder, log
         self.on, self.paused, self.spent, self.began = True, False, 0.0, time.monotonic()
         self.keys: list[tuple[np.ndarray, float]] = []
         self._asked: str | None = None
@@ -136,7 +136,7 @@ class Viewer:
         except Exception:
             self.server.stop()
             raise
-        say(f"viewer: http://{host}:{port}")
+        log(f"viewer: http://{host}:{port}")
 
     def _set_up(self, port: int, modes, text: str | None, may_pause: bool) -> None:
         if self.server.get_port() != port:
@@ -188,7 +188,7 @@ class Viewer:
             try:
                 action(event)
             except Exception as error:  # in viser's thread: must never reach training
-                self.say(f"viewer: {error}")
+                self.log(f"viewer: {error}")
 
         return run
 
@@ -207,7 +207,7 @@ class Viewer:
 
     def _save(self, event) -> None:
         write_path(self.folder / "camera_path.json", self.keys, self.seconds.value)
-        self.say(f"viewer: {len(self.keys)} keys -> {self.folder / 'camera_path.json'}")
+        self.log(f"viewer: {len(self.keys)} keys -> {self.folder / 'camera_path.json'}")
 
     def _play(self, event) -> None:
         if len(self.keys) > 1:
@@ -257,7 +257,7 @@ class Viewer:
             return any([self._client(number, c) for number, c in self._clients()])
         except Exception as error:  # no viewer fault may stop training
             self.on = False
-            self.say(f"viewer switched off: {type(error).__name__}: {error}")
+            self.log(f"viewer switched off: {type(error).__name__}: {error}")
             return False
         finally:
             self.spent += time.monotonic() - start

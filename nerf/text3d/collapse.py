@@ -14,11 +14,11 @@ class Collapse:
     def __init__(self) -> None:
         self.steps, self._said = 0, None
 
-    def watch(self, opacity: float, step: int, say) -> None:
+    def watch(self, opacity: float, step: int, log) -> None:
         """``say`` the diagnosis, when there is a new one."""
         complaint = self.diagnosis(opacity)
         if complaint and complaint != self._said:
-            say(f"step {step}: {complaint}")
+            log(f"step {step}: {complaint}")
             self._said = complaint
 
     def diagnosis(self, opacity: float) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def opacity_loss(opacity: Tensor) -> Tensor:
-    """sqrt(o^2 + 0.01): favours empty space (DreamFusion, appendix A.2). opacity [R] -> []."""
+    """sqrt(o^2 + 0.01): favors empty space (DreamFusion, appendix A.2). opacity [R] -> []."""
     return (opacity.square() + 0.01).sqrt().mean()
 
 

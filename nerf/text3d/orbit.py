@@ -26,7 +26,7 @@ class OrbitCameras(NamedTuple):
         return OrbitCameras(*(member[index] for member in self))
 
     def rays(self, height: int, width: int) -> Rays:
-        """Rays [V * H * W] through the pixels' centres, view by view, row by row."""
+        """Rays [V * H * W] through the pixels' centers, view by view, row by row."""
         device, num_views = self.c2w.device, len(self.c2w)
         focal = 0.5 * height / torch.tan(torch.deg2rad(self.fov_deg) / 2)
         center = torch.tensor([width / 2, height / 2], device=device).expand(num_views, 2)

@@ -16,15 +16,15 @@ class Particles(nn.Module):
     def shown(self) -> nn.Module:
         return self.members[self.current]
 
-    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Draw the one that this step is for; the same on every rank."""
         draw = torch.randint(len(self.members), (), generator=generator, device=generator.device)
         self.current = int(draw)
         # Each keeps its own count, so that its occupancy grid is looked at as often as if alone.
-        self.shown.prepare_step(step // len(self.members), generator)
+        self.shown.begin_step(step // len(self.members), generator)
 
-    def forward(self, rays, look, jitter=None, lit=None):
-        return self.shown(rays, look, jitter, lit)
+    def forward(self, rays, lighting, jitter=None, lit=None):
+        return self.shown(rays, lighting, jitter, lit)
 
     def report(self) -> dict[str, float]:
         return {"particle": self.current, **self.shown.report()}

@@ -1,7 +1,7 @@
-"""Rays -> pictures of one object that is being dreamt up: a field, its light, a background.
+"""Rays -> pictures of one object that is being dreamed up: a field, its light, a background.
 
 The object lives in a cube around the origin, sampled through an occupancy grid as in
-``nerf.grid_renderer``. Beside colours there are normals, and what the losses on shape need.
+``nerf.occupancy_renderer``. Beside colors there are normals, and what the losses on shape need.
 (Poole et al. 2022, DreamFusion, section 3.1; the density blob of Lin et al. 2022, Magic3D.)
 """
 
@@ -16,7 +16,7 @@ from nerf.encodings import FrequencyEncoding
 from nerf.field import density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
-from nerf.text3d.shading import Look, shade
+from nerf.text3d.shading import Lighting, shade
 from nerf.volume import packed_weights_cumsum, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between looks at the occupancy grid
@@ -37,7 +37,7 @@ class ObjectRendered(NamedTuple):
 
 
 class Background(nn.Module):
-    """A colour for every direction: a small network far behind the scene."""
+    """A color for every direction: a small network far behind the scene."""
 
     def __init__(self, multires: int = 4, width: int = 32):
         super().__init__()
@@ -75,7 +75,7 @@ class ObjectRenderer(nn.Module):
     ):
         super().__init__()
         self.field, self.grid = field, grid
-        self.behind = Background() if learned_background else None
+        self.background_net = Background() if learned_background else None
         edge = torch.full((3,), float(bound))
         self.register_buffer("edge", edge, persistent=False)
         self.num_steps, self.bound = num_steps, float(bound)
@@ -101,13 +101,13 @@ class ObjectRenderer(nn.Module):
         blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
         return self.density_scale * F.softplus(raw + blob)
 
-    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Keep the grid up to date. The same on every rank: same weights, same draws."""
         if step % UPDATE_EVERY == 0:
             self.grid.update(self.density, step, self.space.step, generator)
 
     def forward(
-        self, rays: Rays, look: Look, jitter: Tensor | None = None, lit: bool | None = None
+        self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
     ) -> ObjectRendered:
         """Rays [R] under ``look`` [R]. jitter [R, 1] uniform; None: the same places every time.
 
@@ -117,12 +117,14 @@ class ObjectRenderer(nn.Module):
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, jitter)
         if self.early_stop:
-            samples = self._seen(samples, num_rays, learning=torch.is_grad_enabled())
+            samples = self._cull_occluded(samples, num_rays, learning=torch.is_grad_enabled())
         self.num_samples = len(samples.ray)
-        background = look.background
-        if self.behind is not None:
-            background = torch.lerp(background, self.behind(rays.viewdirs), look.learned)
-        sigma, albedo, normals = self._query(samples, rays, look.is_lit if lit is None else lit)
+        background = lighting.background
+        if self.background_net is not None:
+            background = torch.lerp(
+                background, self.background_net(rays.viewdirs), lighting.use_background_net
+            )
+        sigma, albedo, normals = self._query(samples, rays, lighting.is_lit if lit is None else lit)
         weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
         color = albedo
         if normals is None:
@@ -130,7 +132,7 @@ class ObjectRenderer(nn.Module):
             facing = torch.zeros_like(sigma)
         else:
             points = self.space.from_unit(samples.points)
-            color = shade(albedo, normals, points, look.part(samples.ray))
+            color = shade(albedo, normals, points, lighting.part(samples.ray))
             facing = (normals * rays.viewdirs[samples.ray]).sum(-1).clamp(min=0).square()
         t = samples.t
         values = torch.cat(
@@ -177,7 +179,7 @@ class ObjectRenderer(nn.Module):
         return sum(self.density(unit + reach * corner)[:, None] * corner for corner in corners)
 
     @torch.no_grad()
-    def _seen(self, samples: Samples, num_rays: int, *, learning: bool) -> Samples:
+    def _cull_occluded(self, samples: Samples, num_rays: int, *, learning: bool) -> Samples:
         """The samples that light gets through to, found by density alone (NerfAcc, section 3.2).
 
         learning: also leave out what is fainter than FAINT. A softplus' slope falls with its value,
@@ -208,15 +210,17 @@ class ObjectRenderer(nn.Module):
         return {
             "network_fn_state_dict": self.field.state_dict(),
             "occupancy_state_dict": self.grid.state_dict(),
-            "background_state_dict": self.behind.state_dict() if self.behind is not None else {},
+            "background_state_dict": self.background_net.state_dict()
+            if self.background_net is not None
+            else {},
         }
 
     def load_checkpoint_state(self, state: dict, load, where: str) -> None:
         """Put ``checkpoint_state`` back. load(module, state, where) is strict."""
         load(self.field, state["network_fn_state_dict"], f"{where}: field")
         load(self.grid, state["occupancy_state_dict"], f"{where}: occupancy grid")
-        if self.behind is not None:
-            load(self.behind, state["background_state_dict"], f"{where}: background")
+        if self.background_net is not None:
+            load(self.background_net, state["background_state_dict"], f"{where}: background")
 
     def report(self) -> dict[str, float]:
         """Figures for the log: samples of the latest step, and how full the grid is."""
@@ -231,11 +235,11 @@ class Picture(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_views, 3, size, size))
         self.first = 0  # of the views that this rank's rays belong to
 
-    def prepare_step(self, step: int, generator: torch.Generator) -> None:
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Nothing to keep up to date."""
 
     def forward(
-        self, rays: Rays, look: Look, jitter: Tensor | None = None, lit: bool | None = None
+        self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
     ) -> ObjectRendered:
         """The pixels of as many pictures as there are rays for."""
         num_views, _, height, width = self.logits.shape

@@ -1,6 +1,6 @@
-"""Light: what turns albedo and normals into colours (DreamFusion, section 3.1).
+"""Light: what turns albedo and normals into colors (DreamFusion, section 3.1).
 
-A point light and an ambient one: colour = albedo (ambient + (1 - ambient) max(0, n l)). Some
+A point light and an ambient one: color = albedo (ambient + (1 - ambient) max(0, n l)). Some
 pictures are albedo alone (ambient 1), some show the shape alone (albedo white): a scene that looks
 right only when painted gives itself away there.
 """
@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Look(NamedTuple):
+class Lighting(NamedTuple):
     """How each ray [R] is lit, and what is behind it."""
 
     light: Tensor  # [R, 3] position of the point light, scene units
     ambient: Tensor  # [R, 1] share of light from everywhere; 1: albedo only
     textureless: Tensor  # [R, 1] 1: as if all were white
-    background: Tensor  # [R, 3] colour of what is behind ...
-    learned: Tensor  # [R, 1] ... unless this is 1: then the renderer's own background
+    background: Tensor  # [R, 3] color of what is behind ...
+    use_background_net: Tensor  # [R, 1] ... unless this is 1: then the renderer's own background
 
-    def part(self, index) -> "Look":
+    def part(self, index) -> "Lighting":
         """The rows at ``index``."""
-        return Look(*(member[index] for member in self))
+        return Lighting(*(member[index] for member in self))
 
-    def per_pixel(self, num_pixels: int) -> "Look":
+    def per_pixel(self, num_pixels: int) -> "Lighting":
         """A row per view -> a row per ray, ``num_pixels`` of them for each view."""
-        return Look(*(member.repeat_interleave(num_pixels, dim=0) for member in self))
+        return Lighting(*(member.repeat_interleave(num_pixels, dim=0) for member in self))
 
     @property
     def is_lit(self) -> bool:
@@ -35,22 +35,22 @@ class Look(NamedTuple):
         return bool((self.ambient < 1).any())
 
 
-class LookSettings(NamedTuple):
+class LightingSettings(NamedTuple):
     """The laws that ``draw_look`` draws by."""
 
     ambient: float = 0.1
     p_diffuse: float = 0.75  # of views that are lit at all
     p_textureless: float = 0.5  # of those
     background: str = "random"  # or white, black, learned
-    p_random: float = 0.5  # of views before a random colour although the background is another
+    p_random: float = 0.5  # of views before a random color although the background is another
 
 
 GREYS = {"white": 1.0, "black": 0.0}
 
 
-def draw_look(
-    cameras: Tensor, settings: LookSettings, generator: torch.Generator, *, lit: bool
-) -> Look:
+def draw_lighting(
+    cameras: Tensor, settings: LightingSettings, generator: torch.Generator, *, lit: bool
+) -> Lighting:
     """A random look for each of V cameras at [V, 3]. lit False: albedo only.
 
     The light's direction is that of N(camera, I), its distance 0.8 to 1.5 times the camera's.
@@ -65,30 +65,30 @@ def draw_look(
     random = settings.background == "random"
     own = (uniform[:, 3:4] < settings.p_random) | random
     plain = torch.full_like(cameras, GREYS.get(settings.background, 0.0))
-    return Look(
+    return Lighting(
         light=F.normalize(around, dim=-1) * far,
         ambient=torch.where(shaded, settings.ambient, 1.0),
         textureless=textureless.float(),
         background=torch.where(own, uniform[:, 4:7], plain),
-        learned=(~own).float() * (settings.background == "learned"),
+        use_background_net=(~own).float() * (settings.background == "learned"),
     )
 
 
-def plain_look(cameras: Tensor, background: str, *, ambient: float = 1.0) -> Look:
+def preview_lighting(cameras: Tensor, background: str, *, ambient: float = 1.0) -> Lighting:
     """The look of previews: a light at each camera [V, 3]; ambient 1 shows the albedo."""
     one = torch.ones_like(cameras[:, :1])
-    return Look(
+    return Lighting(
         light=cameras,
         ambient=ambient * one,
         textureless=0 * one,
         background=torch.full_like(cameras, GREYS.get(background, 1.0)),
-        learned=one * (background == "learned"),
+        use_background_net=one * (background == "learned"),
     )
 
 
-def shade(albedo: Tensor, normals: Tensor, points: Tensor, look: Look) -> Tensor:
+def shade(albedo: Tensor, normals: Tensor, points: Tensor, lighting: Lighting) -> Tensor:
     """Lambert's law at points [N, 3] with albedo and unit normals [N, 3], look per point."""
-    towards = F.normalize(look.light - points, dim=-1)
+    towards = F.normalize(lighting.light - points, dim=-1)
     lambert = (normals * towards).sum(-1, keepdim=True).clamp(min=0)
-    albedo = torch.lerp(albedo, torch.ones_like(albedo), look.textureless)
-    return albedo * (look.ambient + (1 - look.ambient) * lambert)
+    albedo = torch.lerp(albedo, torch.ones_like(albedo), lighting.textureless)
+    return albedo * (lighting.ambient + (1 - lighting.ambient) * lambert)

@@ -202,7 +202,7 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def set_aside(folder: Path, say) -> None:
+def archive_checkpoints(folder: Path, log) -> None:
     """Move the checkpoints of ``folder`` into a folder inside it: a run that starts anew is coming.
 
     Left where they are, their higher steps would make the new run's own look old, to be removed.
@@ -216,7 +216,7 @@ def set_aside(folder: Path, say) -> None:
     (folder / f"before_{number}").mkdir()
     for path in paths:
         path.rename(folder / f"before_{number}" / path.name)
-    say(f"starting anew; {len(paths)} earlier checkpoints are in {folder / f'before_{number}'}")
+    log(f"starting anew; {len(paths)} earlier checkpoints are in {folder / f'before_{number}'}")
 
 
 def load_strictly(module, state: dict, where: str) -> None:
@@ -244,7 +244,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
                 if entry[name].shape != parameter.shape:
                     raise ValueError(f"{name} {list(entry[name].shape)}: {list(parameter.shape)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: its optimiser state does not fit ({error})") from None
+        raise CheckpointError(f"{where}: its optimizer state does not fit ({error})") from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
 
@@ -253,7 +253,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
 
 
 def find_checkpoint(
-    folder: Path, given: str | None, world, say, *, reload=True, prefer_given=False
+    folder: Path, given: str | None, world, log, *, reload=True, prefer_given=False
 ):
     """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file.
 
@@ -262,7 +262,7 @@ def find_checkpoint(
     """
     found = None
     if reload and world.is_main:
-        found = newest_checkpoint(folder, say)
+        found = newest_checkpoint(folder, log)
         if given and (prefer_given or found is None):
             found = (Path(given), load_checkpoint(Path(given)))
     path = world.gather(found and found[0])[0]
@@ -271,7 +271,7 @@ def find_checkpoint(
     return path, found[1] if found else load_checkpoint(path)
 
 
-def restore(path, state, say, renderer, optimizer=None, scaler=None, ema=None) -> None:
+def restore(path, state, log, renderer, optimizer=None, scaler=None, ema=None) -> None:
     """Put ``state`` into the given parts, strictly."""
     try:
         renderer.load_checkpoint_state(state, load_strictly, str(path))
@@ -283,7 +283,7 @@ def restore(path, state, say, renderer, optimizer=None, scaler=None, ema=None) -
             if "ema_state_dict" in state:
                 ema.load_state_dict(state["ema_state_dict"])
             else:
-                say(f"{path} has no averaged weights; averaging starts from its own")
+                log(f"{path} has no averaged weights; averaging starts from its own")
                 ema.reset()
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
@@ -293,7 +293,7 @@ def restore(path, state, say, renderer, optimizer=None, scaler=None, ema=None) -
 def save_run(run, step, parts, *, keep, best_step=None, **extra) -> bool:
     """One checkpoint of everything, by rank 0; then all but the newest ``keep`` and the best go.
 
-    parts: renderer, optimiser, scaler and EMA. What cannot be written is tried once more, then
+    parts: renderer, optimizer, scaler and EMA. What cannot be written is tried once more, then
     said; the file before it stays. Returns whether this rank has nothing unsaved.
     """
     if not run.is_main:
@@ -309,15 +309,15 @@ def save_run(run, step, parts, *, keep, best_step=None, **extra) -> bool:
     if ema.enabled:
         state["ema_state_dict"] = ema.state_dict()
     path = checkpoint_path(run.folder, step)
-    run.revive()
+    run.recreate()
     for last_try in (False, True):
         try:
             save_checkpoint(path, state)
         except (OSError, RuntimeError, CheckpointError) as error:  # torch wraps what write raises
             if last_try:
-                run.lose("checkpoint", f"{path.name} (step {step})", error)
+                run.mark_failed("checkpoint", f"{path.name} (step {step})", error)
         else:
-            run.found_again("checkpoint")
+            run.mark_recovered("checkpoint")
             with run.guard("removal of old checkpoints"):
                 prune_checkpoints(run.folder, keep, best_step)
             return True

@@ -23,7 +23,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, total: int) -> slice:
+    def shard(self, total: int) -> slice:
         """This rank's contiguous part of ``total`` items, which must divide evenly."""
         part = total // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
@@ -36,7 +36,7 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
-    def largest(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The element-wise maximum of ``values`` over all ranks."""
         if self.size == 1:
             return list(values)
@@ -44,7 +44,7 @@ class World:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
-    def total(self, value: float) -> float:
+    def all_reduce_sum(self, value: float) -> float:
         """The sum of ``value`` over all ranks."""
         if self.size == 1:
             return value
@@ -53,7 +53,7 @@ class World:
         return number.item()
 
     @contextmanager
-    def together(self):
+    def raise_on_all_ranks(self):
         """What a disk refuses to one rank inside the block is an OSError on all of them.
 
         Or that rank would go on alone, while the others wait for it in their next message. Nothing

@@ -31,7 +31,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Call once after every optimiser step."""
+        """Call once after every optimizer step."""
         if not self.enabled:
             return
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))

@@ -16,12 +16,12 @@ MAX_SKIPPED = 100  # float16's loss scale alone may need some 40 to come down
 OTHER_DRAWS = 1_000_003  # added to the seed at every return; seeds tried for dead starts are near
 
 
-class NotFinite(Exception):
+class NonFinite(Exception):
     """Too many updates in a row were left out. trouble: what was not finite first, of any rank."""
 
-    def __init__(self, step: int, trouble: str, dump: dict | None):
-        super().__init__(trouble)
-        self.step, self.trouble, self.dump = step, trouble, dump
+    def __init__(self, step: int, cause: str, dump: dict | None):
+        super().__init__(cause)
+        self.step, self.cause, self.dump = step, cause, dump
 
 
 class FiniteWatch:
@@ -43,13 +43,13 @@ class FiniteWatch:
         own, dump = found()
         said = world.gather(own)
         rank = next((number for number, text in enumerate(said) if text), 0)
-        trouble = said[rank] or "the gradient"
+        cause = said[rank] or "the gradient"
         if world.size > 1:
-            trouble += f" on rank {rank}"
-        raise NotFinite(step, trouble, dump if world.rank == rank else None)
+            cause += f" on rank {rank}"
+        raise NonFinite(step, cause, dump if world.rank == rank else None)
 
 
-def first_broken(**tensors: Tensor | None) -> str:
+def first_non_finite(**tensors: Tensor | None) -> str:
     """The name of the first that is not finite, and how much of it; "" if all are."""
     for name, value in tensors.items():
         if value is None:
@@ -61,7 +61,7 @@ def first_broken(**tensors: Tensor | None) -> str:
     return ""
 
 
-def broken_gradients(module: nn.Module) -> str:
+def non_finite_gradients(module: nn.Module) -> str:
     """Which weights' gradients are not finite, of those that a backward pass has left."""
     names = [
         name
@@ -71,20 +71,20 @@ def broken_gradients(module: nn.Module) -> str:
     return f"the gradients of {len(names)} weights, such as {names[0]}" if names else ""
 
 
-class Returns:
+class Rollback:
     """Ways back: how often the run may go back to its last good checkpoint, and what it then says.
 
     draws: returns so far, saved in checkpoints; they choose the random numbers.
     """
 
     def __init__(self, draws: int = 0):
-        self.draws, self._failed_at = draws, -math.inf
+        self.rollback_count, self._failed_at = draws, -math.inf
 
     def offset(self) -> int:
         """What to add to the seed of every step."""
-        return self.draws * OTHER_DRAWS
+        return self.rollback_count * OTHER_DRAWS
 
-    def go_back(self, error: NotFinite, run, find: Callable):
+    def roll_back(self, error: NonFinite, run, find: Callable):
         """The checkpoint (path, state) to go on from, or None: anew; with other draws from now on.
 
         find(): the newest good one. ValueError with the diagnosis, and a dump in the run folder,
@@ -100,9 +100,9 @@ class Returns:
             )
         found = find()
         self._failed_at = error.step
-        self.draws = max(self.draws, found[1].get("draws", 0) if found else 0) + 1
+        self.rollback_count = max(self.rollback_count, found[1].get("draws", 0) if found else 0) + 1
         place = f"{found[0].name}" if found else "the start: there is no checkpoint yet"
-        run.say(
+        run.log(
             f"step {error.step}: {MAX_SKIPPED} updates in a row left out, {error.trouble}; going "
             f"back to {place}, with other random numbers"
         )
@@ -110,7 +110,7 @@ class Returns:
         return found
 
 
-def _write_dump(error: NotFinite, run) -> str:
+def _write_dump(error: NonFinite, run) -> str:
     """The tensors of the broken step beside the checkpoints, by the rank that has them."""
     if error.dump is None:
         return ""
@@ -120,7 +120,7 @@ def _write_dump(error: NotFinite, run) -> str:
         for name, value in error.dump.items()
     }
     try:
-        torch.save({"step": error.step, "trouble": error.trouble, **tensors}, path)
+        torch.save({"step": error.step, "trouble": error.cause, **tensors}, path)
     except (OSError, RuntimeError):
         return ""
     return f" (its batch is in {path})"
@@ -145,10 +145,10 @@ def too_large(error: BaseException) -> str:
     )
 
 
-def smaller_until_it_fits(
+def halve_until_it_fits(
     job: Callable,
     size: int,
-    say=print,
+    log=print,
     *,
     may_halve: bool = True,
     unit: str = "rays",
@@ -172,4 +172,4 @@ def smaller_until_it_fits(
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        say(f"out of memory ({reason}); going on with {size} {unit} at a time")
+        log(f"out of memory ({reason}); going on with {size} {unit} at a time")

@@ -33,7 +33,7 @@ class RunFolder:
     def __init__(self, folder: Path, *, is_main: bool, lock: bool):
         self.folder, self.is_main = folder, is_main
         self._lock = self._writer = self._csv = self._val = self._wandb = None
-        self._locked, self.lost = lock, {}  # what could not be written, by kind
+        self._locked, self.failed = lock, {}  # what could not be written, by kind
         if not is_main:
             return
         try:
@@ -59,16 +59,16 @@ class RunFolder:
                 "or choose another --expname"
             ) from None
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """One line to the terminal and to log.txt."""
         if not self.is_main:
             return
         from tqdm import tqdm
 
         tqdm.write(message, file=sys.stderr)
-        self.note(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+        self.log_file_only(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
-    def note(self, text: str) -> None:
+    def log_file_only(self, text: str) -> None:
         """``text`` to log.txt alone, if that can be written."""
         if not self.is_main:
             return
@@ -76,7 +76,7 @@ class RunFolder:
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            self.lost["log.txt"] = error.strerror or str(error)
+            self.failed["log.txt"] = error.strerror or str(error)
 
     # ---------------------------------------------------------- a disk that is full, or gone
 
@@ -86,44 +86,44 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            self.lose(what, what, error)
+            self.mark_failed(what, what, error)
         except ValueError as error:
             if not isinstance(error.__context__, OSError):  # one that was put into our words
                 raise
-            self.lose(what, what, error.__context__)
+            self.mark_failed(what, what, error.__context__)
 
-    def lose(self, kind: str, what: str, error: Exception) -> None:
+    def mark_failed(self, kind: str, what: str, error: Exception) -> None:
         """Say that ``what`` is not written, and go on; ``exit_code`` tells it at the end."""
         reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
-        self.lost[kind] = reason
-        self.say(f"warning: {what} is not written ({reason}); training goes on")
+        self.failed[kind] = reason
+        self.log(f"warning: {what} is not written ({reason}); training goes on")
 
-    def found_again(self, kind: str) -> None:
+    def mark_recovered(self, kind: str) -> None:
         """A later file of this ``kind`` makes up for the ones that were lost."""
-        self.lost.pop(kind, None)
+        self.failed.pop(kind, None)
 
     def exit_code(self, code: int = 0) -> int:
         """``code``, or 3, with a line that says so, if something could not be written."""
-        if not self.lost:
+        if not self.failed:
             return code
-        lost = ", ".join(f"{what} ({reason})" for what, reason in self.lost.items())
-        self.say(f"not everything is on the disk: {lost}")
+        lost = ", ".join(f"{what} ({reason})" for what, reason in self.failed.items())
+        self.log(f"not everything is on the disk: {lost}")
         return 3
 
-    def revive(self) -> None:
+    def recreate(self) -> None:
         """Make the run folder again if it was removed; tables then start anew."""
         if not self.is_main or self.folder.is_dir():
             return
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
-            self.lose("run folder", f"{self.folder}, which was removed,", error)
+            self.mark_failed("run folder", f"{self.folder}, which was removed,", error)
             return
         self.close_tables()
         if self._locked:
             self._lock.close()
             self._take_lock()
-        self.say(f"warning: {self.folder} was removed during the run; it is made again")
+        self.log(f"warning: {self.folder} was removed during the run; it is made again")
 
     def record(self, flags: dict, as_config: str) -> None:
         """args.json, args.txt, config.txt and cmd.txt of this start."""
@@ -176,7 +176,7 @@ class RunFolder:
         """One row of metrics.csv and its TensorBoard points. Keys must be the same every time."""
         if not self.is_main:
             return
-        self.revive()
+        self.recreate()
         with self._table("metrics.csv"):
             if self._csv is None:
                 self._csv = _open_table(self.folder / "metrics.csv", step, ["step", *values])
@@ -192,7 +192,7 @@ class RunFolder:
         """Validation PSNR and picture: TensorBoard, and val_strip.png (the latest)."""
         if not self.is_main:
             return
-        self.revive()
+        self.recreate()
         with self._table("val.csv"):
             write_png(self.folder / "val_strip.png", strip)
             self.tensorboard(step).add_scalar("val_psnr", score, step)
@@ -208,7 +208,7 @@ class RunFolder:
         """uint8 [H, W, 3] to <name>s/STEP.png and TensorBoard."""
         if not self.is_main:
             return
-        self.revive()
+        self.recreate()
         with self._table(f"{name}s"):
             write_png(self.folder / f"{name}s" / f"{step:06d}.png", picture)
             self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
@@ -220,7 +220,7 @@ class RunFolder:
             with self.guard(what):
                 yield
         finally:
-            if what in self.lost:
+            if what in self.failed:
                 self.close_tables()
 
     def tensorboard(self, step: int):
@@ -241,7 +241,7 @@ class RunFolder:
                 try:
                     resource.close()
                 except (OSError, ValueError) as error:  # what it still held has no room
-                    self.lost["tables"] = str(error).splitlines()[0]
+                    self.failed["tables"] = str(error).splitlines()[0]
 
     def close(self) -> None:
         """Flush and release everything; safe to call twice."""

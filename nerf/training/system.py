@@ -45,7 +45,7 @@ def map_on_threads(function: Callable, items: Iterable, device: torch.device) ->
         torch.set_num_threads(threads)  # a part of that setting is global
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Hand what the C library keeps of freed memory back to the system (glibc; else nothing).
 
     Pictures and steps ask for blocks of other sizes. Between them its heap grows holes, for hours,

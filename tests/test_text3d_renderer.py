@@ -12,7 +12,7 @@ from nerf.occupancy import OccupancyGrid
 from nerf.text3d import losses
 from nerf.text3d.orbit import orbit_cameras
 from nerf.text3d.renderer import ObjectRenderer
-from nerf.text3d.shading import plain_look
+from nerf.text3d.shading import preview_lighting
 
 RADIUS = 0.5
 SHARP = 2000.0  # raw density per unit of distance to the surface
@@ -43,15 +43,15 @@ def camera(azimuth=0.0, elevation=0.0, fov=40.0):
     return orbit_cameras(azimuth * one, elevation * one, 3.0 * one, fov * one)
 
 
-def look(cameras, num_pixels, ambient=1.0, background="white"):
-    plain = plain_look(cameras.c2w[:, :, 3], background, ambient=ambient)
+def lighting(cameras, num_pixels, ambient=1.0, background="white"):
+    plain = preview_lighting(cameras.c2w[:, :, 3], background, ambient=ambient)
     return plain.per_pixel(num_pixels)
 
 
 def picture(module, size=33, ambient=1.0, background="white", **place):
     cameras = camera(**place)
     with torch.no_grad():
-        return module(cameras.rays(size, size), look(cameras, size * size, ambient, background))
+        return module(cameras.rays(size, size), lighting(cameras, size * size, ambient, background))
 
 
 def test_a_ball_looks_like_a_ball():
@@ -120,7 +120,7 @@ def test_an_empty_grid_shows_background_and_still_has_a_gradient_path():
     module = renderer()
     module.grid.occupied.zero_()
     cameras = camera()
-    seen = module(cameras.rays(9, 9), look(cameras, 81, ambient=0.1))
+    seen = module(cameras.rays(9, 9), lighting(cameras, 81, ambient=0.1))
     assert (seen.rgb == 1).all() and (seen.opacity == 0).all()
     assert all(member.isfinite().all() for member in seen)
     seen.rgb.sum().backward()  # nothing to learn from, nothing to fail
@@ -146,7 +146,7 @@ def test_light_teaches_the_density(field):
     torch.manual_seed(0)
     module = build.object_renderer(args)
     cameras = camera()
-    white = look(cameras, 256, ambient=0.0)
+    white = lighting(cameras, 256, ambient=0.0)
     white = white._replace(textureless=torch.ones_like(white.textureless))
     seen = module(cameras.rays(16, 16), white)
     seen.rgb.sum().backward()
@@ -161,7 +161,7 @@ def test_a_checkpoint_gives_the_same_picture():
     first = build.object_renderer(args)
     torch.manual_seed(1)
     second = build.object_renderer(args)
-    first.prepare_step(0, torch.Generator().manual_seed(0))
+    first.begin_step(0, torch.Generator().manual_seed(0))
     state = first.checkpoint_state()
     second.load_checkpoint_state(
         state, lambda module, state, where: module.load_state_dict(state), ""
@@ -216,6 +216,6 @@ def test_spread_is_the_variance_of_depth():
     module = renderer(Fog(), num_steps=512)
     rays = camera().rays(1, 1)
     with torch.no_grad():
-        seen = module(rays, look(camera(), 1))
+        seen = module(rays, lighting(camera(), 1))
     assert seen.spread[0] == pytest.approx(4 / 12, rel=0.01)  # the cube is 2 deep
     assert picture(renderer()).spread[33 * 33 // 2] < 2e-3

@@ -1,4 +1,4 @@
-"""nerf.ema, nerf.runtime, nerf.media and nerf.metrics: averages, draws, signals, pictures."""
+"""nerf.training (EMA, random numbers, system), nerf.media and nerf.metrics."""
 
 import math
 import os
@@ -192,14 +192,14 @@ def test_stop_signal_restores_handlers_without_a_signal_and_after_an_error():
 def test_a_world_of_one():
     world = World(0, 1, torch.device("cpu"))
     assert world.is_main
-    assert world.share(7) == slice(0, 7)
+    assert world.shard(7) == slice(0, 7)
     assert world.gather({"a": 1}) == [{"a": 1}]
-    assert world.largest(2, 0.5) == [2, 0.5]
+    assert world.all_reduce_max(2, 0.5) == [2, 0.5]
     assert world.barrier() is None
 
 
 def test_shares_of_all_ranks_are_everything_once():
-    shares = [World(rank, 4, torch.device("cpu")).share(12) for rank in range(4)]
+    shares = [World(rank, 4, torch.device("cpu")).shard(12) for rank in range(4)]
     assert [i for share in shares for i in range(12)[share]] == list(range(12))
     assert not World(3, 4, torch.device("cpu")).is_main
 
@@ -211,7 +211,7 @@ def test_devices_that_are_not_there_are_refused_by_name():
             choose_device(name)
 
 
-# ------------------------------------------------------------------------------- scalars in colour
+# ------------------------------------------------------------------------------- scalars in color
 
 
 def test_colorize_is_finite_in_range_and_ever_lighter():
@@ -271,7 +271,7 @@ def test_video_of_any_size_can_be_read_back(tmp_path, size):
     assert write_video(tmp_path / "out.mp4", frames(tmp_path, *size), warn=pytest.fail) is True
     video = iio.imread(tmp_path / "out.mp4", plugin="FFMPEG")
     assert video.shape == (len(COLORS), size[0] & ~1, size[1] & ~1, 3)
-    # H.264 keeps flat colours to a few levels.
+    # H.264 keeps flat colors to a few levels.
     np.testing.assert_allclose(video.mean((1, 2)), COLORS, rtol=0, atol=12)
 
 
@@ -327,9 +327,8 @@ def test_8_bits_are_rounded_and_clipped():
 def test_peak_memory_is_this_process_own_not_its_parents():
     """A run started by a large program must not report that program's memory as its own."""
     held = bytearray(b"x" * (600 * 2**20))  # so that this process is much larger than a new one
-    code = (
-        "import torch; from nerf.runtime import peak_memory_mb as p; print(p(torch.device('cpu')))"
-    )
+    code = "import torch; from nerf.training.system import peak_memory_mb as p; "
+        "print(p(torch.device('cpu')))"
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     own = system.peak_memory_mb(torch.device("cpu"))
@@ -355,14 +354,15 @@ def test_one_of_several_processes_leaves_without_the_interpreters_end(size, ende
 def test_freed_memory_between_blocks_in_use_goes_back_to_the_system():
     """In a process of its own: blocks in use at every 4 MB keep a heap from shrinking by itself."""
     code = (
-        "import sys, torch; from pathlib import Path; from nerf.runtime import give_memory_back\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from nerf.training.system import release_memory\n"
         "def resident():\n"
         "    fields = Path('/proc/self/status').read_text().split('VmRSS:')[1].split()\n"
         "    return int(fields[0]) / 1024\n"
         "kept, freed = [], []\n"
         "for n in range(25000):\n"
         "    (freed if n % 1000 else kept).append(torch.ones(1000))\n"
-        "del freed; before = resident(); give_memory_back(); print(before - resident())"
+        "del freed; before = resident(); release_memory(); print(before - resident())"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""nerf.options: nerf-pytorch's flags, where values come from, refusals, and config files."""
+"""nerf.flags: nerf-pytorch's flags, where values come from, refusals, and config files."""
 
 import argparse
 import re

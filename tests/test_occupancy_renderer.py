@@ -1,4 +1,4 @@
-"""nerf.grid_renderer: what is left out of a ray must not matter."""
+"""nerf.occupancy_renderer: what is left out of a ray must not matter."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
 from nerf.occupancy import Box, OccupancyGrid
-from nerf.occupancy_renderer import REDRAW_AFTER, GridRenderer
+from nerf.occupancy_renderer import RESAMPLE_AFTER, OccupancyRenderer
 from nerf.volume import scale_gradient
 from tests.test_occupancy import random_rays
 
 
 class Ball(torch.nn.Module):
-    """Density exp(raw - 3) high inside radius 0.5 and low outside; colour follows the place."""
+    """Density exp(raw - 3) high inside radius 0.5 and low outside; color follows the place."""
 
     def __init__(self, inside: float):
         super().__init__()
@@ -26,10 +26,10 @@ class Ball(torch.nn.Module):
         return self.density(points), points * self.tint
 
 
-def make(field, **options) -> GridRenderer:
+def make(field, **options) -> OccupancyRenderer:
     torch.manual_seed(0)
     space = Box(torch.full((3,), -1.0), torch.full((3,), 1.0), 100)
-    return GridRenderer(field, OccupancyGrid(16), space, background=1.0, **options)
+    return OccupancyRenderer(field, OccupancyGrid(16), space, background=1.0, **options)
 
 
 def learn(renderer, rays):
@@ -39,7 +39,7 @@ def learn(renderer, rays):
     return rendered, torch.autograd.grad(loss, list(renderer.field.parameters()))
 
 
-def test_samples_behind_a_surface_change_neither_colour_nor_gradient():
+def test_samples_behind_a_surface_change_neither_color_nor_gradient():
     rays = random_rays(300)
     every, seen = make(Ball(8.0), early_stop=0.0), make(Ball(8.0), early_stop=1e-3)
     (expected, slopes), (found, own) = learn(every, rays), learn(seen, rays)
@@ -70,7 +70,7 @@ def test_rays_that_meet_nothing_show_the_background_and_keep_every_gradient():
     assert torch.equal(renderer.render(rays).rgb, torch.ones(20, 3))
 
 
-def test_the_penalty_is_the_mean_squared_step_between_neighbours():
+def test_the_penalty_is_the_mean_squared_step_between_neighbors():
     field = FeatureField(TriPlane(16, channels=1))
     for plane in field.encoding.planes:  # rows rise by 2 each, columns by 3
         size = plane.shape[-1]
@@ -117,7 +117,7 @@ def test_redrawn_samples_find_a_surface_that_marching_smears():
     hit, exact = inside > 0.02, (along - inside.clamp(min=0).sqrt()) / scale
     space, errors = Box(torch.full((3,), -1.0), torch.full((3,), 1.0), 24), []  # steps of 0.14
     for resample in (0, 32):
-        renderer = GridRenderer(
+        renderer = OccupancyRenderer(
             Ball(9.0), OccupancyGrid(16), space, background=1.0, resample=resample
         )
         rendered = renderer.render(rays)
@@ -133,10 +133,10 @@ def test_redrawn_samples_learn_and_are_as_many_as_asked_for():
     (rendered,) = renderer(rays, noise)
     assert renderer.num_samples % 12 == 0 and 0 < renderer.num_samples <= 600
     rendered.rgb.sum().backward()
-    renderer.prepare_step(REDRAW_AFTER - 1, torch.Generator().manual_seed(0))
+    renderer.begin_step(RESAMPLE_AFTER - 1, torch.Generator().manual_seed(0))
     renderer(rays, noise)
     assert renderer.num_samples > 600  # those that were marched
-    renderer.prepare_step(REDRAW_AFTER, torch.Generator().manual_seed(0))
+    renderer.begin_step(RESAMPLE_AFTER, torch.Generator().manual_seed(0))
     renderer(rays, noise)
     assert renderer.num_samples <= 600
     assert all(parameter.grad.abs().sum() > 0 for parameter in renderer.field.parameters())
