@@ -327,8 +327,10 @@ def test_8_bits_are_rounded_and_clipped():
 def test_peak_memory_is_this_process_own_not_its_parents():
     """A run started by a large program must not report that program's memory as its own."""
     held = bytearray(b"x" * (600 * 2**20))  # so that this process is much larger than a new one
-    code = "import torch; from nerf.training.system import peak_memory_mb as p; "
+    code = (
+        "import torch; from nerf.training.system import peak_memory_mb as p; "
         "print(p(torch.device('cpu')))"
+    )
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     own = system.peak_memory_mb(torch.device("cpu"))
