@@ -700,4 +700,4 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    entry.exit_process(main())

@@ -501,4 +501,4 @@ def train_attempt(
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    entry.exit_process(main())

@@ -341,8 +341,8 @@ def test_peak_memory_is_this_process_own_not_its_parents():
 def test_one_of_several_processes_leaves_without_the_interpreters_end(size, ended):
     """What was printed is there, the code is told; teardown, where threads abort, is left out."""
     code = (
-        "import atexit; from nerf import runtime\n"
-        "atexit.register(print, 'torn down'); print('done'); runtime.leave(3)"
+        "import atexit; from nerf.training import entry\n"
+        "atexit.register(print, 'torn down'); print('done'); entry.exit_process(3)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True,

@@ -4,7 +4,7 @@ import os
 import sys
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process with ``code``, everything being closed and ``cleanup`` done.
 
     One of several processes goes without the interpreter's own end: DDP and gloo leave threads
