@@ -40,21 +40,21 @@ GRADIENTS = """
 import sys, torch
 sys.path[:0] = ["tests", "data", "."]
 from test_run_nerf import gradient_case
-from nerf import runtime
-world = runtime.setup("cpu")
+from nerf.training import distributed, entry
+world = distributed.setup("cpu")
 renderer, rays, target, noise = gradient_case()
 model = torch.nn.parallel.DistributedDataParallel(renderer) if world.size > 1 else renderer
-share = world.share(len(target))
+shard = world.shard(len(target))
 past = world.size > 1 and sys.argv[1] == "past"
-levels = (model.module if past else model)(rays.part(share), noise.part(share))
-sum(((level.rgb - target[share]) ** 2).mean() for level in levels).backward()
+levels = (model.module if past else model)(rays.part(shard), noise.part(shard))
+sum(((level.rgb - target[shard]) ** 2).mean() for level in levels).backward()
 found = torch.cat([p.grad.flatten() for p in renderer.parameters()])
 every = world.gather(found)
 if world.is_main:
     torch.save(torch.stack(every), sys.argv[2])
 world.barrier()
-runtime.cleanup()
-runtime.leave(0)
+distributed.cleanup()
+entry.exit_process(0)
 """
 
 
