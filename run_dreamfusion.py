@@ -29,7 +29,7 @@ from guidance import memory, sds
 from guidance.attention import attention_sheet, picked_tokens
 from guidance.gaussian import Gaussian, ball
 from guidance.lora import load_lora, save_lora
-from guidance.prompts import VIEW_WORDS, ViewPrompts, towards_middle, view_texts
+from guidance.prompts import VIEW_WORDS, ViewPrompts, pull_to_view_center, view_texts
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import LoRAScoreNetwork
 from nerf import build
@@ -470,7 +470,7 @@ def draw_views(args, prior, step: int, size: int, generator) -> Drawn:
     """Cameras, light and noise for all ``--batch_views`` of size x size pixels."""
     ranges = build.orbit_ranges(args)
     if args.view_spread < 1:
-        ranges = ranges._replace(settle=partial(towards_middle, shard=args.view_spread))
+        ranges = ranges._replace(settle=partial(pull_to_view_center, fraction=args.view_spread))
     cameras = random_orbit_cameras(args.batch_views, ranges, generator)
     settings, lit = build.lighting_settings(args), step >= args.albedo_steps
     lighting = draw_lighting(cameras.c2w[:, :, 3], settings, generator, lit=lit)
@@ -549,7 +549,7 @@ def backward(args, world, model, renderer, scaler, guide, drawn, step, views: in
             out = model(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = out.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
         conditions = guide.conditions(cameras, size, lighting.background)
-        copy = guide.copy.at(cameras.c2w) if guide.copy is not None else None
+        copy = guide.copy.epsilon_at(cameras.c2w) if guide.copy is not None else None
         shown = sds.resized(images, seen_size(args, guide.prior, size))
         distilled = sds.distill(guide.prior, shown, conditions, noise, recipe, copy)
         weight, shape = scheduled(args.lambda_sds, step), shape_losses(args, step, out, renderer)
@@ -615,7 +615,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
             "draws": returns.rollback_count,
         }
         extra |= {"train_seconds": clock.seconds, "told": guide.told}
-        extra |= {"copy": guide.copy.checkpoint()} if guide.copy is not None else {}
+        extra |= {"copy": guide.copy.state()} if guide.copy is not None else {}
         return checkpoint.save_run(run, step, parts, keep=args.keep_ckpts, **extra)
 
     with open_viewer(args, world, run, outputs) or nullcontext() as window:
@@ -651,7 +651,7 @@ def train_attempt(args, world, run, stop, found, guide, returns) -> int:
             values = {"loss": grads.loss.item(), "grad_norm": float(grad_norm)}
             if guide.copy is not None:
                 latents, c2w = grads.distilled.latents, drawn.cameras.c2w
-                values["copy_loss"] = guide.copy.learn(latents, c2w, drawn.noise, world)
+                values["copy_loss"] = guide.copy.train_step(latents, c2w, drawn.noise, world)
             step += 1  # updates finished, also when one was left out
 
             # After the update: signals, health, and everything periodic.

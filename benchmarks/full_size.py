@@ -100,7 +100,7 @@ def peer(prior, images, conditions, generator, encode, predict) -> None:
         output = predict(torch.cat([noisy] * 2), torch.cat([t] * 2), both)
         without, told = output.chunk(2)
         found = without + 100 * (told - without)
-        gradient = torch.nan_to_num((1 - sds.like(alpha_bar, noise)) * (found - noise))
+        gradient = torch.nan_to_num((1 - sds.per_view(alpha_bar, noise)) * (found - noise))
         target = (latents - gradient).detach()
     loss = 0.5 * F.mse_loss(latents.float(), target.float(), reduction="sum") / len(images)
     loss.backward()

@@ -56,20 +56,20 @@ def fine_view_word(azimuth_deg: float, elevation_deg: float) -> str:
     return f"{direction} {below[0] if below else 'overhead'}"
 
 
-def towards_middle(azimuth_deg: Tensor, elevation_deg: Tensor, share: float):
-    """Viewpoints [V], each pulled into the middle ``share`` of the fine view that it is in.
+def pull_to_view_center(azimuth_deg: Tensor, elevation_deg: Tensor, fraction: float):
+    """Viewpoints [V], each pulled into the middle ``fraction`` of the fine view that it is in.
 
-    share: in (0, 1]; 1 leaves them as they are. What a word stands for is an average over all
+    fraction: in (0, 1]; 1 leaves them as they are. What a word stands for is an average over all
     viewpoints that share it; near the middle there is less to average, and corners stay corners.
     Heights reach from -15 to 85 degrees here, as in the pictures of the embedded model. Returns
     azimuths and elevations [V], which have the same fine view words.
     """
     middle = 45.0 * torch.floor((azimuth_deg + 22.5) / 45.0)
-    azimuth = middle + share * (azimuth_deg - middle)
+    azimuth = middle + fraction * (azimuth_deg - middle)
     ends = elevation_deg.new_tensor([LOWEST_DEG, *list(HEIGHTS.values())[:-1], HIGHEST_DEG])
     height = torch.bucketize(elevation_deg, ends[1:-1])
     middle = 0.5 * (ends[height] + ends[height + 1])
-    return azimuth, middle + share * (elevation_deg - middle)
+    return azimuth, middle + fraction * (elevation_deg - middle)
 
 
 PLAIN_WORDS = {"right side": "side", "left side": "side"}  # what models trained on photos know

@@ -126,13 +126,13 @@ def pick_timesteps(u: Tensor, recipe: Recipe, alphas_cumprod: Tensor) -> Tensor:
     return torch.full_like(u, min(t, num_timesteps - 1), dtype=torch.long)
 
 
-def like(alpha_bar: Tensor, latents: Tensor) -> Tensor:
+def per_view(alpha_bar: Tensor, latents: Tensor) -> Tensor:
     return alpha_bar.view(-1, *[1] * (latents.dim() - 1))
 
 
 def add_noise(clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t = sqrt(a) x0 + sqrt(1 - a) eps (DDPM eq. 4); alpha_bar [V]."""
-    a = like(alpha_bar, clean)
+    a = per_view(alpha_bar, clean)
     return a.sqrt() * clean + (1 - a).sqrt() * epsilon
 
 
@@ -154,12 +154,12 @@ TO_EPSILON = {
 
 def to_epsilon(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """The noise that a network's ``output`` for x_t says is in it."""
-    return TO_EPSILON[prediction_type](output, noisy, like(alpha_bar, noisy))
+    return TO_EPSILON[prediction_type](output, noisy, per_view(alpha_bar, noisy))
 
 
 def predict_x0(epsilon: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
     """The clean latents if ``epsilon`` is the noise in x_t (DDIM eq. 9)."""
-    a = like(alpha_bar, noisy)
+    a = per_view(alpha_bar, noisy)
     return (noisy - (1 - a).sqrt() * epsilon) / a.sqrt()
 
 
@@ -185,7 +185,7 @@ def perp_neg(scores: Scores, scale: float) -> Tensor:
     total = direction
     for other, weight in zip(scores.others, scores.weights, strict=True):
         away = perpendicular(other - scores.negative, direction)
-        total = total + like(weight, away) * away
+        total = total + per_view(weight, away) * away
     return scores.negative + scale * total
 
 
@@ -208,7 +208,7 @@ def rescaled(
     guided_x0, text_x0 = (predict_x0(each, noisy, alpha_bar) for each in (epsilon, text))
     own, wanted = (x0.flatten(1).std(1) for x0 in (guided_x0, text_x0))
     factor = 1 - part + part * wanted / own.clamp(min=1e-6)  # latents' deviation is about 1
-    return _from_sample(like(factor, noisy) * guided_x0, noisy, like(alpha_bar, noisy))
+    return _from_sample(per_view(factor, noisy) * guided_x0, noisy, per_view(alpha_bar, noisy))
 
 
 def sds_residual(epsilon: Tensor, scores: Scores) -> Tensor:
@@ -296,13 +296,13 @@ def distill(
     conditions: Conditions,
     noise: GuidanceNoise,
     recipe: Recipe,
-    copy: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lora_epsilon: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Distilled:
     """w(t) x residual, handed to the images through the encoder (DreamFusion eq. 3 and kin).
 
-    images [V, 3, H, W] in [0, 1]. copy: (x_t, t) -> noise, for ``vsd``. The loss is a mean over
-    views and a sum over latents. The prior is never differentiated: only the encoder is, with
-    respect to its input.
+    images [V, 3, H, W] in [0, 1]. lora_epsilon: (x_t, t) -> epsilon of the LoRA score network,
+    for ``vsd``. The loss is a mean over views and a sum over latents. The prior is never
+    differentiated: only the encoder is, with respect to its input.
     """
     latents = prior.encode(images, noise.posterior)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -310,17 +310,17 @@ def distill(
         alpha_bar = prior.alphas_cumprod[t]
         noisy = add_noise(latents.detach(), noise.epsilon, alpha_bar)
         scores = score(prior, noisy, t, noise.epsilon, conditions)
-        if copy is not None:
-            scores = scores._replace(lora=copy(noisy, t))
+        if lora_epsilon is not None:
+            scores = scores._replace(lora=lora_epsilon(noisy, t))
         epsilon = guided(scores, recipe.scale)
         if recipe.rescale:
             epsilon = rescaled(epsilon, scores.text, noisy, alpha_bar, recipe.rescale)
-        weight = like(WEIGHTINGS[recipe.weighting](alpha_bar, recipe.progress), noisy)
+        weight = per_view(WEIGHTINGS[recipe.weighting](alpha_bar, recipe.progress), noisy)
         gradient = weight * RESIDUALS[recipe.kind](epsilon, scores)
         # A view that overflowed teaches nothing; turning its infinities into huge numbers, as
         # nan_to_num would, makes one step that ruins the scene.
         finite = gradient.flatten(1).isfinite().all(1)
-        gradient = torch.where(like(finite, gradient), gradient, 0.0)
+        gradient = torch.where(per_view(finite, gradient), gradient, 0.0)
         if recipe.clip:  # as D-SDS does (Hong et al. 2023)
             gradient = gradient.clamp(-recipe.clip, recipe.clip)
         gradient = gradient / len(gradient)

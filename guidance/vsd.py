@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from guidance.attention import fast_attention
 from guidance.lora import LoRA
-from guidance.sds import GuidanceNoise, add_noise, like, to_epsilon
+from guidance.sds import GuidanceNoise, add_noise, per_view, to_epsilon
 
 CAMERA = 16  # numbers of a camera-to-world matrix
 
@@ -98,11 +98,11 @@ class LoRAScoreNetwork(nn.Module):
         output = self._output(noisy, t, flat_cameras(c2w))
         return to_epsilon(output, noisy, base.alphas_cumprod[t], base.prediction_type)
 
-    def at(self, c2w: Tensor):
+    def epsilon_at(self, c2w: Tensor):
         """(x_t, t) -> ``epsilon`` under these cameras, as ``guidance.sds.distill`` asks for it."""
         return lambda noisy, t: self.epsilon(noisy, t, c2w)
 
-    def learn(self, latents: Tensor, c2w: Tensor, noise: GuidanceNoise, world) -> float:
+    def train_step(self, latents: Tensor, c2w: Tensor, noise: GuidanceNoise, world) -> float:
         """One step of denoising the renders' latents [V, C, h, w]; the loss.
 
         t is drawn from all of T apart from the scene's. ``camera_dropout`` of the cameras become
@@ -129,13 +129,13 @@ class LoRAScoreNetwork(nn.Module):
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    def checkpoint(self) -> dict:
+    def state(self) -> dict:
         """Everything to go on from."""
         parts = {"weights": self, "optimizer": self.optimizer, "scaler": self.scaler}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def restore(self, state: dict | None, where: str) -> None:
-        """Undo ``checkpoint``; ValueError if it is of another copy."""
+        """Undo ``state``; ValueError if it is of another copy."""
         try:
             self.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -150,7 +150,7 @@ class LoRAScoreNetwork(nn.Module):
 
 def target(base, clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     """What the network should put out for x_t of ``clean`` and ``epsilon``."""
-    a = like(alpha_bar, clean)
+    a = per_view(alpha_bar, clean)
     return {
         "epsilon": lambda: epsilon,
         "v_prediction": lambda: a.sqrt() * epsilon - (1 - a).sqrt() * clean,

@@ -44,7 +44,7 @@ def teach(copy, steps: int = 3):
     latents = draw(2, 4, SIDE, SIDE, seed=5)
     for step in range(steps):
         noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(step))
-        copy.learn(latents, cameras(), noise, WORLD)
+        copy.train_step(latents, cameras(), noise, WORLD)
 
 
 def test_a_fresh_adapter_changes_nothing_to_the_bit(model):
@@ -161,7 +161,7 @@ def test_the_copy_learns_from_as_many_views_as_it_is_told(model):
         copy = make_lora_score(model, views=views)
         changed = latents.clone()
         changed[1] += second
-        copy.learn(changed, cameras(), noise, WORLD)
+        copy.train_step(changed, cameras(), noise, WORLD)
         learned.append([p.clone() for p in copy.parameters()])
     assert all(map(torch.equal, learned[0], learned[1]))  # the second view is not looked at
     assert not all(map(torch.equal, learned[2], learned[3]))
@@ -173,7 +173,7 @@ def test_dropped_cameras_are_zeros(model):
     for sign in (1.0, -1.0):
         copy = make_lora_score(model, camera_dropout=1.0)
         noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
-        copy.learn(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
+        copy.train_step(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
         both.append([p.clone() for p in copy.parameters()])
     assert all(map(torch.equal, *both))
 
@@ -186,7 +186,7 @@ def test_the_copy_learns_to_denoise_the_renders(folder, request):
     latents, losses = draw(2, 4, SIDE, SIDE, seed=5), []
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     for _ in range(30):
-        losses.append(copy.learn(latents, cameras(), noise, WORLD))
+        losses.append(copy.train_step(latents, cameras(), noise, WORLD))
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -199,7 +199,9 @@ def test_vsd_begins_at_the_guidance_alone(model):
     for kind, scale in (("vsd", 7.5), ("csd", 6.5)):
         recipe = sds.Recipe(kind=kind, scale=scale)
         conditions = sds.Conditions(none, text)
-        found[kind] = sds.distill(model, images, conditions, noise, recipe, copy.at(cameras()))
+        found[kind] = sds.distill(
+            model, images, conditions, noise, recipe, copy.epsilon_at(cameras())
+        )
     torch.testing.assert_close(found["vsd"].gradient, found["csd"].gradient, atol=1e-5, rtol=1e-4)
 
 
@@ -226,7 +228,7 @@ def test_a_half_precision_base_keeps_float32_masters(sd_folder):  # noqa: F811
 def test_a_copy_goes_on_to_the_bit_from_its_checkpoint(model):
     whole = make_lora_score(model)
     teach(whole, 2)
-    state = whole.checkpoint()
+    state = whole.state()
     state = {"weights": {k: v.clone() for k, v in state["weights"].items()}} | {
         name: torch.load(_through_a_file(state[name])) for name in ("optimizer", "scaler")
     }
@@ -255,7 +257,7 @@ def test_gradients_that_are_not_finite_are_left_out(model):
     copy = make_lora_score(model)
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     before = [p.clone() for p in copy.parameters()]
-    copy.learn(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
+    copy.train_step(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
     assert all(map(torch.equal, copy.parameters(), before)) and copy.steps == 0
 
 

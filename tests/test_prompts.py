@@ -11,7 +11,7 @@ from guidance.prompts import (
     ViewPrompts,
     fine_view_word,
     perp_neg_weights,
-    towards_middle,
+    pull_to_view_center,
     view_texts,
     view_word,
 )
@@ -176,7 +176,7 @@ def test_viewpoints_pulled_to_the_middle_keep_their_word():
     elevation = 100 * torch.rand(2000, generator=generator) - 15
     before = list(map(fine_view_word, azimuth.tolist(), elevation.tolist()))
     for share in (1.0, 0.3, 1e-6):
-        near, height = towards_middle(azimuth, elevation, share)
+        near, height = pull_to_view_center(azimuth, elevation, share)
         assert list(map(fine_view_word, near.tolist(), height.tolist())) == before
         if share == 1.0:
             torch.testing.assert_close((near, height), (azimuth, elevation))

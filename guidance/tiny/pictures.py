@@ -18,7 +18,7 @@ from guidance.prompts import (
     LOWEST_DEG,
     VIEW_WORDS,
     fine_view_word,
-    towards_middle,
+    pull_to_view_center,
     view_word,
 )
 from guidance.tiny.shapes import DETAIL_RGB, SHAPES, orbit_cameras, view_shape
@@ -139,7 +139,7 @@ def draw_facts(generator: torch.Generator, count: int) -> tuple[Facts, dict[str,
     # A word for a whole range of views teaches their average. Most pictures are near its middle,
     # and only those say the word.
     middle = torch.rand(count, generator=generator) < MIDDLE_RATE
-    pulled = towards_middle(camera["azimuth_deg"], camera["elevation_deg"], FINE_VIEW_SHARE)
+    pulled = pull_to_view_center(camera["azimuth_deg"], camera["elevation_deg"], FINE_VIEW_SHARE)
     for name, angle in zip(("azimuth_deg", "elevation_deg"), pulled, strict=True):
         camera[name] = torch.where(middle, angle, camera[name])
     seen = (camera["azimuth_deg"].tolist(), camera["elevation_deg"].tolist())
