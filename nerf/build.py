@@ -2,10 +2,13 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from nerf import datasets
+from nerf.datasets import DataSettings
 from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, NeRFField
@@ -17,7 +20,7 @@ from nerf.renderer import NeRFRenderer
 from nerf.scene_bounds import carve, scene_space
 from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
-from nerf.text3d.renderer import ObjectRenderer, Picture
+from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
 from nerf.training.schedules import highest, scheduled
 
@@ -29,6 +32,33 @@ SAVINGS = (
     ("attention_slicing", ("auto", "max"), "--attention_slicing auto"),
     ("offload", ("model",), "--offload model"),
 )
+
+
+def data_settings(args: argparse.Namespace) -> DataSettings:
+    """Which scene to load and how. --half_res is --downscale 2."""
+    return DataSettings(
+        datadir=Path(args.datadir),
+        dataset_type=args.dataset_type,
+        testskip=args.testskip,
+        downscale=args.downscale * (2 if args.half_res else 1),
+        factor=args.factor,
+        llffhold=args.llffhold,
+        ndc=not args.no_ndc,
+        spherify=args.spherify,
+        near=args.near,
+        far=args.far,
+        background=float(args.white_bkgd),
+        shape=args.shape,
+        data_store=args.data_store,
+        store_dir=Path(args.store_dir) if args.store_dir else None,
+        pixel_center=args.pixel_center,
+        render_factor=args.render_factor,
+    )
+
+
+def load_scene(args: argparse.Namespace, warn=print) -> Scene:
+    """The scene that ``args`` names, on the CPU. ValueError if its files are missing or wrong."""
+    return datasets.load_scene(data_settings(args), warn)
 
 
 def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=print):
@@ -154,7 +184,7 @@ def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
 def object_renderer(args: argparse.Namespace):
     """The module that ``args`` asks for, with weights from torch's global seed."""
     if args.space == "2d":
-        return Picture(args.batch_views, int(highest(args.train_res)))
+        return PixelImages(args.batch_views, int(highest(args.train_res)))
     members = [_one_object(args) for _ in range(args.n_particles)]
     return members[0] if args.n_particles == 1 else Particles(members)
 

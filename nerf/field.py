@@ -96,28 +96,30 @@ class NeRFField(nn.Module):
             return self.alpha_linear(hidden)[:, 0].float()
         return self.output_linear(hidden)[:, 3].float()
 
-    def color_of(self, hidden: Tensor, viewdirs: Tensor, ray: Tensor) -> Tensor:
+    def color_of(self, hidden: Tensor, viewdirs: Tensor, ray_indices: Tensor) -> Tensor:
         """Color before its activation, of hidden [N, W] seen along viewdirs [B, 3] -> [N, 3].
 
-        ray [N]: the row of viewdirs each belongs to. float32.
+        ray_indices [N]: the row of viewdirs each belongs to. float32.
         """
         if not self.use_viewdirs:
             return self.output_linear(hidden)[:, :3].float()
         per_sample, per_ray = self._view_layer(hidden, viewdirs)
-        return self.rgb_linear(F.relu(per_sample + per_ray[ray], inplace=True)).float()
+        return self.rgb_linear(F.relu(per_sample + per_ray[ray_indices], inplace=True)).float()
 
     def forward(
-        self, points: Tensor, viewdirs: Tensor, ray: Tensor | None = None
+        self, points: Tensor, viewdirs: Tensor, ray_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and color [B, S, 3], float32.
 
         Both before their activations (ReLU or exp, and sigmoid). Packed samples: points [N, 3] and
-        ``ray`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
+        ``ray_indices`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
         """
         shape = points.shape[:-1]
         h = self.hidden(points)
-        if ray is not None or not self.use_viewdirs:
-            return self.density_of(h).view(shape), self.color_of(h, viewdirs, ray).view(*shape, 3)
+        if ray_indices is not None or not self.use_viewdirs:
+            return self.density_of(h).view(shape), self.color_of(h, viewdirs, ray_indices).view(
+                *shape, 3
+            )
         per_sample, per_ray = self._view_layer(h, viewdirs)
         v = F.relu(per_sample.view(*shape, -1) + per_ray[:, None], inplace=True)
         return self.density_of(h).view(shape), self.rgb_linear(v).float()
@@ -175,12 +177,17 @@ class FeatureField(nn.Module):
         """Density before its activation at unit points [N, 3] -> [N], float32."""
         return self.density_net(self.encoding(points))[:, 0].float()
 
-    def forward(self, points: Tensor, viewdirs: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed unit points [N, 3], viewdirs [R, 3], ray [N] -> density [N], color [N, 3]."""
+    def forward(
+        self, points: Tensor, viewdirs: Tensor, ray_indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Density [N] and color [N, 3] of packed samples, before their activations, float32.
+
+        Unit points [N, 3]; unit viewdirs [R, 3]; ray_indices [N], each sample's row of viewdirs.
+        """
         h = self.density_net(self.encoding(points))
         feature = self.on_feature(h)
         if self.view_encoding is not None:
-            feature = feature + self.on_view(self.view_encoding(viewdirs))[ray]
+            feature = feature + self.on_view(self.view_encoding(viewdirs))[ray_indices]
         rgb = self.color_net(feature)
         return h[:, 0].float(), rgb.float()
 
@@ -189,19 +196,19 @@ BUCKET = 1024  # rows that packed queries are rounded up to
 
 
 def query_packed(
-    field: nn.Module, points: Tensor, viewdirs: Tensor, ray: Tensor
+    field: nn.Module, points: Tensor, viewdirs: Tensor, ray_indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """field(points [N, 3], viewdirs [R, 3], ray [N]), N and R padded to multiples of ``BUCKET``.
+    """field(points [N, 3], viewdirs [R, 3], ray_indices [N]), with N and R padded to ``BUCKET``.
 
     Libraries prepare a matrix product anew for every shape they have not met (for bfloat16 on a CPU
     that took three quarters of its time), and keep what they prepared: a few shapes that return are
     prepared once.
     """
-    num_samples = len(ray)
+    num_samples = len(ray_indices)
     padding = -num_samples % BUCKET
-    points, ray = F.pad(points, (0, 0, 0, padding)), F.pad(ray, (0, padding))
+    points, ray_indices = F.pad(points, (0, 0, 0, padding)), F.pad(ray_indices, (0, padding))
     viewdirs = F.pad(viewdirs, (0, 0, 0, -len(viewdirs) % BUCKET))
-    density, rgb = field(points, viewdirs, ray)
+    density, rgb = field(points, viewdirs, ray_indices)
     return density[:num_samples], rgb[:num_samples]
 
 
@@ -212,9 +219,12 @@ def density_packed(field: nn.Module, points: Tensor) -> Tensor:
 
 
 def color_packed(
-    field: NeRFField, hidden: Tensor, viewdirs: Tensor, rows: Tensor, ray: Tensor
+    field: NeRFField, hidden: Tensor, viewdirs: Tensor, rows: Tensor, ray_indices: Tensor
 ) -> Tensor:
-    """field.color_of(hidden[rows], viewdirs, ray), rows and ray [N], padded as above -> [N, 3]."""
+    """field.color_of(hidden[rows], viewdirs, ray_indices), padded to ``BUCKET`` rows -> [N, 3].
+
+    rows, ray_indices [N].
+    """
     padding = -len(rows) % BUCKET
-    rows_padded, ray = F.pad(rows, (0, padding)), F.pad(ray, (0, padding))
-    return field.color_of(hidden[rows_padded], viewdirs, ray)[: len(rows)]
+    rows_padded, ray_indices = F.pad(rows, (0, padding)), F.pad(ray_indices, (0, padding))
+    return field.color_of(hidden[rows_padded], viewdirs, ray_indices)[: len(rows)]

@@ -24,9 +24,9 @@ WARM_UP = 256  # steps during which every cell is looked at
 class Samples(NamedTuple):
     """Packed samples of R rays, N in all."""
 
-    ray: Tensor  # [N] number of the sample's ray, ascending
+    ray_indices: Tensor  # [N] number of the sample's ray, ascending
     t: Tensor  # [N] middle of the sample's interval
-    length: Tensor  # [N] length of the interval in scene units
+    lengths: Tensor  # [N] length of the interval in scene units
     points: Tensor  # [N, 3] unit coordinates
 
 
@@ -97,7 +97,7 @@ class Contraction:
         return self
 
     def __str__(self) -> str:
-        return f"contracted space, {len(self.ladder) - 1} steps of {self.step:.4f} and up"
+        return f"contracted space, {len(self.t_edges) - 1} steps of {self.step:.4f} and up"
 
     def to_unit(self, points: Tensor) -> Tensor:
         radius = points.norm(dim=-1, keepdim=True).clamp(min=1.0)
@@ -149,11 +149,11 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, density_at: Callable[[Tensor], Tensor], step: int, length: float, generator
+        self, density_at: Callable[[Tensor], Tensor], step: int, step_length: float, generator
     ) -> None:
         """Look at some cells and decide anew which are occupied.
 
-        density_at: unit points [M, 3] -> density [M]. length: of one marching step. All cells
+        density_at: unit points [M, 3] -> density [M]. step_length: of one marching step. All cells
         while ``step`` < 256; later an eighth of them, half anywhere and half where it is occupied.
         """
         device = self.density.device
@@ -171,7 +171,7 @@ class OccupancyGrid(nn.Module):
         fresh = torch.cat([density_at(part) for part in self.cell_points(cells, u).split(1 << 15)])
         self.density[cells] = torch.maximum(self.density[cells] * self.decay, fresh.float())
         mean = self.density[possible].mean()
-        threshold = mean.clamp(ALWAYS_EMPTY / length, MIN_OPTICAL_DEPTH / length)
+        threshold = mean.clamp(ALWAYS_EMPTY / step_length, MIN_OPTICAL_DEPTH / step_length)
         self.occupied.copy_((self.density > threshold) & self.possible)
         self._tighten()
 
@@ -211,7 +211,7 @@ class OccupancyGrid(nn.Module):
         enter, leave = space.span(rays, self.bounds)
         hits = (leave > enter)[:, 0].nonzero()[:, 0]
         rays, enter, leave = rays.part(hits), enter[hits], leave[hits]
-        t, length = space.midpoints(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
+        t, lengths = space.midpoints(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
         occupied = self._occupied_at(
             space.cell_coordinates(rays, t.minimum(leave), self.resolution)
         )
@@ -219,12 +219,12 @@ class OccupancyGrid(nn.Module):
         # index_select, here and wherever samples are picked: 3 times as fast as brackets on a CPU.
         sample = row * t.shape[1] + number
         t = t.flatten().index_select(0, sample)
-        length = length * rays.directions.norm(dim=-1, keepdim=True)
-        per_sample = sample if length.shape[1] > 1 else row
-        length = length.flatten().index_select(0, per_sample)
+        lengths = lengths * rays.directions.norm(dim=-1, keepdim=True)
+        per_sample = sample if lengths.shape[1] > 1 else row
+        lengths = lengths.flatten().index_select(0, per_sample)
         origins, directions = (part.index_select(0, row) for part in rays[:2])
         points = space.to_unit(torch.addcmul(origins, directions, t[:, None]))
-        return Samples(hits.index_select(0, row), t, length, points)
+        return Samples(hits.index_select(0, row), t, lengths, points)
 
     def _occupied_at(self, places: list[Tensor]) -> Tensor:
         """Whether the cells at three coordinates in [0, resolution] are occupied, same shape.

@@ -34,7 +34,7 @@ class OccupancyRenderer(nn.Module):
     early_stop: transmittance at which a ray ends (0: never). near_scaling: distance up to which
     gradients are scaled down by its square (0: not at all). lambda_tv: weight of the planes'
     variation in ``penalty``. resample: samples a ray, redrawn where a first look, without a graph,
-    finds density (0: those that were marched); from step ``REDRAW_AFTER`` on.
+    finds density (0: those that were marched); from step ``RESAMPLE_AFTER`` on.
     """
 
     def __init__(
@@ -125,23 +125,27 @@ class OccupancyRenderer(nn.Module):
             samples = self._importance_resample(samples, rays, jitter)
         elif self.early_stop and self.training:
             samples = self._cull_occluded(samples, num_rays)
-        self.num_samples = len(samples.ray)
+        self.num_samples = len(samples.ray_indices)
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
         if not self.num_samples:  # nothing to see; every parameter still needs a gradient under DDP
             nothing = 0.0 * sum(parameter.sum() for parameter in self.field.parameters())
             zero = rays.origins.new_zeros(num_rays)
             return (Rendered(background + nothing, zero, zero),)
-        raw_sigma, raw_rgb = query_packed(self.field, samples.points, rays.viewdirs, samples.ray)
+        raw_sigma, raw_rgb = query_packed(
+            self.field, samples.points, rays.viewdirs, samples.ray_indices
+        )
         if self.near_scaling:
             factor = self._near_factor(rays, samples)
             raw_sigma = scale_gradient(raw_sigma, factor)
             raw_rgb = scale_gradient(raw_rgb, factor[:, None])
-        weights = self.packed_weights(density_of(raw_sigma), samples.length, samples.ray, num_rays)
+        weights = self.packed_weights(
+            density_of(raw_sigma), samples.lengths, samples.ray_indices, num_rays
+        )
         values = torch.cat(
             [torch.sigmoid(raw_rgb), torch.ones_like(samples.t[:, None]), samples.t[:, None]], -1
         )
-        sums = sum_per_ray(weights[:, None] * values, samples.ray, num_rays)  # [R, 5]
+        sums = sum_per_ray(weights[:, None] * values, samples.ray_indices, num_rays)  # [R, 5]
         return (_rendered(sums, background),)
 
     def _near_factor(self, rays: Rays, samples: Samples) -> Tensor:
@@ -150,7 +154,7 @@ class OccupancyRenderer(nn.Module):
         What lies close to a camera is sampled more densely by its rays, by the square of the
         distance, and fog grows there; this evens it out (Philip and Deschaintre 2023, eq. 5).
         """
-        distance = samples.t * rays.directions.norm(dim=-1).index_select(0, samples.ray)
+        distance = samples.t * rays.directions.norm(dim=-1).index_select(0, samples.ray_indices)
         return (distance / self.near_scaling).square().clamp(max=1.0)
 
     @torch.no_grad()
@@ -161,8 +165,8 @@ class OccupancyRenderer(nn.Module):
         costs several times this look (NerfAcc, section 3.2).
         """
         sigma = density_of(density_packed(self.field, samples.points))
-        weights = self.packed_weights(sigma, samples.length, samples.ray, num_rays)
-        alpha = -torch.expm1(-sigma * samples.length)
+        weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
+        alpha = -torch.expm1(-sigma * samples.lengths)
         index = (weights > self.early_stop * alpha).nonzero()[:, 0]  # by transmittance
         return Samples(*(member.index_select(0, index) for member in samples))
 
@@ -174,13 +178,13 @@ class OccupancyRenderer(nn.Module):
         """
         num_rays, scale = len(rays.origins), rays.directions.norm(dim=-1)
         sigma = density_of(density_packed(self.field, samples.points))
-        weights = self.packed_weights(sigma, samples.length, samples.ray, num_rays)
-        length = samples.length / scale.index_select(0, samples.ray)
-        packed = weights, samples.t, length, samples.ray
-        ray, t, length = importance_resample_packed(*packed, num_rays, self.resample, u)
-        origins, directions = (part.index_select(0, ray) for part in rays[:2])
+        weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
+        lengths = samples.lengths / scale.index_select(0, samples.ray_indices)
+        packed = weights, samples.t, lengths, samples.ray_indices
+        ray_indices, t, lengths = importance_resample_packed(*packed, num_rays, self.resample, u)
+        origins, directions = (part.index_select(0, ray_indices) for part in rays[:2])
         points = self.space.to_unit(torch.addcmul(origins, directions, t[:, None]))
-        return Samples(ray, t, length * scale.index_select(0, ray), points)
+        return Samples(ray_indices, t, lengths * scale.index_select(0, ray_indices), points)
 
     @torch.no_grad()
     def render(self, rays: Rays) -> Rendered:
@@ -190,7 +194,7 @@ class OccupancyRenderer(nn.Module):
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)
         sums = rays.origins.new_zeros(num_rays, 5)
-        counts = torch.bincount(samples.ray, minlength=num_rays)
+        counts = torch.bincount(samples.ray_indices, minlength=num_rays)
         first = torch.cumsum(counts, dim=0) - counts
         alive = counts.nonzero()[:, 0]
         through = torch.ones_like(sums[:, 0])  # transmittance so far
@@ -203,13 +207,13 @@ class OccupancyRenderer(nn.Module):
             index = (first[alive] - starts + done).index_select(0, rows) + numbers
             part = Samples(*(member.index_select(0, index) for member in samples))
             raw_sigma, raw_rgb = query_packed(self.field, part.points, rays.viewdirs[alive], rows)
-            optical = density_of(raw_sigma) * part.length
+            optical = density_of(raw_sigma) * part.lengths
             weights = self.packed_weights(optical, torch.ones_like(optical), rows, len(alive))
             weights = weights * through[alive].index_select(0, rows)
             values = torch.cat(
                 [torch.sigmoid(raw_rgb), torch.ones_like(part.t[:, None]), part.t[:, None]], -1
             )
-            sums.index_add_(0, part.ray, weights[:, None] * values)
+            sums.index_add_(0, part.ray_indices, weights[:, None] * values)
             through[alive] *= torch.exp(-sum_per_ray(optical, rows, len(alive)))
             done += SAMPLES_A_ROUND
             alive = alive[(counts[alive] > done) & (through[alive] > self.early_stop)]

@@ -187,7 +187,7 @@ class NeRFRenderer(nn.Module):
     def _level(self, field, rays, t, density_noise) -> tuple[Rendered, Tensor]:
         points = self._points(rays, t)
         if self._skip_empty:
-            sigma, rgb = self._query_filled(field, rays, points, density_noise)
+            sigma, rgb = self._query_where_dense(field, rays, points, density_noise)
         else:
             raw_sigma, raw_rgb = field(points, rays.viewdirs)
             sigma = self._sigma(raw_sigma, density_noise)
@@ -199,7 +199,7 @@ class NeRFRenderer(nn.Module):
     def _sigma(self, raw: Tensor, noise: Tensor | None) -> Tensor:
         return F.relu(raw if noise is None else raw + noise * self.raw_noise_std)
 
-    def _query_filled(self, field, rays, points, density_noise) -> tuple[Tensor, Tensor]:
+    def _query_where_dense(self, field, rays, points, density_noise) -> tuple[Tensor, Tensor]:
         """Density and color at points [B, S, 3], asking for a graph only where there is density.
 
         A sample with density 0 has weight 0, and the ReLU stops its gradient: it adds exactly
@@ -210,9 +210,9 @@ class NeRFRenderer(nn.Module):
         with torch.no_grad():
             filled = self._sigma(field.density(points), density_noise) > 0
         index = filled.flatten().nonzero()[:, 0]
-        ray = index // shape[1]
+        ray_indices = index // shape[1]
         points = points.flatten(0, 1)[index]
-        raw_sigma, raw_rgb = query_packed(field, points, rays.viewdirs, ray)
+        raw_sigma, raw_rgb = query_packed(field, points, rays.viewdirs, ray_indices)
         noise = None if density_noise is None else density_noise.flatten()[index]
         sigma = raw_sigma.new_zeros(filled.numel())
         sigma = sigma.index_copy(0, index, self._sigma(raw_sigma, noise)).view(shape)

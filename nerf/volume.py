@@ -102,43 +102,50 @@ def disparity(depth: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- packed samples
-# One flat list of samples [N] over all rays, sorted by ray; ray [N] holds each sample's ray.
+# One flat list of samples [N] over all rays, sorted by ray; ray_indices [N] holds the number
+# of each sample's ray.
 
 
-def packed_weights_cumsum(sigma: Tensor, lengths: Tensor, ray: Tensor, num_rays: int) -> Tensor:
+def packed_weights_cumsum(
+    sigma: Tensor, lengths: Tensor, ray_indices: Tensor, num_rays: int
+) -> Tensor:
     """``blend_weights`` of packed samples [N] by one running sum over all rays.
 
     In float64: the sum of 10^6 samples has no digits left for the first sample of the last ray in
     float32.
     """
-    if not len(ray):
+    if not len(ray_indices):
         return sigma * lengths
     optical = (sigma * lengths).double()
     total = torch.cumsum(optical, dim=0) - optical  # exclusive
-    first = torch.searchsorted(ray, torch.arange(num_rays, device=ray.device))
-    before = total - total[first.clamp(max=len(ray) - 1)][ray]
+    first = torch.searchsorted(ray_indices, torch.arange(num_rays, device=ray_indices.device))
+    before = total - total[first.clamp(max=len(ray_indices) - 1)][ray_indices]
     return torch.exp(-before.float()) * -torch.expm1(-(sigma * lengths))
 
 
-def packed_weights_padded(sigma: Tensor, lengths: Tensor, ray: Tensor, num_rays: int) -> Tensor:
+def packed_weights_padded(
+    sigma: Tensor, lengths: Tensor, ray_indices: Tensor, num_rays: int
+) -> Tensor:
     """The same by laying the samples out as [rays, most samples of one ray]."""
-    if not len(ray):
+    if not len(ray_indices):
         return sigma * lengths
-    counts = torch.bincount(ray, minlength=num_rays)
+    counts = torch.bincount(ray_indices, minlength=num_rays)
     first = torch.cumsum(counts, dim=0) - counts
-    column = torch.arange(len(ray), device=ray.device) - first[ray]
+    column = torch.arange(len(ray_indices), device=ray_indices.device) - first[ray_indices]
     most = int(counts.max())
-    optical = sigma.new_zeros(num_rays, most + 1).index_put((ray, column + 1), sigma * lengths)
+    optical = sigma.new_zeros(num_rays, most + 1).index_put(
+        (ray_indices, column + 1), sigma * lengths
+    )
     before = torch.cumsum(optical, dim=-1)  # exclusive: the first column is 0
-    return torch.exp(-before[ray, column]) * -torch.expm1(-(sigma * lengths))
+    return torch.exp(-before[ray_indices, column]) * -torch.expm1(-(sigma * lengths))
 
 
 PACKED_WEIGHTS = {"cumsum": packed_weights_cumsum, "padded": packed_weights_padded}
 
 
-def sum_per_ray(values: Tensor, ray: Tensor, num_rays: int) -> Tensor:
+def sum_per_ray(values: Tensor, ray_indices: Tensor, num_rays: int) -> Tensor:
     """Sums of values [N] or [N, C] over each ray's samples -> [num_rays] or [num_rays, C]."""
-    return values.new_zeros(num_rays, *values.shape[1:]).index_add(0, ray, values)
+    return values.new_zeros(num_rays, *values.shape[1:]).index_add(0, ray_indices, values)
 
 
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
@@ -149,8 +156,8 @@ def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
 def importance_resample_packed(
     weights: Tensor,
     t: Tensor,
-    length: Tensor,
-    ray: Tensor,
+    lengths: Tensor,
+    ray_indices: Tensor,
     num_rays: int,
     count: int,
     u: Tensor | None = None,
@@ -160,34 +167,37 @@ def importance_resample_packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``count`` samples on every ray that has any, drawn where its light ends (NeRF section 5.2).
 
-    weights, t, length, ray [N] of packed samples, which stand for t - length / 2 to t + length / 2;
-    what lies between those intervals is empty. A ray's light, with ``floor`` > 0 of a whole one
-    spread evenly over them, is cut into parts of equal weight. A new sample stands in the middle
-    of its part, and is as long as the part is outside of gaps: lengths add up to what they were.
+    weights, t, lengths, ray_indices [N] describe packed samples; each is the interval from
+    t - length / 2 to t + length / 2, and the gaps between intervals are empty. A ray's weights,
+    plus ``floor`` > 0 spread evenly over its intervals, are cut into parts of equal weight. A new
+    sample is the midpoint of its part. Its length is the part's, gaps excluded, so that a ray's
+    lengths have the same sum as before.
     u [num_rays, 1] in [0, 1) shifts a ray's cuts; None: none. blur: share weights with neighbors
     first (Barron et al. 2021, mip-NeRF, eq. 18): a surface may lie before the first sample that
-    tells of it. Returns ray, t and length [M].
+    tells of it. Returns ray_indices, t and lengths [M].
     """
-    if not len(ray):
-        return ray, t, length
-    counts = torch.bincount(ray, minlength=num_rays)
+    if not len(ray_indices):
+        return ray_indices, t, lengths
+    counts = torch.bincount(ray_indices, minlength=num_rays)
     rows = counts.nonzero()[:, 0]
     first = torch.cumsum(counts, dim=0) - counts
-    column = torch.arange(len(ray), device=ray.device) - first.index_select(0, ray)
-    row = torch.repeat_interleave(torch.arange(len(rows), device=ray.device), counts[rows])
+    column = torch.arange(len(ray_indices), device=ray_indices.device) - first.index_select(
+        0, ray_indices
+    )
+    row = torch.repeat_interleave(torch.arange(len(rows), device=ray_indices.device), counts[rows])
     shape = len(rows), int(counts.max())
 
     def laid_out(values: Tensor) -> Tensor:  # [R, K], zeros behind a ray's last sample
         return values.new_zeros(shape).index_put((row, column), values)
 
-    start, width, mass = (laid_out(values) for values in (t - length / 2, length, weights))
+    start, width, mass = (laid_out(values) for values in (t - lengths / 2, lengths, weights))
     if blur:
         larger = torch.maximum(mass[:, 1:], mass[:, :-1])  # of two neighbors
         mass = (F.pad(larger, (0, 1)).maximum(mass) + F.pad(larger, (1, 0)).maximum(mass)) / 2
         mass = torch.where(width > 0, mass, 0.0)
     mass = mass + floor * width / width.sum(-1, keepdim=True)
     behind, reach = (torch.cumsum(values, dim=-1) for values in (mass, width))
-    cuts = torch.arange(count + 1, device=ray.device).expand(len(rows), -1) / count
+    cuts = torch.arange(count + 1, device=ray_indices.device).expand(len(rows), -1) / count
     if u is not None:
         cuts = cuts + (u.index_select(0, rows) - 0.5) / count
         cuts[:, 0], cuts[:, -1] = 0.0, 1.0
@@ -198,5 +208,5 @@ def importance_resample_packed(
     inside = (1 - (behind - places) / mass).clamp(0, 1) * width.gather(-1, index)
     ends = (reach - width).gather(-1, index) + inside
     new_t = (start.gather(-1, index) + inside)[:, count + 1 :]
-    new_length = ends[:, : count + 1].diff(dim=-1)
-    return rows.repeat_interleave(count), new_t.flatten(), new_length.flatten()
+    new_lengths = ends[:, : count + 1].diff(dim=-1)
+    return rows.repeat_interleave(count), new_t.flatten(), new_lengths.flatten()

@@ -185,14 +185,14 @@ def test_packed_queries_come_in_few_shapes_and_padding_changes_no_value():
     torch.manual_seed(0)
     field, shapes = FeatureField(TriPlane(16)), set()
 
-    def spy(points, viewdirs, ray):
+    def spy(points, viewdirs, ray_indices):
         shapes.add((len(points), len(viewdirs)))
-        return field(points, viewdirs, ray)
+        return field(points, viewdirs, ray_indices)
 
     for num_rays, num_samples in ((3, 1), (500, 700), (1000, 1023), (1024, 1024), (1, 900)):
         points, viewdirs = torch.rand(num_samples, 3) * 2 - 1, torch.randn(num_rays, 3)
-        ray = torch.randint(num_rays, (num_samples,)).sort()[0]
-        found = query_packed(spy, points, viewdirs, ray)
-        for own, exact in zip(found, field(points, viewdirs, ray), strict=True):
+        ray_indices = torch.randint(num_rays, (num_samples,)).sort()[0]
+        found = query_packed(spy, points, viewdirs, ray_indices)
+        for own, exact in zip(found, field(points, viewdirs, ray_indices), strict=True):
             torch.testing.assert_close(own, exact)
     assert shapes == {(1024, 1024)}

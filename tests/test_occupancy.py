@@ -49,15 +49,15 @@ def test_a_full_grid_covers_each_rays_way_through_the_box(jitter):
     u = torch.rand(len(rays.origins), 1) if jitter else None
     samples = grid.march(rays, box, u)
     assert (samples.points.abs() <= 1 + box.step).all()
-    assert (samples.ray.diff() >= 0).all()
-    same_ray = samples.ray.diff() == 0
+    assert (samples.ray_indices.diff() >= 0).all()
+    same_ray = samples.ray_indices.diff() == 0
     assert (samples.t.diff()[same_ray] > 0).all()
     # The exact chord by the slab method; sampling may be off by a step at either end.
     inverse = 1 / rays.directions
     one, other = (-1 - rays.origins) * inverse, (1 - rays.origins) * inverse
     enter, leave = torch.minimum(one, other).amax(-1), torch.maximum(one, other).amin(-1)
     chord = ((leave - enter).clamp(min=0)) * rays.directions.norm(dim=-1)
-    sums = sum_per_ray(samples.length, samples.ray, len(rays.origins))
+    sums = sum_per_ray(samples.lengths, samples.ray_indices, len(rays.origins))
     assert (sums - chord).abs().max() < 1.001 * box.step
 
 
@@ -74,15 +74,15 @@ def test_samples_lie_exactly_in_the_occupied_cells():
 
     inside = grid.occupied[cells(every.points)]
     assert 0 < inside.sum() < len(inside)
-    key = torch.stack([every.ray.float(), every.t], -1)[inside]
-    torch.testing.assert_close(torch.stack([some.ray.float(), some.t], -1), key)
+    key = torch.stack([every.ray_indices.float(), every.t], -1)[inside]
+    torch.testing.assert_close(torch.stack([some.ray_indices.float(), some.t], -1), key)
 
 
 def test_march_takes_no_rays_and_an_empty_grid():
     box, grid = unit_box(), OccupancyGrid(8)
-    assert len(grid.march(random_rays(0), box, None).ray) == 0
+    assert len(grid.march(random_rays(0), box, None).ray_indices) == 0
     grid.carve(torch.zeros(8**3, dtype=torch.bool))
-    assert len(grid.march(random_rays(20), box, None).ray) == 0
+    assert len(grid.march(random_rays(20), box, None).ray_indices) == 0
 
 
 def ball_density(points: torch.Tensor) -> torch.Tensor:
@@ -113,10 +113,10 @@ def test_fog_too_thin_to_matter_empties_the_grid():
     assert grid.fraction < 1
 
 
-def slow_weights(sigma, lengths, ray, num_rays):
+def slow_weights(sigma, lengths, ray_indices, num_rays):
     """One ray after another in float64 python numbers."""
     weights, optical = [], [0.0] * num_rays
-    for s, d, r in zip(sigma.tolist(), lengths.tolist(), ray.tolist(), strict=True):
+    for s, d, r in zip(sigma.tolist(), lengths.tolist(), ray_indices.tolist(), strict=True):
         weights.append(math.exp(-optical[r]) * -math.expm1(-s * d))
         optical[r] += s * d
     return torch.tensor(weights)
@@ -126,31 +126,31 @@ def packed_case(seed: int = 0):
     """Rays with 0, 1 and many samples, an opaque wall among them."""
     torch.manual_seed(seed)
     counts = torch.tensor([0, 1, 7, 0, 30, 1, 12, 0])
-    ray = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    sigma = torch.rand(len(ray)) * 5
+    ray_indices = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    sigma = torch.rand(len(ray_indices)) * 5
     sigma[12] = 1e6
-    return sigma, torch.rand(len(ray)) * 0.2, ray, len(counts)
+    return sigma, torch.rand(len(ray_indices)) * 0.2, ray_indices, len(counts)
 
 
 @pytest.mark.parametrize("kind", PACKED_WEIGHTS)
 def test_packed_weights_equal_a_slow_loop_and_the_dense_form(kind):
-    sigma, lengths, ray, num_rays = packed_case()
+    sigma, lengths, ray_indices, num_rays = packed_case()
     sigma.requires_grad_(True)
-    weights = PACKED_WEIGHTS[kind](sigma, lengths, ray, num_rays)
+    weights = PACKED_WEIGHTS[kind](sigma, lengths, ray_indices, num_rays)
     torch.testing.assert_close(
-        weights, slow_weights(sigma, lengths, ray, num_rays), rtol=1e-5, atol=1e-7
+        weights, slow_weights(sigma, lengths, ray_indices, num_rays), rtol=1e-5, atol=1e-7
     )
-    wanted = torch.rand(len(ray))
+    wanted = torch.rand(len(ray_indices))
     (gradient,) = torch.autograd.grad((weights * wanted).sum(), sigma)
     expected = torch.zeros_like(sigma)
     for number in range(num_rays):
-        mine = ray == number
+        mine = ray_indices == number
         if mine.any():
             part = sigma.detach()[mine].requires_grad_(True)
             (blend_weights(part, lengths[mine]) * wanted[mine]).sum().backward()
             expected[mine] = part.grad
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-    wall = (ray == ray[12]) & (torch.arange(len(ray)) > 12)
+    wall = (ray_indices == ray_indices[12]) & (torch.arange(len(ray_indices)) > 12)
     assert (weights[wall] == 0).all()
 
 
@@ -164,9 +164,9 @@ def test_packed_weights_of_nothing_and_of_a_million(kind):
     num_rays, each = 20_000, 50
     torch.manual_seed(0)
     one = torch.rand(each) * 20
-    ray = torch.arange(num_rays).repeat_interleave(each)
+    ray_indices = torch.arange(num_rays).repeat_interleave(each)
     lengths = torch.full((num_rays * each,), 0.01)
-    weights = PACKED_WEIGHTS[kind](one.repeat(num_rays), lengths, ray, num_rays)
+    weights = PACKED_WEIGHTS[kind](one.repeat(num_rays), lengths, ray_indices, num_rays)
     expected = blend_weights(one, lengths[:each])
     torch.testing.assert_close(
         weights.view(num_rays, each), expected.expand(num_rays, each), rtol=1e-5, atol=1e-6
@@ -174,6 +174,9 @@ def test_packed_weights_of_nothing_and_of_a_million(kind):
 
 
 def test_sum_per_ray_leaves_empty_rays_at_zero():
-    values, ray = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([1, 1, 3])
+    values, ray_indices = (
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        torch.tensor([1, 1, 3]),
+    )
     expected = torch.tensor([[0.0, 0.0], [4.0, 6.0], [0.0, 0.0], [5.0, 6.0], [0.0, 0.0]])
-    assert torch.equal(sum_per_ray(values, ray, 5), expected)
+    assert torch.equal(sum_per_ray(values, ray_indices, 5), expected)

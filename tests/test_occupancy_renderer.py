@@ -22,7 +22,7 @@ class Ball(torch.nn.Module):
     def density(self, points):
         return torch.where(points.norm(dim=-1) < 0.5, self.inside, self.inside - 9.0)
 
-    def forward(self, points, viewdirs, ray):
+    def forward(self, points, viewdirs, ray_indices):
         return self.density(points), points * self.tint
 
 

@@ -67,7 +67,7 @@ def test_skipping_empty_samples_changes_no_value_and_no_gradient(raw_noise_std):
     for skip in (False, True):
         renderer.zero_grad()
         renderer._skip_empty = skip
-        renderer._query_filled, whole = count_calls(renderer._query_filled)
+        renderer._query_where_dense, whole = count_calls(renderer._query_where_dense)
         levels = renderer(rays, noise)
         sum(squared_error(level.rgb, target) for level in levels).backward()
         results.append((levels, [p.grad for p in renderer.parameters() if p.grad is not None]))
@@ -150,7 +150,7 @@ def test_fine_samples_gather_where_the_coarse_field_is_dense():
 
         density_of = density
 
-        def color_of(self, hidden, viewdirs, ray):
+        def color_of(self, hidden, viewdirs, ray_indices):
             return torch.zeros_like(hidden)
 
     coarse, fine = Shell(), Shell()

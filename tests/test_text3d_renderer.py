@@ -28,7 +28,7 @@ class Ball(nn.Module):
     def density(self, points):
         return SHARP * (RADIUS - points.norm(dim=-1)) + self.shift
 
-    def forward(self, points, viewdirs, ray):
+    def forward(self, points, viewdirs, ray_indices):
         red = torch.logit(0.5 + points[:, 0] / 4)
         return self.density(points), torch.stack([red, 0 * red, 0 * red], -1)
 

@@ -228,12 +228,12 @@ def test_disparity_inverts_depth_and_is_zero_at_infinity():
 
 def test_redrawn_samples_carry_equal_light_and_keep_the_length():
     """Two rays with a gap each, and one without samples, against the definition."""
-    ray = torch.tensor([0, 0, 0, 2, 2])
+    ray_indices = torch.tensor([0, 0, 0, 2, 2])
     t = torch.tensor([1.5, 2.5, 5.5, 3.0, 4.0])  # intervals 1-2, 2-3, gap, 5-6; 2.5-3.5, 3.5-4.5
     weights = torch.tensor([0.1, 0.2, 0.6, 0.0, 0.9])
     exactly = {"floor": 1e-6, "blur": False}
     rows, where, length = importance_resample_packed(
-        weights, t, torch.ones(5), ray, 3, 9, **exactly
+        weights, t, torch.ones(5), ray_indices, 3, 9, **exactly
     )
     assert rows.tolist() == [0] * 9 + [2] * 9
     # Ray 0: nine parts of 0.1: one in the first interval, two in the second, six in the third.
@@ -248,9 +248,11 @@ def test_redrawn_samples_carry_equal_light_and_keep_the_length():
 
 def test_a_redrawn_rays_weights_are_shared_with_neighbors_and_stay_on_the_ray():
     """Weights 0 0 1 0 become 0 1/2 1 1/2; eight parts of 1/4 then."""
-    t, ray = torch.tensor([0.5, 1.5, 2.5, 3.5, 9.0]), torch.tensor([0, 0, 0, 0, 1])
+    t, ray_indices = torch.tensor([0.5, 1.5, 2.5, 3.5, 9.0]), torch.tensor([0, 0, 0, 0, 1])
     weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
-    _, where, _ = importance_resample_packed(weights, t, torch.ones(5), ray, 2, 8, floor=1e-6)
+    _, where, _ = importance_resample_packed(
+        weights, t, torch.ones(5), ray_indices, 2, 8, floor=1e-6
+    )
     expected = [1.25, 1.75, 2.125, 2.375, 2.625, 2.875, 3.25, 3.75]
     torch.testing.assert_close(where[:8], torch.tensor(expected), atol=1e-3, rtol=0)
 
@@ -260,18 +262,20 @@ def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
     generator = torch.Generator().manual_seed(0)
     num_rays, count = 50, 7
     counts = torch.randint(0, 6, (num_rays,), generator=generator)
-    ray = torch.repeat_interleave(torch.arange(num_rays), counts)
-    length = 0.1 + torch.rand(len(ray), generator=generator)
-    gaps = torch.rand(len(ray), generator=generator)
+    ray_indices = torch.repeat_interleave(torch.arange(num_rays), counts)
+    length = 0.1 + torch.rand(len(ray_indices), generator=generator)
+    gaps = torch.rand(len(ray_indices), generator=generator)
     t = torch.cumsum(length + gaps, 0) - length / 2
-    weights = torch.rand(len(ray), generator=generator) ** 8
+    weights = torch.rand(len(ray_indices), generator=generator) ** 8
     u = torch.rand(num_rays, 1, generator=generator) if shifted else None
-    rows, where, lengths = importance_resample_packed(weights, t, length, ray, num_rays, count, u)
+    rows, where, lengths = importance_resample_packed(
+        weights, t, length, ray_indices, num_rays, count, u
+    )
     assert rows.tolist() == [r for r in range(num_rays) if counts[r] for _ in range(count)]
     close = (where[:, None] - t).abs() <= length / 2 + 1e-4
-    assert (close & (rows[:, None] == ray)).any(1).all()
+    assert (close & (rows[:, None] == ray_indices)).any(1).all()
     assert (where.view(-1, count).diff(dim=-1) > 0).all() and (lengths >= 0).all()
-    whole = torch.zeros(num_rays).index_add(0, ray, length)
+    whole = torch.zeros(num_rays).index_add(0, ray_indices, length)
     torch.testing.assert_close(torch.zeros(num_rays).index_add(0, rows, lengths), whole)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from nerf.outputs import mesh, turntable
 from nerf.outputs.viewer import clip_rays
 from nerf.text3d.orbit import OrbitCameras
-from nerf.text3d.particles import objects
+from nerf.text3d.particles import members_of
 from nerf.text3d.renderer import ObjectRendered
 from nerf.text3d.shading import preview_lighting
 from nerf.training import distributed, system
@@ -55,7 +55,7 @@ class ObjectOutputs(NamedTuple):
 
             return view
 
-        return [(ending, view_of(shown)) for ending, shown in objects(self.renderer)]
+        return [(ending, view_of(shown)) for ending, shown in members_of(self.renderer)]
 
     @property
     def lighting(self) -> tuple[str, tuple[float, float]]:
@@ -144,7 +144,7 @@ def write_mesh(outputs: ObjectOutputs, path: Path, *, resolution: int, level: fl
     """
     if not outputs.world.is_main:
         return
-    for ending, shown in objects(outputs.renderer):
+    for ending, shown in members_of(outputs.renderer):
         with outputs.ema.swap(), torch.no_grad():
             surface = _surface(outputs, shown, resolution, level)
         own = path.with_stem(path.stem + ending)

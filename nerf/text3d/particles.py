@@ -13,7 +13,7 @@ class Particles(nn.Module):
         self.current = 0
 
     @property
-    def shown(self) -> nn.Module:
+    def current_member(self) -> nn.Module:
         return self.members[self.current]
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
@@ -21,13 +21,13 @@ class Particles(nn.Module):
         draw = torch.randint(len(self.members), (), generator=generator, device=generator.device)
         self.current = int(draw)
         # Each keeps its own count, so that its occupancy grid is looked at as often as if alone.
-        self.shown.begin_step(step // len(self.members), generator)
+        self.current_member.begin_step(step // len(self.members), generator)
 
     def forward(self, rays, lighting, jitter=None, lit=None):
-        return self.shown(rays, lighting, jitter, lit)
+        return self.current_member(rays, lighting, jitter, lit)
 
     def report(self) -> dict[str, float]:
-        return {"particle": self.current, **self.shown.report()}
+        return {"particle": self.current, **self.current_member.report()}
 
     def checkpoint_state(self) -> dict:
         first, *others = (member.checkpoint_state() for member in self.members)
@@ -44,7 +44,7 @@ class Particles(nn.Module):
             member.load_checkpoint_state(part, load, where)
 
 
-def objects(renderer: nn.Module) -> list[tuple[str, nn.Module]]:
+def members_of(renderer: nn.Module) -> list[tuple[str, nn.Module]]:
     """What there is to look at, each with an ending for file names: "" for the first."""
     members = getattr(renderer, "members", [renderer])
     return [(f"_{number}" if number else "", member) for number, member in enumerate(members)]

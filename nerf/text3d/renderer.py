@@ -94,8 +94,9 @@ class ObjectRenderer(nn.Module):
 
     def albedo(self, unit: Tensor) -> Tensor:
         """RGB [N, 3] in [0, 1] at unit points [N, 3]."""
-        ray = torch.zeros(len(unit), dtype=torch.long, device=unit.device)
-        return torch.sigmoid(query_packed(self.field, unit, torch.zeros_like(unit[:1]), ray)[1])
+        ray_indices = torch.zeros(len(unit), dtype=torch.long, device=unit.device)
+        viewdirs = torch.zeros_like(unit[:1])
+        return torch.sigmoid(query_packed(self.field, unit, viewdirs, ray_indices)[1])
 
     def _activate(self, raw: Tensor, unit: Tensor) -> Tensor:
         blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
@@ -118,29 +119,29 @@ class ObjectRenderer(nn.Module):
         samples = self.grid.march(rays, self.space, jitter)
         if self.early_stop:
             samples = self._cull_occluded(samples, num_rays, learning=torch.is_grad_enabled())
-        self.num_samples = len(samples.ray)
+        self.num_samples = len(samples.ray_indices)
         background = lighting.background
         if self.background_net is not None:
             background = torch.lerp(
                 background, self.background_net(rays.viewdirs), lighting.use_background_net
             )
         sigma, albedo, normals = self._query(samples, rays, lighting.is_lit if lit is None else lit)
-        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
+        weights = packed_weights_cumsum(sigma, samples.lengths, samples.ray_indices, num_rays)
         color = albedo
         if normals is None:
             normals = torch.zeros_like(albedo)
             facing = torch.zeros_like(sigma)
         else:
             points = self.space.from_unit(samples.points)
-            color = shade(albedo, normals, points, lighting.part(samples.ray))
-            facing = (normals * rays.viewdirs[samples.ray]).sum(-1).clamp(min=0).square()
+            color = shade(albedo, normals, points, lighting.part(samples.ray_indices))
+            facing = (normals * rays.viewdirs[samples.ray_indices]).sum(-1).clamp(min=0).square()
         t = samples.t
         values = torch.cat(
             [color, torch.ones_like(t)[:, None], t[:, None], t.square()[:, None], normals], dim=-1
         )
-        sums = sum_per_ray(weights[:, None] * values, samples.ray, num_rays)  # [R, 9]
+        sums = sum_per_ray(weights[:, None] * values, samples.ray_indices, num_rays)  # [R, 9]
         # The weights are held still here: turning surfaces around is wanted, removing them is not.
-        backfacing = sum_per_ray(weights.detach() * facing, samples.ray, num_rays)
+        backfacing = sum_per_ray(weights.detach() * facing, samples.ray_indices, num_rays)
         opacity = sums[:, 3]
         hit = opacity > 1e-6  # below, the mean of t is rounding
         mass = torch.where(hit, opacity, torch.ones_like(opacity))
@@ -151,7 +152,7 @@ class ObjectRenderer(nn.Module):
 
     def _query(self, samples: Samples, rays: Rays, lit: bool):
         """Density, albedo and, where light is asked for, unit normals of packed samples."""
-        need = lit and len(samples.ray) > 0
+        need = lit and len(samples.ray_indices) > 0
         points, graph = samples.points, torch.is_grad_enabled()
         analytic = need and self.normals == "analytic"
         # The density's gradient needs float32 throughout, whatever autocast is on outside.
@@ -159,7 +160,9 @@ class ObjectRenderer(nn.Module):
         with torch.set_grad_enabled(graph or analytic), full:
             if analytic:
                 points = points.detach().requires_grad_()
-            raw_sigma, raw_rgb = query_packed(self.field, points, rays.viewdirs, samples.ray)
+            raw_sigma, raw_rgb = query_packed(
+                self.field, points, rays.viewdirs, samples.ray_indices
+            )
             sigma = self._activate(raw_sigma, points)
             gradient = None
             if analytic:
@@ -186,8 +189,8 @@ class ObjectRenderer(nn.Module):
         so that hardly learns, and normals make each sample several times dearer.
         """
         sigma = self.density(samples.points)
-        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
-        alpha = -torch.expm1(-sigma * samples.length)
+        weights = packed_weights_cumsum(sigma, samples.lengths, samples.ray_indices, num_rays)
+        alpha = -torch.expm1(-sigma * samples.lengths)
         by_light = weights > self.early_stop * alpha  # transmittance
         if learning:
             by_light &= alpha > FAINT
@@ -200,8 +203,8 @@ class ObjectRenderer(nn.Module):
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)
         sigma = self.density(samples.points)
-        weights = packed_weights_cumsum(sigma, samples.length, samples.ray, num_rays)
-        alpha = -torch.expm1(-sigma * samples.length)
+        weights = packed_weights_cumsum(sigma, samples.lengths, samples.ray_indices, num_rays)
+        alpha = -torch.expm1(-sigma * samples.lengths)
         before = torch.where(alpha > 0, weights / alpha.clamp(min=1e-30), 0.0)  # transmittance
         return sigma[(before > 0.5) & (before * (1 - alpha) <= 0.5)]
 
@@ -227,7 +230,7 @@ class ObjectRenderer(nn.Module):
         return {"samples": self.num_samples, "occupied": self.grid.fraction}
 
 
-class Picture(nn.Module):
+class PixelImages(nn.Module):
     """Pictures [V, 3, H, W] instead of a scene, with the same interface (``--space 2d``)."""
 
     def __init__(self, num_views: int, size: int):
