@@ -40,7 +40,7 @@ COMMANDS = {
 # The saves of the watched process, timed where they happen.
 TIMED = (
     "import json, runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
-    "from nerf import checkpoint; save = checkpoint.save_run\n"
+    "from nerf.training import checkpoint; save = checkpoint.save_run\n"
     "def timed(*args, **kwargs):\n"
     "    began = time.perf_counter(); done = save(*args, **kwargs)\n"
     "    with open({log!r}, 'a') as file: print(time.perf_counter() - began, file=file)\n"

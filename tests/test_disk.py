@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not may_mount(), reason="needs Linux's user name
 SPOILED = """
 import os, runpy, subprocess, sys
 sys.path.insert(0, ".")
-from nerf import checkpoint
+from nerf.training import checkpoint
 save, step, spoil = checkpoint.save_checkpoint, sys.argv.pop(1), sys.argv.pop(1)
 def save_and_spoil(path, state):
     save(path, state)
