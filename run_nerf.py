@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nerf import build
-from nerf.build import compile_fields
-from nerf.datasets import load_scene
+from nerf.build import compile_fields, load_scene
 from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
 from nerf.metrics import load_lpips, psnr_from_mse
@@ -238,7 +237,7 @@ def look_through(window: viewer.Viewer | None, outputs, ema) -> None:
 
     def view(*wish):
         with ema.swap():
-            return viewer.view_of(outputs, *wish)
+            return scene_outputs.render_free_view(outputs, *wish)
 
     if window is not None:
         window.view = view

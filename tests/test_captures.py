@@ -10,8 +10,9 @@ import torch
 from conftest import DEMO_COUNTS, DEMO_SIZE, REPOSITORY, run_script
 from PIL import Image
 
+from nerf.build import load_scene
 from nerf.cameras import orbit_path
-from nerf.datasets import capture, colmap, llff, load_scene, recognize
+from nerf.datasets import capture, colmap, llff, recognize
 from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, quaternion, read_model, write_model
 from nerf.flags import nerf as nerf_flags
 from nerf.lenses import from_colmap

@@ -13,8 +13,9 @@ import torch
 from conftest import DEMO_COUNTS, DEMO_SIZE, run_script
 from PIL import Image
 
+from nerf.build import load_scene
 from nerf.cameras import nearest_point_to_axes
-from nerf.datasets import llff, load_scene
+from nerf.datasets import llff
 from nerf.flags import nerf as nerf_flags
 from nerf.rays import rays_to_ndc
 

@@ -13,7 +13,8 @@ import sfm
 from conftest import REPOSITORY, run_script
 from PIL import Image, ImageFilter
 
-from nerf.datasets import capture, load_scene
+from nerf.build import load_scene
+from nerf.datasets import capture
 from nerf.datasets.colmap_model import read_model
 from nerf.flags import nerf as nerf_flags
 

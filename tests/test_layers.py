@@ -22,7 +22,7 @@ LEVELS = {
     "guidance.sample": 4,
 }  # fmt: skip
 # Besides the scripts, only these see the parsed flags.
-SEE_ARGS = ("nerf.flags", "nerf.build", "guidance.build", "nerf.datasets")
+SEE_ARGS = ("nerf.flags", "nerf.build", "guidance.build")
 PACKAGES = ("nerf", "guidance")
 # guidance/tiny is a model with the program that made it, apart from both.
 FILES = [

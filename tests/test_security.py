@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from nerf.datasets import load_scene
+from nerf.build import load_scene
 from nerf.datasets.images import inside
 from nerf.flags import nerf as nerf_flags
 

@@ -11,7 +11,8 @@ import torch
 from conftest import run_script
 
 import run_nerf
-from nerf.datasets import load_scene, store
+from nerf.build import load_scene
+from nerf.datasets import store
 from nerf.datasets.store import BLOCK, BlockOrder
 from nerf.flags import nerf as nerf_flags
 from nerf.training.checkpoint import list_checkpoints, load_checkpoint
