@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_demo import SOLIDS, Solid, _frame  # noqa: E402
+from make_demo import SOLIDS, Solid, _frame
 
 CLOSE = (0.02, 0.05)  # distances, scene units, within which points count as found
 SAMPLES = 400_000

@@ -17,15 +17,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import sfm
+from photos import VIDEOS, Photo, blurred, some, take_frames, take_photos
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import sfm  # noqa: E402
-from photos import VIDEOS, Photo, blurred, some, take_frames, take_photos  # noqa: E402
-
-from nerf.datasets import capture, colmap  # noqa: E402
-from nerf.datasets.colmap_model import Model, read_model  # noqa: E402
+from nerf.datasets import capture, colmap
+from nerf.datasets.colmap_model import Model, read_model
 
 FEWEST = 3  # photos with which there is anything to reconstruct
 POOR = 150  # features below which a photo is plain or blurred

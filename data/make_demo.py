@@ -22,13 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from nerf.cameras import look_at, orbit_path  # noqa: E402
-from nerf.datasets.colmap_model import Camera, Model, write_model  # noqa: E402
-from nerf.lenses import from_colmap  # noqa: E402
-from nerf.media import write_png  # noqa: E402
-from nerf.rays import Rays, pixels_to_rays  # noqa: E402
+from nerf.cameras import look_at, orbit_path
+from nerf.datasets.colmap_model import Camera, Model, write_model
+from nerf.lenses import from_colmap
+from nerf.media import write_png
+from nerf.rays import Rays, pixels_to_rays
 
 CAMERA_ANGLE_X = 0.80  # radians
 RADIUS = 4.0

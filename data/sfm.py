@@ -19,12 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 # Pillow comes in through these, and must be loaded before pycolmap: the other way round the two
 # share symbols of an image library, and writing a PNG corrupts the heap (pycolmap 4.2.1).
-from nerf.datasets import capture  # noqa: E402
-from nerf.datasets.colmap_model import read_model  # noqa: E402
+from nerf.datasets import capture
+from nerf.datasets.colmap_model import read_model
 
 EXHAUSTIVE = 200  # pictures; pairs grow with the square
 NEIGHBOURS = 12  # frames before and after, for longer videos
