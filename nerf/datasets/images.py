@@ -181,10 +181,10 @@ def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [H, W, C] at the top left of one array [V, H, W, C]; their sizes [V, 2]."""
     sizes = np.array([picture.shape[:2] for picture in pictures])
     height, width = sizes.max(0)
-    raise_on_all_ranks = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
-    for row, picture in zip(raise_on_all_ranks, pictures, strict=True):
+    images = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
+    for row, picture in zip(images, pictures, strict=True):
         row[: picture.shape[0], : picture.shape[1]] = picture
-    return raise_on_all_ranks, sizes
+    return images, sizes
 
 
 def with_alpha(picture: np.ndarray) -> np.ndarray:

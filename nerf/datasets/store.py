@@ -170,16 +170,16 @@ class BlockOrder:
         self._epochs: dict[int, tuple] = {}
         self._windows: dict[int, tuple] = {}
 
-    def draw(self, position: int, count: int, shard: slice | None = None) -> tuple[Tensor, Tensor]:
+    def draw(self, position: int, count: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Flat pixel numbers [B] and colors uint8 [B, C] at ``position`` and after.
 
-        share: which of the ``count`` rows to make, by default all.
+        rows: which of the ``count`` rows to return, by default all.
         """
-        shard, parts, row = shard or slice(0, count), [], 0
+        rows, parts, row = rows or slice(0, count), [], 0
         for shard in range(self.shards):
             # Of all rays of the run, number n is of shard n % shards.
             first, end = (-((shard - n) // self.shards) for n in (position, position + count))
-            low, high = max(shard.start, row), min(shard.stop, row + end - first)
+            low, high = max(rows.start, row), min(rows.stop, row + end - first)
             parts += self._draw(shard, first + low - row, high - low)
             row += end - first
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
