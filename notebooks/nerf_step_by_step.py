@@ -25,7 +25,6 @@ from PIL import Image
 from torch import nn
 
 ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "run_nerf.py").exists())
-sys.path.insert(0, str(ROOT))
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", 800))  # tests run a few
 torch.manual_seed(0)
 
@@ -50,7 +49,7 @@ DATA = ROOT / "data" / "demo"
 if not (DATA / "transforms_train.json").exists():
     subprocess.run([sys.executable, ROOT / "data" / "make_demo.py", "--out", DATA], check=True)
 
-from nerf.datasets import blender  # noqa: E402
+from nerf.datasets import blender
 
 scene = blender.load(DATA, downscale=2, testskip=5, background=1.0)
 train, test = scene.splits["train"], scene.splits["test"]
@@ -128,7 +127,7 @@ def composite(sigma, rgb, t, length):
     return color, (weights * t).sum(-1), weights
 
 
-from nerf.volume import blend_weights, interval_lengths  # noqa: E402
+from nerf.volume import blend_weights, interval_lengths
 
 t = torch.linspace(2, 6, 16).expand(8, 16)
 sigma, d = torch.rand(8, 16) * 3, torch.randn(8, 3)

@@ -16,20 +16,18 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "run_dreamfusion.py").exists())
-sys.path.insert(0, str(ROOT))
-STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # tests run a few
+from guidance import sds
+from guidance.gaussian import Gaussian
+from guidance.sample import sample
+from guidance.stable_diffusion import StableDiffusion
 
-from guidance import sds  # noqa: E402
-from guidance.gaussian import Gaussian  # noqa: E402
-from guidance.sample import sample  # noqa: E402
-from guidance.stable_diffusion import StableDiffusion  # noqa: E402
+ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "run_dreamfusion.py").exists())
+STEPS = int(os.environ.get("NOTEBOOK_STEPS", 200))  # tests run a few
 
 
 def show(pictures, name):

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_demo
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-for folder in (REPOSITORY / "data", REPOSITORY):
-    sys.path.insert(0, str(folder))
-
-import make_demo  # noqa: E402
+# Programs that tests start import this checkout, whatever is installed; pytest itself has the
+# same folders from pyproject.toml.
+FOLDERS = [REPOSITORY, REPOSITORY / "data", REPOSITORY / "tests"]
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, FOLDERS))
 
 DEMO_SIZE = 32
 DEMO_COUNTS = {"train": 6, "val": 2, "test": 2}

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.skipif(not may_mount(), reason="needs Linux's user name
 # Runs the script; when it has saved step SPOIL, a shell command spoils the disk.
 SPOILED = """
 import os, runpy, subprocess, sys
-sys.path.insert(0, ".")
 from nerf.training import checkpoint
 save, step, spoil = checkpoint.save_checkpoint, sys.argv.pop(1), sys.argv.pop(1)
 def save_and_spoil(path, state):

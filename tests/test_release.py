@@ -1,6 +1,6 @@
 """A checkpoint of the first release opens for ever: the files in fixtures/ are never made again.
 
-python tests/test_release.py NAME    # how they were made; for a new kind of checkpoint only
+PYTHONPATH=data python tests/test_release.py NAME    # made each; for a new kind of checkpoint only
 """
 
 import shutil
@@ -11,8 +11,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import make_demo, run_script
 
 from nerf.training.checkpoint import finished_updates, load_checkpoint

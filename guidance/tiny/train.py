@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from guidance.attention import fast_attention  # noqa: E402
-from guidance.tiny import build, pictures  # noqa: E402
-from nerf.training.distributed import choose_device  # noqa: E402
-from nerf.training.ema import EMA  # noqa: E402
-from nerf.training.rng import seed_everything, step_generator  # noqa: E402
-from nerf.training.system import StopSignal, autocast  # noqa: E402
+from guidance.attention import fast_attention
+from guidance.tiny import build, pictures
+from nerf.training.distributed import choose_device
+from nerf.training.ema import EMA
+from nerf.training.rng import seed_everything, step_generator
+from nerf.training.system import StopSignal, autocast
 
 STAGES = {"pictures": 1, "vae": 2, "latents": 3, "unet": 4}  # their random numbers differ
 FREE = ("out", "work", "device", "vae_steps", "unet_steps", "save_seconds", "stop_after")
