@@ -40,8 +40,8 @@ from nerf.outputs.camera_path import read_path
 from nerf.outputs.object import (
     MODES,
     ObjectOutputs,
-    look_at,
     path_cameras,
+    render_free_view,
     write_mesh,
     write_preview,
     write_turntable,
@@ -357,7 +357,7 @@ def open_viewer(args, world, run, outputs: ObjectOutputs) -> viewer.Viewer | Non
     except Exception as error:  # whatever a viewer does, training goes on
         run.log(f"no viewer: {type(error).__name__}: {error}")
         return None
-    window.view = partial(look_at, outputs)
+    window.view = partial(render_free_view, outputs)
     return window
 
 

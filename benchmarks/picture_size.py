@@ -54,9 +54,9 @@ def measure(height: int, width: int, flags: list[str]) -> None:
 
     block = block_size(renderer.samples_per_ray, args.netwidth, args.chunk, args.netchunk, "cpu")
     outputs = SceneOutputs(render, scene, block, world)
-    outputs(scene.resized(10), scene.c2w[0], scene.intrinsics[0])  # warm up
+    outputs.render_camera(scene.resized(10), scene.c2w[0], scene.intrinsics[0])  # warm up
     began = time.perf_counter()
-    rendered = outputs(scene, scene.c2w[0], scene.intrinsics[0])
+    rendered = outputs.render_camera(scene, scene.c2w[0], scene.intrinsics[0])
     seconds = time.perf_counter() - began
     output = sum(member.nelement() * 4 for member in rendered) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -36,7 +36,8 @@ from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article  # noqa: 
 from nerf import build  # noqa: E402
 from nerf.flags import dreamfusion as dream_flags  # noqa: E402
 from nerf.media import write_png  # noqa: E402
-from nerf.outputs import turntable  # noqa: E402
+from nerf.outputs.object import render_cameras  # noqa: E402
+from nerf.text3d.orbit import orbit_cameras  # noqa: E402
 from nerf.training import checkpoint  # noqa: E402
 from nerf.training.ema import EMA  # noqa: E402
 
@@ -124,9 +125,9 @@ def look_at(run: Path) -> Seen:
     albedo, opacity, lit, bare = [], [], [], []
     for elevation in ELEVATIONS:
         one = torch.ones(len(AZIMUTHS))
-        cameras = turntable.orbit_cameras(AZIMUTHS, elevation * one, RADIUS * one, FOV * one)
-        plain = turntable.render_cameras(renderer, cameras, SIZE, "black")
-        shaded = turntable.render_cameras(renderer, cameras, SIZE, "black", lit=True)
+        cameras = orbit_cameras(AZIMUTHS, elevation * one, RADIUS * one, FOV * one)
+        plain = render_cameras(renderer, cameras, SIZE, "black")
+        shaded = render_cameras(renderer, cameras, SIZE, "black", lit=True)
         albedo.append(torch.stack([picture.rgb for picture in plain]))
         opacity.append(torch.stack([picture.opacity for picture in plain]))
         behind = GREY * (1 - opacity[-1][..., None])

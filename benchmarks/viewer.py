@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import run_nerf
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import viewer
+from nerf.outputs.scene import render_free_view
 from nerf.training import distributed, rng
 from nerf.training.run_folder import RunFolder
 
@@ -43,7 +44,7 @@ def frames_per_second(flags: list[str]) -> None:
         times = []
         for _ in range(8):
             start = time.perf_counter()
-            viewer.view_of(outputs, pose, 0.8, (round(side / 1.5), side), "rgb", None)
+            render_free_view(outputs, pose, 0.8, (round(side / 1.5), side), "rgb", None)
             times.append(time.perf_counter() - start)
         print(f"{side} x {round(side / 1.5)}: median {1 / sorted(times)[4]:.1f} frames/s")
 

@@ -1,6 +1,6 @@
 """Pictures and videos on disk, and scalar maps in color."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -94,3 +94,19 @@ def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -
     if writer is None:
         warn(f"{path.name} is not made: there are no frames")
     return writer is not None
+
+
+def write_videos(
+    folder: Path, names: Iterable[str], num_frames: int, warn: Callable[[str], None] = print
+) -> list[Path]:
+    """NAME.mp4 in ``folder`` for every name, from numbered pictures; returns the videos made.
+
+    Frames: 000.png, 001.png, ... in ``folder`` for the name rgb, in ``folder``/NAME for others.
+    """
+    made = []
+    for name in names:
+        source = folder if name == "rgb" else folder / name
+        frames = (source / f"{number:03d}.png" for number in range(num_frames))
+        if write_video(folder / f"{name}.mp4", frames, warn=warn):
+            made.append(folder / f"{name}.mp4")
+    return made

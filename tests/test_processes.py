@@ -224,13 +224,13 @@ def test_nan_on_one_rank_of_text_to_3d_is_left_out_by_all(tmp_path, rank):
 REFUSED = """
 import errno, os, sys
 sys.path[:0] = ["."]
-from nerf import evaluation, turntable
+from nerf.outputs import object, scene
 def refused(path, picture):
     if os.environ["RANK"] == "1":
         raise OSError(errno.ENOSPC, "No space left on device")
     write(path, picture)
-write = evaluation.write_png
-evaluation.write_png = turntable.write_png = refused
+write = scene.write_png
+scene.write_png = object.write_png = refused
 script = __import__(sys.argv.pop(1))
 sys.exit(script.main())
 """

@@ -17,7 +17,7 @@ from test_text3d_renderer import renderer
 
 from nerf.cameras import look_at
 from nerf.outputs import object as object_outputs
-from nerf.outputs import viewer
+from nerf.outputs import render, viewer
 from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
 from nerf.training.distributed import World
@@ -88,7 +88,7 @@ def test_the_crop_box_keeps_what_lies_between_its_faces():
     origins = torch.tensor([[0.0, 0, 5], [3, 0, 5], [0, 0, 0.5]])
     down = torch.tensor([[0.0, 0, -2]]).expand(3, 3)
     bounds = torch.full((3, 1), 0.1), torch.full((3, 1), 9.0)
-    rays, inside = viewer.clip_rays(Rays(origins, down, down / 2, *bounds), box)
+    rays, inside = render.clip_rays(Rays(origins, down, down / 2, *bounds), box)
     assert inside.tolist() == [True, False, True]
     torch.testing.assert_close(rays.near[:, 0], torch.tensor([2.0, 0.1, 0.1]))
     torch.testing.assert_close(rays.far[[0, 2], 0], torch.tensor([3.0, 0.75]))
@@ -96,7 +96,9 @@ def test_the_crop_box_keeps_what_lies_between_its_faces():
 
 def test_normals_of_a_plane_face_the_camera():
     y, x = torch.meshgrid(-torch.arange(4.0), torch.arange(5.0), indexing="ij")
-    normal = viewer.normals(torch.stack([x, y, -3 + 0 * x], dim=-1))  # a camera at 0 looks along -z
+    normal = render.normals_from_points(
+        torch.stack([x, y, -3 + 0 * x], dim=-1)
+    )  # a camera at 0 looks along -z
     torch.testing.assert_close(normal, torch.tensor([0.0, 0, 1]).expand(4, 5, 3))
 
 
@@ -216,12 +218,12 @@ def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
     shown = object_outputs.ObjectOutputs(*parts, **place)
     c2w = look_at((0.0, -3.0, 0.0), (0, 0, 0))
     for mode in object_outputs.MODES:
-        picture = object_outputs.look_at(shown, c2w, 0.7, (16, 24), mode, None)
+        picture = object_outputs.render_free_view(shown, c2w, 0.7, (16, 24), mode, None)
         assert picture.shape == (16, 24, 3) and 0 <= picture.min() <= picture.max() <= 1
-    opacity = object_outputs.look_at(shown, c2w, 0.7, (16, 24), "opacity", None)[..., 0]
+    opacity = object_outputs.render_free_view(shown, c2w, 0.7, (16, 24), "opacity", None)[..., 0]
     assert opacity[8, 12] > 0.9 and opacity[0, 0] < 0.1
     left = [[-1, -1, -1], [0, 1, 1]]
-    half = object_outputs.look_at(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
+    half = object_outputs.render_free_view(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
     assert half[8, 11] > 0.9 and (half[:, 13:] == 0).all()
 
 

@@ -1,9 +1,11 @@
-"""What a run of text to 3D shows of its objects: previews, turntables, meshes.
+"""Pictures, turntable videos and meshes of the objects of a text-to-3D run.
 
-All of it is of the averaged weights, where a run averages, and of every object, where several learn
-together (``nerf.text3d.particles``): the first one's files have the plain names.
+Everything is rendered with the averaged weights (EMA) where the run averages, and for every object
+where several are trained together (``nerf.text3d.particles``). Files of the first object have the
+plain names; the others' names end in _1, _2 and so on.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,21 +13,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from nerf.outputs import mesh, turntable
-from nerf.outputs.viewer import clip_rays
-from nerf.text3d.orbit import OrbitCameras
+from nerf.media import colorize, nearness, write_png, write_videos
+from nerf.metrics import to_8bit
+from nerf.outputs import mesh
+from nerf.outputs.render import clip_rays
+from nerf.rays import Rays
+from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.particles import members_of
 from nerf.text3d.renderer import ObjectRendered
-from nerf.text3d.shading import preview_lighting
+from nerf.text3d.shading import Lighting, preview_lighting
 from nerf.training import distributed, system
 from nerf.training.ema import EMA
 from nerf.training.run_folder import RunFolder
 
-MODES = ("rgb", *turntable.PARTS)  # of ``look_at``
+AMBIENT = 0.3  # share of ambient light in lit pictures
+BLOCK = 4096  # rays rendered together
+# Kinds of picture: rgb is the albedo alone; lit has light from the camera.
+MODES = ("rgb", "lit", "normal", "depth", "opacity")
+
+RenderRays = Callable[[Rays, Lighting], ObjectRendered]
 
 
 class ObjectOutputs(NamedTuple):
-    """The objects of a run, and where the cameras that photograph them stand."""
+    """The objects of a run, and the orbit of the cameras that render them."""
 
     run: RunFolder
     world: distributed.World
@@ -41,72 +51,142 @@ class ObjectOutputs(NamedTuple):
     flat: bool = False  # pictures are optimized (--space 2d), not objects
 
     def cameras(self, num_views: int) -> OrbitCameras:
-        return turntable.orbit(
-            num_views, self.elevation_deg, self.radius, self.fov_deg, self.world.device
+        """Cameras evenly around the object; the first one sees its front."""
+        one = torch.ones(num_views, device=self.world.device)
+        azimuth = torch.arange(num_views, device=self.world.device) * (360.0 / num_views)
+        return orbit_cameras(
+            azimuth, self.elevation_deg * one, self.radius * one, self.fov_deg * one
         )
 
-    def views(self):
-        """(ending of the file names, (rays, look) -> what that object looks like)."""
+    def renderers(self) -> list[tuple[str, RenderRays]]:
+        """For each object the ending of its file names and a function that renders its rays."""
 
-        def view_of(shown: nn.Module):
-            def view(rays, lighting):
+        def with_autocast(renderer: nn.Module) -> RenderRays:
+            def render(rays: Rays, lighting: Lighting) -> ObjectRendered:
                 with system.autocast(self.world.device, self.amp):
-                    return shown(rays, lighting)
+                    return renderer(rays, lighting)
 
-            return view
+            return render
 
-        return [(ending, view_of(shown)) for ending, shown in members_of(self.renderer)]
+        return [(ending, with_autocast(renderer)) for ending, renderer in members_of(self.renderer)]
 
     @property
-    def lighting(self) -> tuple[str, tuple[float, float]]:
-        """The background, and between which depths colors change."""
-        return self.background, (max(0.05, self.radius - self.bound), self.radius + self.bound)
+    def depth_range(self) -> tuple[float, float]:
+        """Near and far bound of the colors of depth maps: the cube as seen from the orbit."""
+        return max(0.05, self.radius - self.bound), self.radius + self.bound
 
 
-def look_at(
-    outputs: ObjectOutputs, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box
-):
-    """What a free camera sees of the first object, [H, W, 3] in [0, 1], for ``viewer.Viewer``.
+# ---------------------------------------------------------------------------------- pictures
 
-    c2w [3, 4]; fov: vertical, radians; size: height and width; mode of MODES; box: [2, 3] outside
-    of which nothing is shown, or None.
+
+def render_cameras(
+    render: RenderRays, cameras: OrbitCameras, size: int, background: str, *, lit: bool = False
+) -> list[ObjectRendered]:
+    """One picture [size, size, ...] for every camera, on the CPU. lit: with light and normals."""
+    num_pixels, device = size * size, cameras.c2w.device
+    pictures: list[list] = [[None] * -(-num_pixels // BLOCK) for _ in cameras.c2w]
+
+    def render_block(job: tuple[int, int]) -> None:
+        view, block = job
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, num_pixels))
+        camera = cameras.part(slice(view, view + 1))
+        lighting = preview_lighting(
+            camera.c2w[:, :, 3], background, ambient=AMBIENT if lit else 1.0
+        )
+        lighting = lighting.per_pixel(part.stop - part.start)
+        with torch.no_grad():  # a setting of each thread
+            rendered = render(camera.rays(size, size).part(part), lighting)
+        pictures[view][block] = ObjectRendered(*(member.cpu() for member in rendered))
+
+    jobs = [(view, block) for view, blocks in enumerate(pictures) for block in range(len(blocks))]
+    system.map_on_threads(render_block, jobs, device)
+    whole = []
+    for blocks in pictures:
+        members = (torch.cat(member) for member in zip(*blocks, strict=True))
+        whole.append(ObjectRendered(*(m.view(size, size, *m.shape[1:]) for m in members)))
+    return whole
+
+
+def as_pictures(
+    albedo: ObjectRendered, lit: ObjectRendered, near: float, far: float
+) -> dict[str, np.ndarray]:
+    """A picture [H, W, 3] in [0, 1] for each of MODES, of a camera's albedo and lit rendering.
+
+    Depth is bright where near, between the distances near and far.
+    """
+    opacity = lit.opacity.clamp(0, 1).numpy()
+    depth = nearness(lit.depth.numpy(), near, far, ndc=False)
+    return {
+        "rgb": albedo.rgb.clamp(0, 1).numpy(),
+        "lit": lit.rgb.clamp(0, 1).numpy(),
+        "normal": ((lit.normal + 1) / 2).clamp(0, 1).numpy(),
+        "depth": colorize(depth * opacity),
+        "opacity": opacity[..., None].repeat(3, -1),
+    }
+
+
+def render_free_view(
+    outputs: ObjectOutputs,
+    c2w: np.ndarray,
+    fov: float,
+    size: tuple[int, int],
+    mode: str,
+    box: np.ndarray | None,
+) -> np.ndarray:
+    """The first object from any camera as [H, W, 3] in [0, 1], for ``viewer.Viewer``.
+
+    c2w [3, 4]; fov: vertical, radians; size: height and width; mode of MODES; box: corners [2, 3]
+    of the part that is shown, None: all.
     """
     height, width = size
     pose = torch.tensor(c2w, dtype=torch.float32, device=outputs.world.device)[None]
     angle = pose.new_tensor([np.degrees(fov)])
     rays = OrbitCameras(pose, angle, 0 * angle, 0 * angle).rays(height, width)
-    hit = torch.ones(height * width, dtype=torch.bool)
+    in_box = torch.ones(height * width, dtype=torch.bool)
     if box is not None:
-        rays, inside = clip_rays(rays, pose.new_tensor(np.asarray(box)))
-        hit = inside.cpu()
+        rays, meets_box = clip_rays(rays, pose.new_tensor(np.asarray(box)))
+        in_box = meets_box.cpu()
     lit = mode in ("lit", "normal")
-    lighting = preview_lighting(
-        pose[:, :, 3], outputs.background, ambient=turntable.AMBIENT if lit else 1.0
-    )
-    parts, (_, view) = [], outputs.views()[0]
+    lighting = preview_lighting(pose[:, :, 3], outputs.background, ambient=AMBIENT if lit else 1.0)
+    parts, (_, render) = [], outputs.renderers()[0]
     with torch.no_grad(), outputs.ema.swap():
-        for start in range(0, height * width, turntable.RAYS):
-            part = rays.part(slice(start, start + turntable.RAYS))
-            parts.append(view(part, lighting.per_pixel(len(part.origins))))
-    whole = (torch.cat(member).cpu() for member in zip(*parts, strict=True))
-    behind = lighting.background[0].cpu()
-    seen = ObjectRendered(*(member * hit.view(-1, *(1,) * (member.dim() - 1)) for member in whole))
-    seen = seen._replace(rgb=torch.where(hit[:, None], seen.rgb, behind))
-    seen = ObjectRendered(*(m.view(height, width, *m.shape[1:]) for m in seen))
-    return turntable.as_pictures(seen, seen, *outputs.lighting[1])[mode]
+        for start in range(0, height * width, BLOCK):
+            part = rays.part(slice(start, start + BLOCK))
+            parts.append(render(part, lighting.per_pixel(len(part.origins))))
+    members = [torch.cat(member).cpu() for member in zip(*parts, strict=True)]
+    rendered = ObjectRendered(*(m * in_box.view(-1, *(1,) * (m.dim() - 1)) for m in members))
+    background = lighting.background[0].cpu()
+    rendered = rendered._replace(rgb=torch.where(in_box[:, None], rendered.rgb, background))
+    rendered = ObjectRendered(*(m.view(height, width, *m.shape[1:]) for m in rendered))
+    return as_pictures(rendered, rendered, *outputs.depth_range)[mode]
 
 
 def write_preview(outputs: ObjectOutputs, step: int, num_views: int, size: int) -> None:
-    """previews/STEP.png: ``num_views`` sides; the pictures themselves if flat."""
+    """previews/STEP.png: ``num_views`` sides of each object, or the pictures themselves if flat."""
     if not outputs.world.is_main:
         return
     cameras = outputs.cameras(num_views)
     with outputs.ema.swap():
         sheets = [
-            turntable.preview(view, cameras, size, *outputs.lighting, flat=outputs.flat)
-            for _, view in outputs.views()
+            _preview_sheet(outputs, render, cameras, size) for _, render in outputs.renderers()
         ]
     outputs.run.picture(step, "preview", np.concatenate(sheets))
+
+
+def _preview_sheet(
+    outputs: ObjectOutputs, render: RenderRays, cameras: OrbitCameras, size: int
+) -> np.ndarray:
+    """Rows of rgb, lit, normal and opacity with a column per camera; rgb alone if flat -> uint8."""
+    albedo = render_cameras(render, cameras, size, outputs.background)
+    if outputs.flat:
+        return to_8bit(np.concatenate([picture.rgb.numpy() for picture in albedo], axis=1))
+    lit = render_cameras(render, cameras, size, outputs.background, lit=True)
+    columns = [as_pictures(*pair, *outputs.depth_range) for pair in zip(albedo, lit, strict=True)]
+    rows = [
+        np.concatenate([column[name] for column in columns], axis=1)
+        for name in ("rgb", "lit", "normal", "opacity")
+    ]
+    return to_8bit(np.concatenate(rows, axis=0))
 
 
 def path_cameras(outputs: ObjectOutputs, poses: np.ndarray, fov_deg: np.ndarray) -> OrbitCameras:
@@ -116,48 +196,75 @@ def path_cameras(outputs: ObjectOutputs, poses: np.ndarray, fov_deg: np.ndarray)
     return OrbitCameras(*(tensor.to(device) for tensor in tensors))
 
 
-def write_turntable(outputs: ObjectOutputs, step: int, num_frames: int, cameras=None) -> None:
-    """render_path_STEP/: frames and, where a video can be written, one of each kind of picture.
+def write_turntable(
+    outputs: ObjectOutputs, step: int, num_frames: int, cameras: OrbitCameras | None = None
+) -> None:
+    """render_path_STEP/: frames of each of MODES, and their videos where ffmpeg is installed.
 
-    cameras: ``path_cameras`` instead of a circle of num_frames.
+    cameras: of ``path_cameras``, instead of a circle of num_frames.
     """
-    cameras, videos = cameras or outputs.cameras(num_frames), []
+    cameras = cameras or outputs.cameras(num_frames)
+    videos: list[Path | str] = []
     with outputs.ema.swap():
-        for ending, view in outputs.views():
+        for ending, render in outputs.renderers():
             folder = outputs.run.folder / f"render_path{ending}_{step:06d}"
-            videos += turntable.render_turntable(
-                view,
-                cameras,
-                outputs.size,
-                *outputs.lighting,
-                folder,
-                outputs.world,
-                outputs.run.log,
-            ) or [f"frames only, in {folder}/"]
+            videos += _write_frames(outputs, render, cameras, folder) or [
+                f"frames only, in {folder}/"
+            ]
     outputs.run.log("turntable: " + ", ".join(map(str, videos)))
 
 
-def write_mesh(outputs: ObjectOutputs, path: Path, *, resolution: int, level: float = 0.0) -> None:
-    """Each object as a mesh with colored vertices.
+def _write_frames(
+    outputs: ObjectOutputs, render: RenderRays, cameras: OrbitCameras, folder: Path
+) -> list[Path]:
+    """Frames and videos of one object; returns the videos that were made.
 
-    level: density of the surface; 0 takes the median of where rays become opaque.
+    rgb's frames are in ``folder``, those of the other MODES in a folder each inside it. Cameras are
+    split over the ranks.
+    """
+    world = outputs.world
+    own_numbers = range(world.rank, len(cameras.c2w), world.size)
+    own_cameras = cameras.part(list(own_numbers))
+    albedo = render_cameras(render, own_cameras, outputs.size, outputs.background)
+    lit = render_cameras(render, own_cameras, outputs.size, outputs.background, lit=True)
+    with world.raise_on_all_ranks():
+        for number, pair in zip(own_numbers, zip(albedo, lit, strict=True), strict=True):
+            for name, picture in as_pictures(*pair, *outputs.depth_range).items():
+                write_png(
+                    (folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture
+                )
+    if not world.is_main:
+        return []
+    return write_videos(folder, MODES, len(cameras.c2w), outputs.run.log)
+
+
+# ------------------------------------------------------------------------------------ meshes
+
+
+def write_mesh(outputs: ObjectOutputs, path: Path, *, resolution: int, level: float = 0.0) -> None:
+    """Write each object as a mesh with colored vertices, and log the size of each.
+
+    resolution: points along the longest side of the sampling grid. level: density of the surface;
+    0: the median density where rays become opaque.
     """
     if not outputs.world.is_main:
         return
-    for ending, shown in members_of(outputs.renderer):
+    for ending, renderer in members_of(outputs.renderer):
         with outputs.ema.swap(), torch.no_grad():
-            surface = _surface(outputs, shown, resolution, level)
-        own = path.with_stem(path.stem + ending)
-        mesh.write_mesh(own, surface)
+            surface = _extract_surface(outputs, renderer, resolution, level)
+        object_path = path.with_stem(path.stem + ending)
+        mesh.write_mesh(object_path, surface)
         counts = f"{len(surface.vertices)} vertices, {len(surface.faces)} triangles"
-        outputs.run.log(f"mesh: {own} ({counts})")
+        outputs.run.log(f"mesh: {object_path} ({counts})")
 
 
-def _surface(outputs: ObjectOutputs, renderer: nn.Module, resolution: int, level: float):
+def _extract_surface(
+    outputs: ObjectOutputs, renderer: nn.Module, resolution: int, level: float
+) -> "trimesh.Trimesh":  # noqa: F821
     box, side = renderer.space, outputs.size // 2
     if not level:
-        solid = renderer.surface_density(outputs.cameras(8).rays(side, side))
-        level = solid.median().item() if len(solid) else mesh.surface_level(box.step)
+        density = renderer.surface_density(outputs.cameras(8).rays(side, side))
+        level = density.median().item() if len(density) else mesh.surface_level(box.step)
     return mesh.extract_mesh(
         lambda points: renderer.density(box.to_unit(points)),
         lambda points: renderer.albedo(box.to_unit(points)),

@@ -1,4 +1,4 @@
-"""Whole pictures in flat memory: blocks of rays through a renderer."""
+"""Whole pictures block by block, in flat memory; rays cropped to a box; normals from depth."""
 
 from collections.abc import Callable
 
@@ -48,3 +48,24 @@ def render_view(
 
     map_on_threads(render_block, range(0, height * width, block), torch.device(device))
     return Rendered(*(member.view(height, width, *member.shape[1:]) for member in picture))
+
+
+def clip_rays(rays: Rays, box: Tensor) -> tuple[Rays, Tensor]:
+    """The rays [B] cut to what lies inside a box, and which of them meet the box, bool [B].
+
+    box: its low and high corner [2, 3]. Rays that miss it keep their near and far bound.
+    """
+    parallel = rays.directions.abs() < 1e-9  # to a face: the division must stay finite
+    directions = torch.where(parallel, torch.full_like(rays.directions, 1e-9), rays.directions)
+    t_faces = (box[:, None] - rays.origins) / directions  # [2, B, 3]
+    near = torch.maximum(t_faces.amin(0).amax(-1, keepdim=True), rays.near)
+    far = torch.minimum(t_faces.amax(0).amin(-1, keepdim=True), rays.far)
+    meets_box = near < far
+    near, far = torch.where(meets_box, near, rays.near), torch.where(meets_box, far, rays.far)
+    return rays._replace(near=near, far=far), meets_box[..., 0]
+
+
+def normals_from_points(points: Tensor) -> Tensor:
+    """Unit normals [H, W, 3], towards the camera, of the surface points [H, W, 3] of a picture."""
+    down, right = torch.gradient(points, dim=(0, 1))
+    return torch.nn.functional.normalize(torch.linalg.cross(down, right), dim=-1)

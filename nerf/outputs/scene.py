@@ -5,18 +5,20 @@ renders. Everything here runs under the weights that the caller has put in place
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nerf.datasets.scene import Scene
-from nerf.media import colorize, nearness, write_png, write_video
+from nerf.media import colorize, nearness, write_png, write_videos
 from nerf.metrics import depth_error, psnr, psnr_from_mse, ssim, to_8bit
-from nerf.outputs.render import render_view
+from nerf.outputs.render import clip_rays, normals_from_points, render_view
 from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered
 from nerf.training.distributed import World
@@ -25,6 +27,8 @@ from nerf.training.system import StopSignal
 
 VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
 STRIP_SIDE = 200  # pixels of a validation strip's longer side, about
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -50,29 +54,31 @@ class SceneOutputs:
         self.render, self.scene, self.block, self.world = render, scene, block, world
         self.stop, self.log = stop, log
 
-    def __call__(
+    def render_camera(
         self, scene: Scene, c2w: Tensor, intrinsics: Tensor, size: tuple[int, int] | None = None
     ) -> Rendered:
-        """What the camera c2w [3, 4], intrinsics [4] or with its lens, sees.
+        """Render one camera: c2w [3, 4], intrinsics [4] or with the lens' numbers too.
 
-        size: height and width; by default the scene's. Conventions are ``scene``'s.
+        scene: its bounds, NDC and pixel centers apply. size: height and width; None: the scene's.
         """
         if self.stop is not None and self.stop.number:
             raise Interrupted
         size = size or (scene.height, scene.width)
         rays_of = scene.view_rays(c2w, intrinsics, size[1])
-        return self.fitting(
+        return self.halve_block_until_it_fits(
             lambda block: render_view(self.render, rays_of, size, block, self.world.device)
         )
 
-    def fitting(self, job: Callable):
-        """job(rays at a time), which is without messages between ranks, with as many as fit."""
-        made, self.block = halve_until_it_fits(job, self.block, self.log)
-        return made
+    def halve_block_until_it_fits(self, job: Callable[[int], T]) -> T:
+        """job(block), with the block halved until it fits; the job must not talk to other ranks."""
+        result, self.block = halve_until_it_fits(job, self.block, self.log)
+        return result
 
-    def view(self, scene: Scene, view: int) -> Rendered:
-        """View ``view`` of ``scene`` at its own size, through its own lens."""
-        return self(scene, scene.c2w[view], scene.intrinsics[view], scene.view_size(view))
+    def render_dataset_view(self, scene: Scene, view: int) -> Rendered:
+        """Render view number ``view`` of ``scene`` at its own size, through its own lens."""
+        return self.render_camera(
+            scene, scene.c2w[view], scene.intrinsics[view], scene.view_size(view)
+        )
 
     def z_depth(self, rendered: Rendered, scene: Scene, view: int) -> np.ndarray:
         """Depth [H, W] of a view along its camera's axis in scene units; 0: nothing hit."""
@@ -98,13 +104,13 @@ class SceneOutputs:
         return colorize(near * np.clip(rendered.opacity.numpy(), 0, 1))
 
 
-def target_at(scene: Scene, view: int, factor: int) -> np.ndarray:
+def target_picture(scene: Scene, view: int, factor: int) -> np.ndarray:
     """View ``view`` [H, W, 3] at 1 / factor of its size, by area averaging of whole blocks."""
     return _averaged(scene.picture(view).numpy(), factor)
 
 
-def mask_at(scene: Scene, view: int, factor: int) -> np.ndarray | None:
-    """Which pixels of ``target_at`` count: bool [H, W], those whose block is whole; None: all."""
+def target_mask(scene: Scene, view: int, factor: int) -> np.ndarray | None:
+    """Pixels of ``target_picture`` that count, those of whole blocks: bool [H, W]; None: all."""
     mask = scene.mask(view)
     if mask is None:
         return None
@@ -141,10 +147,10 @@ def measure_views(
     with world.raise_on_all_ranks():
         for number in range(world.rank, len(views), world.size):
             view, start = views[number], time.perf_counter()
-            rendered = outputs.view(scene, view)
+            rendered = outputs.render_dataset_view(scene, view)
             seconds = time.perf_counter() - start
             picture = rendered.rgb.clamp(0, 1).numpy()
-            target, mask = (of(outputs.scene, view, factor) for of in (target_at, mask_at))
+            target, mask = (of(outputs.scene, view, factor) for of in (target_picture, target_mask))
             depth = outputs.z_depth(rendered, scene, view)
             write_view(folder, number, picture, target)
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
@@ -248,23 +254,56 @@ def render_path(
         cameras = [camera.new_tensor([f, f, 0.5 * size[1], 0.5 * size[0]]) for f in focal]
     with world.raise_on_all_ranks():
         for number in range(world.rank, len(poses), world.size):
-            rendered = outputs(scene, poses[number], cameras[number], size)
+            rendered = outputs.render_camera(scene, poses[number], cameras[number], size)
             write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
     if not world.is_main:
         return []
     write_depth_unit(folder / "depth", outputs.scene, metres_per_unit, values=False)
-    return make_videos(folder, len(poses), warn)
+    return write_videos(folder, ("rgb", "depth"), len(poses), warn)
 
 
-def make_videos(folder: Path, num_frames: int, warn=print) -> list[Path]:
-    """rgb.mp4 and depth.mp4 from the numbered pictures of ``folder``; the paths that were made."""
-    made = []
-    for name, source in (("rgb", folder), ("depth", folder / "depth")):
-        frames = (source / f"{number:03d}.png" for number in range(num_frames))
-        if write_video(folder / f"{name}.mp4", frames, warn=warn):
-            made.append(folder / f"{name}.mp4")
-    return made
+def render_free_view(
+    outputs: SceneOutputs,
+    c2w: np.ndarray,
+    fov: float,
+    size: tuple[int, int],
+    mode: str,
+    box: np.ndarray | None,
+) -> np.ndarray:
+    """The scene from any camera as [H, W, 3] in [0, 1], for ``viewer.Viewer``.
+
+    c2w [3, 4]; fov: vertical, radians; size: height and width; mode of ``viewer.MODES``; box:
+    corners [2, 3] of the part that is shown, None: all; an NDC scene is never cropped.
+    """
+    scene, device = outputs.scene, outputs.world.device
+    height, width = size
+    focal = 0.5 * height / math.tan(0.5 * fov)
+    pose = torch.tensor(c2w, dtype=torch.float32, device=device)
+    intrinsics = pose.new_tensor([focal, focal, 0.5 * width, 0.5 * height])
+    rays = scene.view_rays(pose, intrinsics, width)(torch.arange(height * width, device=device))
+    in_box = torch.ones(height, width, dtype=torch.bool)
+    if box is not None and not scene.ndc:
+        corners = torch.as_tensor(box, dtype=torch.float32, device=device)
+        rays, meets_box = clip_rays(rays, corners)
+        in_box = meets_box.view(height, width).cpu()
+    parts = []
+    with torch.no_grad():
+        for start in range(0, height * width, outputs.block):
+            parts.append(outputs.render(rays.part(slice(start, start + outputs.block))))
+    rgb, opacity, depth = (torch.cat(m).cpu().float() for m in zip(*parts, strict=True))
+    rgb, depth = rgb.view(height, width, 3), depth.view(height, width) * in_box
+    opacity = opacity.view(height, width).clamp(0, 1) * in_box
+    if mode == "rgb":
+        return torch.where(in_box[..., None], rgb, scene.background).clamp(0, 1).numpy()
+    if mode == "opacity":
+        return opacity[..., None].expand(-1, -1, 3).numpy()
+    if mode == "depth":
+        near = nearness(depth.numpy(), scene.near, scene.far, scene.ndc)
+        return colorize(near * opacity.numpy())
+    points = rays.origins.cpu() + rays.directions.cpu() * depth.view(-1, 1)
+    normals = normals_from_points(points.view(height, width, 3))
+    return (normals * opacity[..., None] * 0.5 + 0.5).numpy()
 
 
 def validation_psnr(outputs: SceneOutputs) -> float:
@@ -290,7 +329,7 @@ def validation_psnr(outputs: SceneOutputs) -> float:
             error += ((outputs.render(rays).rgb - target) ** 2).sum().item()
         return error
 
-    error = outputs.fitting(error_of)
+    error = outputs.halve_block_until_it_fits(error_of)
     return psnr_from_mse(sum(world.gather(error)) / (VAL_PIXELS * 3))
 
 
@@ -303,9 +342,9 @@ def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
     views = scene.splits.get("val") or scene.splits["train"]
     view = views[step * 7919 % len(views)]
     factor = max(1, max(scene.height, scene.width) // STRIP_SIDE)
-    rendered = outputs.view(scene.resized(factor), view)
+    rendered = outputs.render_dataset_view(scene.resized(factor), view)
     picture = rendered.rgb.clamp(0, 1).numpy()
-    target = target_at(scene, view, factor)
+    target = target_picture(scene, view, factor)
     error = colorize(np.abs(picture - target).mean(-1) * 4)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
     panels = [picture, target, error, outputs.depth_map(rendered), opacity]

@@ -12,10 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from nerf.media import colorize, nearness
 from nerf.metrics import to_8bit
 from nerf.outputs.camera_path import interpolate, write_path
 
@@ -44,54 +41,6 @@ def check_server(host: str, port: int) -> None:
             raise ValueError(
                 f"--viewer_port {port} on {host}: {reason}; choose another --viewer_port"
             ) from None
-
-
-def view_of(outputs, c2w: np.ndarray, fov: float, size: tuple[int, int], mode: str, box):
-    """What a free camera sees, [H, W, 3] in [0, 1]. fov: vertical, radians; box: [2, 3] or None."""
-    scene, device = outputs.scene, outputs.world.device
-    height, width = size
-    focal = 0.5 * height / math.tan(0.5 * fov)
-    pose = torch.tensor(c2w, dtype=torch.float32, device=device)
-    intrinsics = pose.new_tensor([focal, focal, 0.5 * width, 0.5 * height])
-    rays = scene.view_rays(pose, intrinsics, width)(torch.arange(height * width, device=device))
-    hit = torch.ones(height, width, dtype=torch.bool)
-    if box is not None and not scene.ndc:
-        rays, inside = clip_rays(rays, torch.as_tensor(box, dtype=torch.float32, device=device))
-        hit = inside.view(height, width).cpu()
-    parts = []
-    with torch.no_grad():
-        for start in range(0, height * width, outputs.block):
-            parts.append(outputs.render(rays.part(slice(start, start + outputs.block))))
-    rgb, opacity, depth = (torch.cat(m).cpu().float() for m in zip(*parts, strict=True))
-    rgb, depth = rgb.view(height, width, 3), depth.view(height, width) * hit
-    opacity = opacity.view(height, width).clamp(0, 1) * hit
-    if mode == "rgb":
-        return torch.where(hit[..., None], rgb, scene.background).clamp(0, 1).numpy()
-    if mode == "opacity":
-        return opacity[..., None].expand(-1, -1, 3).numpy()
-    if mode == "depth":
-        near = nearness(depth.numpy(), scene.near, scene.far, scene.ndc)
-        return colorize(near * opacity.numpy())
-    points = rays.origins.cpu() + rays.directions.cpu() * depth.view(-1, 1)
-    return (normals(points.view(height, width, 3)) * opacity[..., None] * 0.5 + 0.5).numpy()
-
-
-def normals(points: Tensor) -> Tensor:
-    """Unit normals [H, W, 3] of a surface seen at points [H, W, 3], towards the camera."""
-    down, right = torch.gradient(points, dim=(0, 1))
-    return torch.nn.functional.normalize(torch.linalg.cross(down, right), dim=-1)
-
-
-def clip_rays(rays, box: Tensor):
-    """(rays between the faces of box [2, 3], which of them meet it [B])."""
-    flat = rays.directions.abs() < 1e-9  # parallel to a face: the division must stay finite
-    slope = torch.where(flat, torch.full_like(rays.directions, 1e-9), rays.directions)
-    ends = (box[:, None] - rays.origins) / slope  # [2, B, 3]
-    near = torch.maximum(ends.amin(0).amax(-1, keepdim=True), rays.near)
-    far = torch.minimum(ends.amax(0).amin(-1, keepdim=True), rays.far)
-    inside = near < far
-    near, far = torch.where(inside, near, rays.near), torch.where(inside, far, rays.far)
-    return rays._replace(near=near, far=far), inside[..., 0]
 
 
 def quaternion(c2w: np.ndarray) -> np.ndarray:

@@ -1,0 +1,106 @@
+"""What a run of posed pictures shows of its scene: validation, test metrics, videos, exports.
+
+Everything is rendered with the weights that a user would ship: the averaged ones where EMA is on.
+File names and JSON say which.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nerf.metrics import load_lpips
+from nerf.outputs import export
+from nerf.outputs.camera_path import read_path
+from nerf.outputs.report import try_report
+from nerf.outputs.scene import (
+    SceneOutputs,
+    measure_views,
+    render_path,
+    validation_psnr,
+    validation_strip,
+)
+from nerf.training.ema import EMA
+from nerf.training.run_folder import RunFolder
+from nerf.training.system import release_memory
+
+METRICS = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}  # beside PSNR
+
+
+class EvaluationSettings(NamedTuple):
+    """Plain values of the flags that evaluation knows."""
+
+    render_factor: int  # pictures are rendered this many times smaller; 0 and 1: full size
+    metres_per_unit: float  # length of a scene unit, for depth files; 0: not known
+    true_depth: Path  # folder of exact depth, VIEW.npy; may be missing
+    camera_path: Path | None  # key frames to render instead of the scene's own path
+    flags: dict[str, Any]  # of the run, for metrics.json
+
+
+class Evaluation:
+    """Renders, measures and exports the scene of one run into its folder."""
+
+    def __init__(
+        self, outputs: SceneOutputs, run: RunFolder, ema: EMA, settings: EvaluationSettings
+    ) -> None:
+        self.outputs, self.run, self.ema, self.settings = outputs, run, ema, settings
+
+    def validate(self, step: int) -> float:
+        """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
+        with self.ema.swap():
+            psnr = validation_psnr(self.outputs)
+            if self.run.is_main:
+                self.run.validation(step, psnr, validation_strip(self.outputs, step))
+        self.run.log(f"step {step}: validation PSNR {psnr:.2f}")
+        release_memory()
+        return psnr
+
+    def measure_test(self, step: int) -> None:
+        """Render and measure the test views; metrics.json in their folder and in the run's."""
+        outputs, run, settings = self.outputs, self.run, self.settings
+        if not outputs.scene.splits.get("test"):
+            run.log("there are no test views: no metrics.json")
+            return
+        name = f"render_test_{step:06d}"
+        lpips, missing = load_lpips(outputs.world.device)
+        with self.ema.swap():
+            metrics = measure_views(
+                outputs,
+                "test",
+                run.folder / name,
+                settings.render_factor,
+                lpips=lpips,
+                true_depth=settings.true_depth,
+                metres_per_unit=settings.metres_per_unit,
+            )
+        release_memory()
+        metrics.update(step=step, weights=self.ema.kind, args=settings.flags)
+        run.write_json(f"{name}/metrics.json", metrics)
+        run.write_json("metrics.json", metrics)
+        others = [f", {label} {metrics[key]:.4f}" for key, label in METRICS.items() if metrics.get(key)]
+        run.log(
+            f"test: PSNR {metrics['psnr']:.2f} dB{''.join(others)} over {metrics['num_views']} "
+            f"views, {metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
+            + (f"; no LPIPS ({missing})" if missing else "")
+        )
+        if run.is_main:
+            try_report(run.folder, run.log)
+
+    def render_camera_path(self, step: int) -> None:
+        """Render the camera path into render_path_STEP/, and its videos."""
+        settings, folder = self.settings, self.run.folder / f"render_path_{step:06d}"
+        key_path = read_path(settings.camera_path) if settings.camera_path else None
+        with self.ema.swap():
+            videos = render_path(
+                self.outputs,
+                folder,
+                settings.render_factor,
+                self.run.log,
+                settings.metres_per_unit,
+                key_path=key_path,
+            )
+        self.run.log("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
+        release_memory()
+
+    def free_view(self, *view: Any):
+        """The picture of a free camera, for the live viewer: see ``scene.render_free_view``."""
+        with self.ema.swap():
+            return scene.render_free_view(self.outputs, *view)
