@@ -38,7 +38,6 @@ def data(tmp_path_factory):
 
 GRADIENTS = """
 import sys, torch
-sys.path[:0] = ["tests", "data", "."]
 from test_run_nerf import gradient_case
 from nerf.training import distributed, entry
 world = distributed.setup("cpu")
@@ -152,7 +151,6 @@ def test_frames_are_shared_out_whatever_their_number(data, tmp_path, count):
 
 POISONED = """
 import os, sys
-sys.path[:0] = ["."]
 from nerf.datasets.scene import Scene
 rank = sys.argv.pop(1)
 draw = Scene.sample_rays
@@ -188,7 +186,6 @@ def test_nan_on_one_rank_is_left_out_by_all(data, tmp_path, rank):
 
 DREAM_POISONED = """
 import sys, torch
-sys.path[:0] = ["."]
 import run_dreamfusion
 rank, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
 backward, finish = run_dreamfusion.backward, run_dreamfusion.finish
@@ -223,7 +220,6 @@ def test_nan_on_one_rank_of_text_to_3d_is_left_out_by_all(tmp_path, rank):
 
 REFUSED = """
 import errno, os, sys
-sys.path[:0] = ["."]
 from nerf.outputs import object, scene
 def refused(path, picture):
     if os.environ["RANK"] == "1":
@@ -255,7 +251,6 @@ def test_a_disk_that_fails_one_rank_costs_pictures_only(data, tmp_path, name):
 
 FAILING = """
 import os, sys
-sys.path[:0] = ["."]
 from nerf.datasets.scene import Scene
 draw = Scene.sample_rays
 calls = []
