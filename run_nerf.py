@@ -249,7 +249,7 @@ def write_exports(args, run, outputs, renderer, ema) -> None:
         return
     render, scene, block = outputs.render, outputs.scene, outputs.block
     with ema.swap():
-        capture = export.Capture(renderer, scene, render, block, args.export_bound, run.log)
+        capture = export.TrainedScene(renderer, scene, render, block, args.export_bound, run.log)
         if args.export:
             settings = {"resolution": args.mesh_res, "level": args.mesh_level}
             export.export_mesh(capture, Path(args.export), **settings)

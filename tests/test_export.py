@@ -14,7 +14,8 @@ from nerf.cameras import orbit_path
 from nerf.datasets.scene import Scene
 from nerf.occupancy import Contraction, OccupancyGrid
 from nerf.outputs import export
-from nerf.outputs.mesh_grid import Grid, heights_near_surface
+from nerf.outputs.mesh_grid import SamplingGrid, sample_near_surface
+from nerf.outputs.point_cloud import estimate_normals, write_points
 from nerf.rays import ndc_to_world, pixels_to_rays, rays_to_ndc
 from nerf.renderer import Rendered
 from nerf.volume import blend_weights, composite, interval_lengths, stratified_t
@@ -84,7 +85,7 @@ def capture_of(poses, center, *, near, far, alpha=False, ndc=False, bound=0.0, d
             o, d = rays.origins - torch.tensor(center), rays.viewdirs
             nearest = (o - (o * d).sum(-1, keepdim=True) * d).norm(dim=-1)
             scene.images[view, ..., 3] = 255 * (nearest < RADIUS).view(SIZE, SIZE)
-    return export.Capture(ball, scene, ball.render, 512, bound, said.append), said
+    return export.TrainedScene(ball, scene, ball.render, 512, bound, said.append), said
 
 
 CENTER = (0.2, -0.1, 0.15)
@@ -191,7 +192,7 @@ def test_points_lie_on_the_ball_with_normals_outwards_and_its_colors(ndc, tmp_pa
     assert np.abs(cloud.rgb - expected).mean() < 5
 
     path = tmp_path / "new" / "ball.ply"
-    export.write_points(path, cloud)
+    write_points(path, cloud)
     read = trimesh.load(path, process=False)
     assert np.allclose(read.vertices, cloud.points, atol=1e-6)
     assert (read.visual.vertex_colors[:, :3] == cloud.rgb).all()
@@ -207,7 +208,7 @@ def test_points_that_stand_alone_are_left_out():
     plane = np.pad(random.uniform(-1, 1, (2000, 2)), ((0, 0), (0, 1)))
     alone = random.uniform(1, 3, (20, 3))
     points = np.concatenate([plane, alone])
-    normals, kept = export.normals_of(points, np.array([[0.0, 0.0, 9.0]]).repeat(len(points), 0))
+    normals, kept = estimate_normals(points, np.array([[0.0, 0.0, 9.0]]).repeat(len(points), 0))
     assert kept[:2000].mean() > 0.98 and not kept[2000:].any()
     assert np.allclose(normals[:2000][kept[:2000]], [0, 0, 1], atol=1e-6)
 
@@ -225,7 +226,7 @@ def test_looking_near_the_surface_finds_the_same_surface(seed):
     def height_at(numbers):
         return full.reshape(-1)[numbers.numpy()]
 
-    near = heights_near_surface(height_at, Grid(torch.zeros(3), torch.ones(3), counts))
+    near = sample_near_surface(height_at, SamplingGrid(torch.zeros(3), torch.ones(3), counts))
     # Noise has specks between the corners of blocks: at most a few points may differ in sign.
     assert ((near > 0) != (full > 0)).mean() < 2e-3
     for axis in range(3):
@@ -246,7 +247,7 @@ def test_looking_near_the_surface_asks_for_little():
         place = [numbers // count**2, numbers // count % count, numbers % count]
         return (0.7 - torch.stack([axes[p] for p in place]).norm(dim=0)).numpy()
 
-    heights_near_surface(height_at, Grid(-torch.ones(3), torch.ones(3), (count,) * 3))
+    sample_near_surface(height_at, SamplingGrid(-torch.ones(3), torch.ones(3), (count,) * 3))
     assert asked < 0.25 * count**3
 
 

@@ -1,22 +1,23 @@
-"""A trained scene as a mesh or a point cloud: what to export, at which density, in which colors.
+"""A trained scene as a mesh or a point cloud: the box to export, the density level, the colors.
 
-Both start from what the training pictures show: random pixels are rendered, and where a ray is
-opaque the mean depth of what it hit is a point of the surface. They say where the scene is, and how
-soft. A mesh's surface is where a 32nd of the box has opacity 0.5, so it does not depend on the
-field's scale, in units or in training; see RESULTS.md for others on the demo scene.
+Both start from random pixels of the training pictures: each is rendered, and where its ray is
+opaque, the ray's mean depth gives a point on the surface. These points show where the scene is and
+how soft its surfaces are. A mesh's surface has the density at which 1/32 of the box's longest side
+has opacity 0.5, so it depends neither on the scene's units nor on the field's scale; RESULTS.md
+compares other levels on the demo scene.
 
 Files are in scene units and the scene's axes (``nerf.outputs.mesh``); scenes in normalized device
-coordinates (NDC) are brought back to the world. What a ray never met is in no file.
-Colors depend on the direction: a vertex has the mean of those that the three training cameras
-which face it most squarely see, a point of a cloud what its pixel shows.
+coordinates (NDC) are converted back to world coordinates. No file holds what no ray has hit.
+Colors depend on the viewing direction: a vertex has the mean color from the three training cameras
+that face it most squarely, a point of a cloud the color of its pixel.
 """
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,45 +26,63 @@ from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.occupancy import Box, Contraction, OccupancyGrid
 from nerf.outputs import mesh
-from nerf.rays import ndc_to_world
+from nerf.outputs.point_cloud import NEIGHBORS, PointCloud, estimate_normals, write_points
+from nerf.rays import Rays, ndc_to_world
+from nerf.renderer import Rendered
 from nerf.scene_bounds import carve, scene_space
 from nerf.training.system import map_on_threads
 
-FEW_RAYS = 4096  # rendered to find out where the scene is and how soft
-THICKNESS = 32  # of the box's longest side, in which a surface stops half of the light
-SMALLEST_PIECE = 0.01  # of the largest one's volume
-FACING = 3  # cameras that give a vertex its color
-MOST_CAMERAS = 128  # asked for that, evenly taken
-UNBOUNDED = 1.0  # half side of the exported cube, where space beyond 1 is contracted
-NEIGHBORS = 16  # of a point, for its normal and for whether it stands alone
-ALONE = 2.0  # standard deviations beyond the mean distance to neighbors
-MARGIN = 0.05  # around what pictures show, of its size
+if TYPE_CHECKING:
+    from trimesh import Trimesh
+
+PROBE_RAYS = 4096  # rendered to find where the scene is and how soft its surfaces are
+STEPS_PER_BOX = 32  # a step of 1/32 of the box's longest side has opacity 0.5 at the surface
+MIN_PIECE_VOLUME = 0.01  # of the largest piece's; smaller pieces are left out of a mesh
+CAMERAS_PER_VERTEX = 3  # whose mean color a vertex has
+MAX_CAMERAS = 128  # considered for that, evenly spread over the training views
+UNBOUNDED_HALF_SIDE = 1.0  # of the exported cube; space beyond 1 is contracted
+MARGIN = 0.05  # around the surface points, as a part of their extent
 CHUNK = 1 << 14  # points in one call: activations of wide networks stay small
 
 
-class Seen(NamedTuple):
-    """Points of the surface that pixels of training pictures show."""
+class FieldRenderer(Protocol):
+    """A renderer's field, at points [N, 3] in the rays' coordinates.
+
+    With an occupancy grid it also has ``space``, a Box or Contraction, and ``grid``.
+    """
+
+    def density(self, points: Tensor) -> Tensor: ...
+
+    def color(self, points: Tensor, viewdirs: Tensor) -> Tensor: ...
+
+
+class SurfacePoints(NamedTuple):
+    """Points on the surface, one for each opaque pixel of those rendered."""
 
     points: Tensor  # [N, 3] in the rays' coordinates, NDC where the scene has them
     rgb: Tensor  # [N, 3] in [0, 1], without the background's share
-    cameras: Tensor  # [N, 3] where they were seen from, world
+    cameras: Tensor  # [N, 3] position of the pixel's camera, world
 
 
-class Capture(NamedTuple):
-    """A trained scene, as exports need it."""
+class TrainedScene(NamedTuple):
+    """What an export needs of a trained scene."""
 
-    renderer: torch.nn.Module
+    renderer: FieldRenderer
     scene: Scene
-    render: object  # rays [B] -> Rendered
+    render: Callable[[Rays], Rendered]
     block: int  # rays rendered together
-    bound: float  # half side of the cube around the origin to export; 0: as wide as is seen
-    log: object  # of progress and of what may surprise
+    bound: float  # half side of the cube around the origin to export; 0: fit a box to the surface
+    log: Callable[[str], None]  # of progress and of what may surprise
 
 
 @torch.no_grad()
-def look(capture: Capture, num_rays: int) -> Seen:
-    """Render random pixels of training pictures: opaque ones, where there is alpha."""
-    scene = capture.scene
+def visible_surface_points(trained: TrainedScene, num_rays: int) -> SurfacePoints:
+    """Surface points of ``num_rays`` random training pixels, without those that are transparent.
+
+    Pixels with alpha up to 127 and those that a mask leaves out are not rendered. The generator's
+    seed is fixed. ValueError where fewer than 16 pixels are opaque.
+    """
+    scene = trained.scene
     generator = torch.Generator().manual_seed(0)
     views = torch.tensor(scene.splits["train"])
     number = torch.randint(
@@ -75,77 +94,83 @@ def look(capture: Capture, num_rays: int) -> Seen:
     solid = torch.ones_like(x, dtype=torch.bool)
     if scene.images.shape[-1] == 4:
         solid &= scene.pixels(view, x, y)[:, 3] > 127
-    if scene.usable is not None:  # not padding, nor what a mask covers
+    if scene.usable is not None:  # leaves out padding and masked pixels
         solid &= scene.usable[view, y, x]
     view, x, y = view[solid], x[solid], y[solid]
-    parts = {}
+    parts: dict[int, SurfacePoints] = {}
 
-    def render(start: int) -> None:
-        part = slice(start, start + capture.block)
+    def render_block(start: int) -> None:
+        part = slice(start, start + trained.block)
         rays, _ = scene.pick(view[part], x[part], y[part])
-        rendered = capture.render(rays)
+        rendered = trained.render(rays)
         hit = (rendered.opacity > 0.5).nonzero()[:, 0]
         opacity = rendered.opacity[hit, None]
         rgb = (rendered.rgb[hit] - scene.background * (1 - opacity)) / opacity
         points = rays.origins[hit] + rays.directions[hit] * rendered.depth[hit, None]
-        parts[start] = Seen(points, rgb.clamp(0, 1), scene.c2w[view[part][hit], :, 3])
+        parts[start] = SurfacePoints(points, rgb.clamp(0, 1), scene.c2w[view[part][hit], :, 3])
 
-    map_on_threads(render, range(0, len(x), capture.block), scene.c2w.device)
+    map_on_threads(render_block, range(0, len(x), trained.block), scene.c2w.device)
     found = [parts[start] for start in sorted(parts)]
     if sum(len(part.points) for part in found) < 16:
         raise ValueError(
-            f"nothing to export: of {num_rays} pixels rendered almost none is opaque; train "
-            "longer, or look at the rendered pictures"
+            f"nothing to export: fewer than 16 of {num_rays} pixels are rendered opaque; train "
+            "longer, and check the rendered pictures"
         )
-    return Seen(*(torch.cat(members).float() for members in zip(*found, strict=True)))
+    return SurfacePoints(*(torch.cat(members).float() for members in zip(*found, strict=True)))
 
 
-def box_of(capture: Capture, seen: Seen) -> tuple[Box, object]:
-    """The box to export, in the rays' coordinates, and points [N, 3] in them -> may hold something.
+def export_box(
+    trained: TrainedScene, surface: SurfacePoints
+) -> tuple[Box, Callable[[Tensor], Tensor]]:
+    """The box to export, in the rays' coordinates, and a function that rules out points in it.
 
-    In this order: the cube asked for; the uncontracted cube of an unbounded scene; the visual hull
-    of alpha masks; what the pictures show. A grid's own box is never left.
+    The function returns 0 for points [N, 3] outside the visual hull, 1 for others. The box is the
+    first of these that applies: the cube of ``bound``; the uncontracted cube of an unbounded scene;
+    without an occupancy grid, a box around the visual hull of alpha masks; with one, the box of its
+    occupied cells; a box around the surface points, in NDC inside that of the occupied cells.
+    ValueError for ``bound`` in an NDC scene.
     """
-    renderer, scene = capture.renderer, capture.scene
-    if scene.ndc and capture.bound:
+    renderer, scene = trained.renderer, trained.scene
+    if scene.ndc and trained.bound:
         raise ValueError(
-            "--export_bound is in world units, and an NDC scene is cut where its pictures end; "
-            "leave it out, or train with --no_ndc"
+            "--export_bound is in world units, but this scene is in NDC, where the box is fitted "
+            "to the surface; leave it out, or train with --no_ndc"
         )
-    space = getattr(renderer, "space", None)
+    space, grid = getattr(renderer, "space", None), getattr(renderer, "grid", None)
 
     def anywhere(points: Tensor) -> Tensor:
         return torch.ones_like(points[:, 0])
 
-    if isinstance(space, Contraction) or capture.bound:
-        half = capture.bound or UNBOUNDED
-        if not capture.bound:
-            capture.log(
+    if isinstance(space, Contraction) or trained.bound:
+        half = trained.bound or UNBOUNDED_HALF_SIDE
+        if not trained.bound:
+            trained.log(
                 f"unbounded scene: the cube of half side {half:g} around the origin is exported, "
                 "where space is not contracted; --export_bound sets another"
             )
-        edge = torch.full((3,), float(half), device=seen.points.device)
+        edge = torch.full((3,), float(half), device=surface.points.device)
         return Box(-edge, edge, 1), anywhere
     if space is None and scene.images.shape[-1] == 4 and not scene.ndc:
-        grid = OccupancyGrid().to(scene.c2w.device)
+        hull = OccupancyGrid().to(scene.c2w.device)
         wide = scene_space(scene, 1, bound=0.0, contract=False, cone_angle=0.0)
-        tight, warning = carve(scene, grid, wide)
+        assert isinstance(wide, Box)
+        tight, warning = carve(scene, hull, wide)
         if warning is None:
-            return tight, lambda points: grid.occupied_at(tight.to_unit(points)).float()
-    low, high = _quantiles(seen.points)
+            return tight, lambda points: hull.occupied_at(tight.to_unit(points)).float()
+    low, high = _quantiles(surface.points)
     margin = MARGIN * (high - low).max()
     low, high = low - margin, high + margin
-    if isinstance(space, Box):
-        grid_low, grid_high = space.from_unit(renderer.grid.bounds)
+    if isinstance(space, Box) and grid is not None:
+        grid_low, grid_high = space.from_unit(grid.bounds)
         low, high = (grid_low, grid_high) if not scene.ndc else (low, high)
         low, high = low.maximum(grid_low), high.minimum(grid_high)
     if scene.ndc:  # the plane at infinity stays outside
-        high[2] = high[2].clamp(max=float(seen.points[:, 2].quantile(0.99)))
+        high[2] = high[2].clamp(max=float(surface.points[:, 2].quantile(0.99)))
     return Box(low, high, 1), anywhere
 
 
 def _quantiles(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners [3] around all but the outermost hundredth of points [N, 3] on each side."""
+    """Corners [3] of a box around points [N, 3], without the outermost 1% on each side."""
     some = points[:: max(1, len(points) // 100_000)]
     low, high = some.quantile(torch.tensor([0.01, 0.99], device=points.device), dim=0)
     return low, high
@@ -155,74 +180,81 @@ def _quantiles(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def scene_mesh(capture: Capture, *, resolution: int, level: float) -> "trimesh.Trimesh":  # noqa: F821
+def scene_mesh(trained: TrainedScene, *, resolution: int, level: float) -> "Trimesh":
     """The scene's surface in world axes and scene units, colored; see ``mesh.extract_mesh``.
 
-    resolution: points along the box's longest side. level: the surface's density; 0:
-    from opacity.
+    resolution: points along the box's longest side. level: the surface's density; 0: the density
+    at which 1 / STEPS_PER_BOX of the box has opacity 0.5, or less in a soft scene.
     """
-    renderer, scene = capture.renderer, capture.scene
-    seen = look(capture, FEW_RAYS)
-    box, possible = box_of(capture, seen)
-    level = level or _level_of(capture, seen, box)
+    renderer, scene = trained.renderer, trained.scene
+    probes = visible_surface_points(trained, PROBE_RAYS)
+    box, may_be_solid = export_box(trained, probes)
+    level = level or _surface_level(trained, probes, box)
     surface = mesh.extract_mesh(
-        lambda points: renderer.density(points) * possible(points),
+        lambda points: renderer.density(points) * may_be_solid(points),
         None,
         box.low,
         box.high,
         resolution=resolution,
         level=level,
         chunk=CHUNK,
-        smallest_piece=SMALLEST_PIECE,
+        smallest_piece=MIN_PIECE_VOLUME,
         near_surface=True,
-        warn=capture.log,
+        warn=trained.log,
     )
-    here = torch.from_numpy(surface.vertices).to(seen.points)
+    vertices = torch.from_numpy(surface.vertices).to(probes.points)  # in the rays' coordinates
     if scene.ndc:
-        surface.vertices = _to_world(scene, here).double().cpu().numpy()
-        surface.invert()  # depth runs the other way in NDC: what was outside would be inside
+        surface.vertices = _to_world(scene, vertices).double().cpu().numpy()
+        surface.invert()  # NDC depth runs the other way, which turns the faces inside out
     colors = [
         _color_from_cameras(renderer, scene, *part)
         for part in zip(
-            here.split(CHUNK),
-            torch.from_numpy(surface.vertices.copy()).to(here).split(CHUNK),
-            torch.from_numpy(surface.vertex_normals.copy()).to(here).split(CHUNK),
+            vertices.split(CHUNK),
+            torch.from_numpy(surface.vertices.copy()).to(vertices).split(CHUNK),
+            torch.from_numpy(surface.vertex_normals.copy()).to(vertices).split(CHUNK),
             strict=True,
         )
     ]
-    surface.visual.vertex_colors = mesh.rgba(torch.cat(colors))
+    visual: Any = surface.visual  # ColorVisuals, as ``mesh.extract_mesh`` makes them
+    visual.vertex_colors = mesh.rgba(torch.cat(colors))
     return surface
 
 
-def _level_of(capture: Capture, seen: Seen, box: Box) -> float:
-    """The surface's density: opacity 0.5 in 1 / THICKNESS of the box, or less in a soft scene.
+def _surface_level(trained: TrainedScene, surface: SurfacePoints, box: Box) -> float:
+    """The surface's density: opacity 0.5 in 1 / STEPS_PER_BOX of the box, or less if it is soft.
 
-    There it is the median where pictures show surfaces; light goes deep into them, which is said.
+    A soft scene's level is the median density at its surface points, and a warning is logged.
     """
-    inside = ((seen.points >= box.low) & (seen.points <= box.high)).all(-1)
-    points = seen.points[inside] if inside.any() else seen.points
-    density = torch.cat([capture.renderer.density(part) for part in points.split(CHUNK)])
+    inside = ((surface.points >= box.low) & (surface.points <= box.high)).all(-1)
+    points = surface.points[inside] if inside.any() else surface.points
+    density = torch.cat([trained.renderer.density(part) for part in points.split(CHUNK)])
     side = float((box.high - box.low).max())
-    hard, soft = mesh.surface_level(side / THICKNESS), float(density[density > 0].median())
-    if not soft > 0:  # also NaN, of nothing
+    hard, soft = mesh.surface_level(side / STEPS_PER_BOX), float(density[density > 0].median())
+    if not soft > 0:  # also NaN, the median of no density at all
         raise ValueError(
-            "nothing to export: the density is 0 where pictures show surfaces; train longer, or "
-            "set --mesh_level"
+            "nothing to export: the density is 0 at all surface points of the pictures; train "
+            "longer, or set --mesh_level"
         )
     if soft < hard:
-        capture.log(
-            f"surfaces are soft: half of the light goes {math.log(2) / soft:.2g} deep into them "
+        trained.log(
+            f"surfaces are soft: opacity reaches 0.5 only {math.log(2) / soft:.2g} below them "
             f"(box: {side:.3g}); the mesh will show fog, a point cloud may serve better"
         )
     return min(hard, soft)
 
 
-def _color_from_cameras(renderer, scene: Scene, points, world, normals) -> Tensor:
-    """RGB [M, 3] of points [M, 3], also given in world axes: the mean from FACING cameras."""
+def _color_from_cameras(
+    renderer: FieldRenderer, scene: Scene, points: Tensor, world: Tensor, normals: Tensor
+) -> Tensor:
+    """Mean RGB [M, 3] of vertices from the CAMERAS_PER_VERTEX cameras that face them most squarely.
+
+    points [M, 3] in the rays' coordinates, world [M, 3] the same points and normals in world axes.
+    """
     views = scene.splits["train"]
-    cameras = scene.c2w[views[:: -(-len(views) // MOST_CAMERAS)], :, 3]
+    cameras = scene.c2w[views[:: -(-len(views) // MAX_CAMERAS)], :, 3]
     towards = F.normalize(cameras - world[:, None], dim=-1)  # [M, cameras, 3]
-    facing = (towards * normals[:, None]).sum(-1).topk(min(FACING, len(cameras))).indices
+    cosine = (towards * normals[:, None]).sum(-1)
+    facing = cosine.topk(min(CAMERAS_PER_VERTEX, len(cameras))).indices
     rows = torch.arange(len(points), device=points.device)
     return torch.stack(
         [renderer.color(points, -towards[rows, column]) for column in facing.unbind(-1)]
@@ -233,13 +265,13 @@ def _to_world(scene: Scene, points: Tensor) -> Tensor:
     return ndc_to_world(points, scene.height, scene.width, scene.intrinsics[0])
 
 
-def export_mesh(capture: Capture, path: Path, *, resolution: int, level: float) -> None:
-    """``scene_mesh`` to a file, and a line about it."""
+def export_mesh(trained: TrainedScene, path: Path, *, resolution: int, level: float) -> None:
+    """Write ``scene_mesh`` to a file and log its size."""
     start = time.perf_counter()
-    surface = scene_mesh(capture, resolution=resolution, level=level)
+    surface = scene_mesh(trained, resolution=resolution, level=level)
     mesh.write_mesh(path, surface)
     closed = "watertight" if surface.is_watertight else "not watertight"
-    capture.log(
+    trained.log(
         f"mesh: {path} ({len(surface.vertices)} vertices, {len(surface.faces)} triangles, {closed},"
         f" scene units, {time.perf_counter() - start:.0f} s)"
     )
@@ -248,86 +280,40 @@ def export_mesh(capture: Capture, path: Path, *, resolution: int, level: float) 
 # --------------------------------------------------------------------------------- the point cloud
 
 
-class Cloud(NamedTuple):
-    """Points in world axes and scene units."""
-
-    points: np.ndarray  # [N, 3]
-    normals: np.ndarray  # [N, 3] unit, towards where each was seen from
-    rgb: np.ndarray  # [N, 3] uint8, sRGB
-
-
 @torch.no_grad()
-def scene_points(capture: Capture, num_points: int) -> Cloud:
-    """About ``num_points`` points of the surface, those that stand alone left out.
+def scene_points(trained: TrainedScene, num_points: int) -> PointCloud:
+    """About ``num_points`` points of the surface, without outliers.
 
-    A pixel at the rim of an object sees part of what is behind, and its mean depth lies between:
-    such points have few neighbors (Rusu et al. 2008, statistical outlier removal). Normals: the
-    plane through the nearest neighbors, by principal components.
+    A pixel at an object's silhouette also sees what is behind it, and its mean depth lies between
+    the two: such points have few neighbors and are removed (Rusu et al. 2008, statistical outlier
+    removal). ValueError where too few points are inside the box.
     """
-    scene = capture.scene
-    seen = look(capture, FEW_RAYS)
-    box, possible = box_of(capture, seen)
+    scene = trained.scene
+    box, may_be_solid = export_box(trained, visible_surface_points(trained, PROBE_RAYS))
     if scene.images.shape[-1] == 4:
-        views = scene.splits["train"]  # one after the other: all may not fit into memory
-        shown = sum(float((scene.images[view, ..., 3] > 127).float().mean()) for view in views)
-        num_points = int(num_points / max(shown / len(views), 1e-3))
-    seen = look(capture, num_points)
-    inside = ((seen.points >= box.low) & (seen.points <= box.high)).all(-1)
-    density = torch.cat([capture.renderer.density(part) for part in seen.points.split(CHUNK)])
-    inside &= (density > 0) & (possible(seen.points) > 0)
-    points, rgb, cameras = (member[inside] for member in seen)
+        views = scene.splits["train"]  # one at a time: all may not fit into memory
+        opaque = sum(float((scene.images[view, ..., 3] > 127).float().mean()) for view in views)
+        num_points = int(num_points / max(opaque / len(views), 1e-3))
+    surface = visible_surface_points(trained, num_points)
+    inside = ((surface.points >= box.low) & (surface.points <= box.high)).all(-1)
+    density = torch.cat([trained.renderer.density(part) for part in surface.points.split(CHUNK)])
+    inside &= (density > 0) & (may_be_solid(surface.points) > 0)
+    points, rgb, cameras = (member[inside] for member in surface)
     if len(points) <= NEIGHBORS:
         raise ValueError(
             f"only {len(points)} points are inside the exported box; set a larger --export_bound"
         )
-    points = _to_world(scene, points) if scene.ndc else points
-    points, cameras = points.double().cpu().numpy(), cameras.double().cpu().numpy()
-    normals, kept = normals_of(points, cameras)
-    return Cloud(points[kept], normals[kept], to_8bit(rgb.cpu().numpy())[kept])
+    world = (_to_world(scene, points) if scene.ndc else points).double().cpu().numpy()
+    normals, kept = estimate_normals(world, cameras.double().cpu().numpy())
+    return PointCloud(world[kept], normals[kept], to_8bit(rgb.cpu().numpy())[kept])
 
 
-def normals_of(points: np.ndarray, cameras: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit normals [N, 3] towards ``cameras`` [N, 3], and which points [N] do not stand alone."""
-    try:
-        from scipy.spatial import cKDTree
-    except ImportError as error:
-        raise ValueError(
-            f"a point cloud needs another package ({error}): pip install scikit-image"
-        ) from error
-    distance, near = cKDTree(points).query(points, NEIGHBORS)
-    mean = distance[:, 1:].mean(1)
-    kept = mean <= mean.mean() + ALONE * mean.std()
-    normals = np.empty_like(points)
-    for start in range(0, len(points), CHUNK):
-        part = slice(start, start + CHUNK)
-        around = points[near[part]]
-        around = around - around.mean(1, keepdims=True)
-        _, axes = np.linalg.eigh(around.transpose(0, 2, 1) @ around)
-        normals[part] = axes[:, :, 0]  # of the least spread
-    facing = (normals * (cameras - points)).sum(1)
-    return normals * np.where(facing < 0, -1.0, 1.0)[:, None], kept
-
-
-def write_points(path: Path, cloud: Cloud) -> None:
-    """A binary .ply: x y z, nx ny nz as float32, red green blue as uint8."""
-    names = [(name, "<f4") for name in ("x", "y", "z", "nx", "ny", "nz")]
-    names += [(name, "u1") for name in ("red", "green", "blue")]
-    rows = np.empty(len(cloud.points), dtype=names)
-    columns = np.concatenate([cloud.points, cloud.normals, cloud.rgb], axis=1).T
-    for (name, _), column in zip(names, columns, strict=True):
-        rows[name] = column
-    kinds = {"<f4": "float", "u1": "uchar"}
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
-    header += [f"property {kinds[kind]} {name}" for name, kind in names] + ["end_header", ""]
-    mesh.replace_file(path, "\n".join(header).encode() + rows.tobytes())
-
-
-def export_points(capture: Capture, path: Path, num_points: int) -> None:
-    """``scene_points`` to a .ply, and a line about it."""
+def export_points(trained: TrainedScene, path: Path, num_points: int) -> None:
+    """Write ``scene_points`` to a .ply file and log its size."""
     start = time.perf_counter()
-    cloud = scene_points(capture, num_points)
+    cloud = scene_points(trained, num_points)
     write_points(path, cloud)
-    capture.log(
+    trained.log(
         f"point cloud: {path} ({len(cloud.points)} points with colors and normals, scene units, "
         f"{time.perf_counter() - start:.0f} s)"
     )

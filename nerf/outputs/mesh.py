@@ -1,16 +1,17 @@
-"""Triangle meshes: the surface of a density field with a color per vertex, and files of it.
+"""Triangle meshes: the surface of a density field with a color per vertex, and mesh files.
 
-Surface: where a step of a given length has opacity 0.5 (``surface_level``). Marching cubes
-(Lorensen and Cline 1987; Lewiner et al. 2003) runs on that opacity, 1 - 2^(-density / level). It is
-bounded, so a surface between an empty and a full point lies midway however dense the inside is; on
-the density itself it would be drawn to the empty point, half a cell too far out.
+The surface lies where a step of a given length has opacity 0.5 (``surface_level``). Marching cubes
+(Lorensen and Cline 1987; Lewiner et al. 2003) runs on the signed opacity: the opacity of that step
+less 0.5, which is 0.5 - 2^(-density / level), positive inside. It is bounded, so the surface
+between an empty and a dense point lies midway however dense the inside is. On the density itself
+the surface would move towards the empty point, half a cell too far out.
 
-Axes: meshes have the scene's (right-handed, z up by our scenes' custom), and so have .obj and .ply.
-glTF demands y up: a .glb holds (x, z, -y), a rotation, which viewers and Blender expect.
-Colors: RGB as rendered, that is sRGB, 8 bits; .obj and .ply hold it as it is, which MeshLab and
+Axes: meshes, .obj and .ply files have the scene's axes (right-handed; z up in this project's
+scenes). glTF demands y up: a .glb holds (x, z, -y), a rotation that viewers and Blender expect.
+Colors: RGB as rendered, which is sRGB, 8 bits; .obj and .ply hold it unchanged, as MeshLab and
 Blender expect. glTF defines COLOR_0 as linear, and three.js and Blender read it so: sRGB stored
-there looks washed out. A .glb therefore holds linear float32, 8 bits being too coarse in the
-dark, and a matte material: glTF's default is a metal, black where there is nothing to mirror.
+in it looks washed out. A .glb therefore holds linear float32, because 8 bits are too coarse for
+dark colors, and a matte material: glTF's default is a metal, black where it mirrors nothing.
 trimesh converts nothing: it reads linear colors back, with ``skip_materials=True``.
 """
 
@@ -19,6 +20,8 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,15 +29,22 @@ from torch import Tensor
 
 from nerf.media import MESH_FORMATS
 from nerf.metrics import to_8bit
-from nerf.outputs.mesh_grid import Grid, heights_near_surface, sample_density
+from nerf.outputs.mesh_grid import SamplingGrid, sample_density, sample_near_surface
 
-COARSE = 48  # points along the box's longest side in the first look
-PERCENTILES = (99.9, 99.0, 95.0)  # of the positive density, tried where nothing reaches the level
+if TYPE_CHECKING:
+    from trimesh import Trimesh
+
+COARSE_RESOLUTION = 48  # points along the box's longest side in the first, coarse pass
+PERCENTILES = (99.9, 99.0, 95.0)  # of the positive density: levels to try if none reaches the level
 # Marching cubes leaves holes where a point lies exactly on the surface; such points go outside.
-ON_SURFACE = 1e-4  # of opacity
-# Below the surface, in opacity: so deep that a surface which the box cuts is closed at the box's
-# side and not halfway to the rim, and not so deep that float32 loses the place (-1e6 does).
-RIM = -1e3
+MIN_SIGNED_OPACITY = 1e-4
+# Signed opacity around the box: so low that a surface which the box cuts is closed at the box's
+# side and not halfway to the padding, but not so low that float32 loses the position (-1e6 does).
+PADDING = -1e3
+
+Box = tuple[Tensor, Tensor]  # low and high corner [3]
+Sample = Callable[..., np.ndarray]  # (grid, flat numbers of points or all) -> density
+Log = Callable[[str], None]
 
 
 def surface_level(step: float) -> float:
@@ -55,51 +65,52 @@ def extract_mesh(
     keep_largest: bool = True,
     smallest_piece: float = 1.0,
     near_surface: bool = False,
-    warn=print,
-) -> "trimesh.Trimesh":  # noqa: F821
+    warn: Log = print,
+) -> "Trimesh":
     """The closed surface of a density field, faces outwards, with an sRGB color per vertex.
 
     density_at: scene points [M, 3] -> density [M] >= 0, per scene unit; color_at: scene points
-    [M, 3] -> RGB [M, 3] in [0, 1], None: no colors; at most ``chunk`` points a call. low, high:
-    corners [3] of the box. resolution: points along the longest side of the grid, which is fitted
-    to what the box holds. level: the surface's density; where nothing reaches it, a percentile of
-    what there is. keep_largest: only the piece with the most solid volume. Not the largest area,
-    which crumpled fog has, nor the largest enclosed volume, which a thin shell of fog around the
-    scene has. Cavities without a way out are filled with it. smallest_piece: with it stay pieces of
-    at least this part of its volume. near_surface: ask for the density near the surface alone, for
-    slow fields (``heights_near_surface``). ValueError where there is no object.
+    [M, 3] -> RGB [M, 3] in [0, 1], None: no colors; both get at most ``chunk`` points a call.
+    low, high: corners [3] of the box. resolution: points along the longest side of the sampling
+    grid, which is fitted to the object in the box. level: the surface's density; if no density in
+    the box reaches it, a percentile of the density. keep_largest: keep only the piece with the
+    largest solid volume, its enclosed cavities filled. (The largest area could be crumpled fog, and
+    the largest enclosed volume a thin shell of fog around the scene.) smallest_piece: with
+    keep_largest, keep every piece of at least this fraction of its volume. near_surface: evaluate
+    the density near the surface only, for slow fields (``sample_near_surface``). ValueError if the
+    box holds no object.
     """
-    trimesh, measure = _libraries()
+    trimesh, measure = _import_libraries()
     assert resolution >= 2 and level > 0 and bool((high > low).all())
     sample = partial(sample_density, density_at, chunk)
     box = low, high
-    survey, height, level = _survey(sample, box, resolution, level, warn)
+    coarse_grid, signed_opacity, level = _coarse_pass(sample, box, resolution, level, warn)
 
-    def look(grid: Grid) -> np.ndarray:
+    def sample_signed_opacity(grid: SamplingGrid) -> np.ndarray:
         if near_surface:
-            return heights_near_surface(lambda numbers: _height(sample(grid, numbers), level), grid)
-        return _height(sample(grid), level)
-
-    grid, height = _fit(look, survey, height, resolution, box)
-    if keep_largest:
-        piece, num_kept, num_pieces, dropped = _large_pieces(height, measure, smallest_piece)
-        if num_kept < num_pieces:
-            kept = "the largest" if num_kept == 1 else f"the {num_kept} largest"
-            warn(
-                f"{kept} of {num_pieces} pieces {'is' if num_kept == 1 else 'are'} kept; the "
-                f"others, {dropped:.2%} of the solid volume, are left out"
+            return sample_near_surface(
+                lambda numbers: _signed_opacity(sample(grid, numbers), level), grid
             )
-            # The grid was fitted to all of them.
-            piece_low, piece_high = grid.around(piece > 0)
+        return _signed_opacity(sample(grid), level)
+
+    fit = partial(_fit_grid, sample_signed_opacity, resolution=resolution, box=box)
+    grid, signed_opacity = fit(coarse_grid, signed_opacity)
+    if keep_largest:
+        pieces = _large_pieces(signed_opacity, measure, smallest_piece)
+        if pieces.num_kept < pieces.num_pieces:
+            warn(_dropped_pieces(pieces))
+            # The grid was fitted to all pieces.
+            piece_low, piece_high = grid.box_around(pieces.signed_opacity > 0)
             if (piece_high - piece_low).max() < 0.8 * (grid.high - grid.low).max():
-                grid, height = _fit(look, grid, piece, resolution, box)
-                piece = _large_pieces(height, measure, smallest_piece)[0]
-        height = piece
-    _warn_cut(grid, height > 0, box, warn)
-    padded = np.pad(height, 1, constant_values=RIM)
-    # "ascent": the inside is higher than the outside. It decides which way the faces look.
-    places, faces, _, _ = measure.marching_cubes(padded, 0.0, gradient_direction="ascent")
-    vertices = grid.low.cpu().numpy() + (places.astype(np.float64) - 1) * grid.spacing.cpu().numpy()
+                grid, signed_opacity = fit(grid, pieces.signed_opacity)
+                pieces = _large_pieces(signed_opacity, measure, smallest_piece)
+        signed_opacity = pieces.signed_opacity
+    _warn_if_cut(grid, signed_opacity > 0, box, warn)
+    padded = np.pad(signed_opacity, 1, constant_values=PADDING)
+    # "ascent": values are higher inside than outside. It decides which way the faces look.
+    positions, faces, _, _ = measure.marching_cubes(padded, 0.0, gradient_direction="ascent")
+    cells = positions.astype(np.float64) - 1
+    vertices = grid.low.cpu().numpy() + cells * grid.spacing.cpu().numpy()
     colors = None
     if color_at is not None:
         parts = torch.from_numpy(vertices).to(low).split(chunk)
@@ -108,25 +119,32 @@ def extract_mesh(
     return trimesh.Trimesh(vertices, faces, vertex_colors=colors, process=False)
 
 
-def write_mesh(path: Path, mesh) -> None:
-    """The mesh as .glb, .obj or .ply, by the name's ending; its folder is made.
+def write_mesh(path: Path, mesh: "Trimesh") -> None:
+    """Write the mesh as .glb, .obj or .ply, by the path's ending; creates the folder.
 
-    For axes and colors in the file see above. At any moment the old file or the new is whole.
+    The module's docstring describes axes and colors. The file is replaced as a whole. ValueError
+    for another ending, or if the file cannot be written.
     """
     kind = path.suffix.lower()
     if kind not in MESH_FORMATS:
-        raise ValueError(f"{path}: a mesh is written as {', '.join(MESH_FORMATS)}; end its name so")
+        raise ValueError(f"{path}: a mesh file ends in {', '.join(MESH_FORMATS)}; rename it")
+    exported: Any  # str for .obj, bytes for .ply; trimesh declares more types
     if kind == ".glb":
         content = _glb(mesh)
     elif kind == ".obj":
-        content = mesh.export(file_type="obj", include_normals=True).encode()
+        exported = mesh.export(file_type="obj", include_normals=True)
+        content = exported.encode()
     else:
-        content = mesh.export(file_type="ply", vertex_normal=True)
+        exported = mesh.export(file_type="ply", vertex_normal=True)
+        content = exported
     replace_file(path, content)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that the old one or the new is whole; its folder is made."""
+    """Write a file beside ``path`` and rename it, so that ``path`` is always whole.
+
+    Creates the folder. ValueError if the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +154,11 @@ def replace_file(path: Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); name another place") from error
+        raise ValueError(f"{path} cannot be written ({error}); choose another path") from error
 
 
-def _libraries():
-    """trimesh and skimage.measure, which only an export needs."""
+def _import_libraries() -> tuple[ModuleType, ModuleType]:
+    """trimesh and skimage.measure, which only an export needs. ValueError if one is missing."""
     try:
         import trimesh
         from skimage import measure
@@ -151,130 +169,161 @@ def _libraries():
     return trimesh, measure
 
 
-def _height(density: np.ndarray, level: float) -> np.ndarray:
-    """The opacity of a step for which ``level`` means 0.5, less 0.5: positive inside."""
-    height = 0.5 - np.exp2(-density / np.float32(level))
-    height[np.abs(height) < ON_SURFACE] = -ON_SURFACE
-    return height
+def _signed_opacity(density: np.ndarray, level: float) -> np.ndarray:
+    """Opacity less 0.5, positive inside, of a step that has opacity 0.5 at density ``level``."""
+    values = 0.5 - np.exp2(-density / np.float32(level))
+    values[np.abs(values) < MIN_SIGNED_OPACITY] = -MIN_SIGNED_OPACITY
+    return values
 
 
-def _survey(sample, box, resolution: int, level: float, warn):
-    """A look at the whole box: its grid, heights on it, and the level that shows something."""
-    grid = Grid.over(*box, min(COARSE, resolution))
+def _coarse_pass(
+    sample: Sample, box: Box, resolution: int, level: float, warn: Log
+) -> tuple[SamplingGrid, np.ndarray, float]:
+    """A grid over the whole box, the signed opacity on it, and the level, lowered if need be."""
+    grid = SamplingGrid.over(*box, min(COARSE_RESOLUTION, resolution))
     density = sample(grid)
-    height = _height(density, level)
-    if not (height > 0).any() and resolution > COARSE:  # it may lie between the points
-        grid = Grid.over(*box, resolution)
+    values = _signed_opacity(density, level)
+    if not (values > 0).any() and resolution > COARSE_RESOLUTION:  # it may be between the points
+        grid = SamplingGrid.over(*box, resolution)
         density = sample(grid)
-        height = _height(density, level)
+        values = _signed_opacity(density, level)
     smallest, middle, largest = density.min(), np.median(density), density.max()
     flat = largest - smallest <= 0.01 * largest
-    if not (height > 0).any() and not flat:
-        wanted, (level, name) = level, _lower_level(density)
-        height = _height(density, level)
-        warn(f"no density reaches {wanted:.4g}: the surface is taken at {level:.4g}, {name}")
-    if flat or (height > 0).all():
+    if not (values > 0).any() and not flat:
+        given, (level, description) = level, _lower_level(density)
+        values = _signed_opacity(density, level)
+        warn(f"no density reaches {given:.4g}: the surface is taken at {level:.4g}, {description}")
+    if flat or (values > 0).all():
         raise ValueError(
             f"nothing to export: the density is {smallest:.4g} to {largest:.4g} everywhere in the "
-            f"box, the surface's is {level:.4g}; train longer or look at the rendered pictures"
+            f"box, the surface's is {level:.4g}; train longer, and check the rendered pictures"
         )
     warn(
         f"density in the box: min {smallest:.4g}, median {middle:.4g}, max {largest:.4g}; "
         f"surface at {level:.4g}"
     )
-    return grid, height, level
+    return grid, values, level
 
 
 def _lower_level(density: np.ndarray) -> tuple[float, str]:
-    """A level that part of the points exceed, and what it is called."""
+    """A level that some of the points exceed, and its description for the log."""
     positive = density[density > 0]
     for percentile in PERCENTILES:
         level = float(np.percentile(positive, percentile))
-        if (_height(density, level) > 0).any():
+        if (_signed_opacity(density, level) > 0).any():
             return level, f"the {percentile:g} percentile of the positive density"
-    # All percentiles are the maximum: an even body in emptiness.
+    # All percentiles are the maximum: a body of even density in empty space.
     return float(density.min() + density.max()) / 2, "midway between the least and the most"
 
 
-def _fit(look, grid: Grid, height: np.ndarray, resolution: int, box):
-    """The fine grid around what is solid on another grid, and heights on it.
+def _fit_grid(
+    sample_signed_opacity: Callable[[SamplingGrid], np.ndarray],
+    grid: SamplingGrid,
+    signed_opacity: np.ndarray,
+    *,
+    resolution: int,
+    box: Box,
+) -> tuple[SamplingGrid, np.ndarray]:
+    """A fine grid around the solid points of ``grid``, and the signed opacity on it.
 
-    A side that cuts through something solid goes outwards, at most to the box's: the first look
-    misses what is thinner than its cells. Half as long again a turn, few turns reach any size.
+    A side that cuts through something solid moves outwards, at most to the box's side, because a
+    coarse grid misses what is thinner than its cells. Each time it moves by half of the longest
+    side, so a few rounds reach any size.
     """
-    low, high = grid.around(height > 0)
+    low, high = grid.box_around(signed_opacity > 0)
     while True:
-        fine = Grid.over(low, high, resolution)
-        fine_height = look(fine)
-        solid = fine_height > 0
-        if not solid.any():  # a speck between the points of the new grid, too
-            return grid, height
-        touched = fine.touched(solid)
-        more = 0.5 * (high - low).max()
-        grown_low = torch.where(touched[0], (low - more).maximum(box[0]), low)
-        grown_high = torch.where(touched[1], (high + more).minimum(box[1]), high)
+        fine_grid = SamplingGrid.over(low, high, resolution)
+        fine = sample_signed_opacity(fine_grid)
+        solid = fine > 0
+        if not solid.any():  # a speck between the points of the fine grid
+            return grid, signed_opacity
+        touched = fine_grid.sides_touched(solid)
+        margin = 0.5 * (high - low).max()
+        grown_low = torch.where(touched[0], (low - margin).maximum(box[0]), low)
+        grown_high = torch.where(touched[1], (high + margin).minimum(box[1]), high)
         if torch.equal(grown_low, low) and torch.equal(grown_high, high):
-            return fine, fine_height
+            return fine_grid, fine
         low, high = grown_low, grown_high
 
 
-def _large_pieces(height: np.ndarray, measure, smallest: float):
-    """Heights with the large pieces only, how many of how many, and the others' part of the volume.
+class _Pieces(NamedTuple):
+    """What is left of a solid when its small pieces are removed."""
 
-    Pieces hang together along the grid's lines. smallest: volume of those kept, as a part of the
-    largest one's. Cavities in them are filled.
+    signed_opacity: np.ndarray  # [X, Y, Z]
+    num_kept: int
+    num_pieces: int
+    dropped: float  # fraction of the solid volume that was removed
+
+
+def _large_pieces(signed_opacity: np.ndarray, measure: ModuleType, smallest: float) -> _Pieces:
+    """Remove small pieces of the solid points and fill the cavities of the others.
+
+    Points are connected along the grid's lines. smallest: the least volume of a piece that is kept,
+    as a fraction of the largest one's; 1: exactly one piece is kept.
     """
-    pieces = measure.label(height > 0, connectivity=1)
-    sizes = np.bincount(pieces.ravel())
+    labels = measure.label(signed_opacity > 0, connectivity=1)
+    sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     large = sizes >= max(1, smallest * sizes.max())
-    if smallest == 1.0:  # one, also where two are the same size
+    if smallest == 1.0:  # one, also where two have the same size
         large = np.arange(len(sizes)) == sizes.argmax()
-    kept = large[pieces]
+    kept = large[labels]
     outside = measure.label(np.pad(~kept, 1, constant_values=True), connectivity=3)
     outside = (outside == outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
-    height = np.where(kept, height, np.where(outside, np.minimum(height, -ON_SURFACE), 0.5))
-    return height, int(large.sum()), len(sizes) - 1, 1 - sizes[large].sum() / sizes.sum()
+    empty = np.minimum(signed_opacity, -MIN_SIGNED_OPACITY)
+    values = np.where(kept, signed_opacity, np.where(outside, empty, 0.5))
+    dropped = 1 - sizes[large].sum() / sizes.sum()
+    return _Pieces(values, int(large.sum()), len(sizes) - 1, dropped)
 
 
-def _warn_cut(grid: Grid, solid: np.ndarray, box, warn) -> None:
-    """Say at which of the box's sides the surface is cut."""
+def _dropped_pieces(pieces: _Pieces) -> str:
+    """The warning for pieces that are left out."""
+    kept = "the largest" if pieces.num_kept == 1 else f"the {pieces.num_kept} largest"
+    return (
+        f"{kept} of {pieces.num_pieces} pieces {'is' if pieces.num_kept == 1 else 'are'} kept; the "
+        f"others, {pieces.dropped:.2%} of the solid volume, are left out"
+    )
+
+
+def _warn_if_cut(grid: SamplingGrid, solid: np.ndarray, box: Box, warn: Log) -> None:
+    """Log the sides of the box that cut the surface."""
     at_box = torch.stack([grid.low == box[0], grid.high == box[1]])  # [2, 3]
-    cut = (grid.touched(solid) & at_box).tolist()
+    cut = (grid.sides_touched(solid) & at_box).tolist()
     sides = [f"{'-+'[end]}{'xyz'[axis]}" for axis in range(3) for end in range(2) if cut[end][axis]]
     if sides:
         warn(f"the object reaches the box's side {', '.join(sides)}: it is cut and closed there")
 
 
 def rgba(rgb: Tensor) -> np.ndarray:
-    """RGBA [V, 4] uint8 of vertices' RGB [V, 3] in [0, 1]. ValueError where it is NaN."""
+    """RGBA uint8 [V, 4] for RGB [V, 3] in [0, 1]. ValueError where a color is NaN."""
     if bad := int(rgb.isnan().any(-1).sum()):
         raise ValueError(
-            f"the color is NaN at {bad} of {len(rgb)} vertices: the field is broken, "
+            f"the color is NaN at {bad} of {len(rgb)} vertices: the network diverged, "
             "export an earlier checkpoint"
         )
     return np.pad(to_8bit(rgb.float().cpu().numpy()), ((0, 0), (0, 1)), constant_values=255)
 
 
-def _glb(mesh) -> bytes:
+def _glb(mesh: "Trimesh") -> bytes:
     """A mesh in scene axes as binary glTF: y up, linear colors, matte."""
-    trimesh, _ = _libraries()
-    linear = trimesh.visual.color.srgb_to_linear(mesh.visual.vertex_colors[:, :3])
-    turned = trimesh.Trimesh(
+    trimesh, _ = _import_libraries()
+    colors: Any = mesh.visual  # ColorVisuals, as ``extract_mesh`` makes them
+    linear = trimesh.visual.color.srgb_to_linear(colors.vertex_colors[:, :3])
+    rotated = trimesh.Trimesh(
         mesh.vertices[:, [0, 2, 1]] * [1.0, 1.0, -1.0],
         mesh.faces,
-        # trimesh writes vertex colors with 8 bits only, other attributes as they are ...
+        # trimesh writes vertex colors with 8 bits only, but other attributes unchanged ...
         vertex_attributes={"_COLOR_0": linear.astype(np.float32)},
         process=False,
     )
 
     def finish(tree: dict) -> None:
         primitive = tree["meshes"][0]["primitives"][0]
-        # ... under a name that begins with _, by glTF's rule for attributes of one's own.
+        # ... if their name begins with _, glTF's rule for custom attributes.
         primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_COLOR_0")
         tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1}}]
         primitive["material"] = 0
 
     return trimesh.exchange.gltf.export_glb(
-        turned.scene(), include_normals=True, tree_postprocessor=finish
+        rotated.scene(), include_normals=True, tree_postprocessor=finish
     )

@@ -7,7 +7,7 @@ plain names; the others' names end in _1, _2 and so on.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ from nerf.outputs.render import clip_rays
 from nerf.rays import Rays
 from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.particles import members_of
-from nerf.text3d.renderer import ObjectRendered
+from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
 from nerf.text3d.shading import Lighting, preview_lighting
 from nerf.training import distributed, system
 from nerf.training.ema import EMA
 from nerf.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from trimesh import Trimesh
 
 AMBIENT = 0.3  # share of ambient light in lit pictures
 BLOCK = 4096  # rays rendered together
@@ -224,7 +227,7 @@ def _write_frames(
     """
     world = outputs.world
     own_numbers = range(world.rank, len(cameras.c2w), world.size)
-    own_cameras = cameras.part(list(own_numbers))
+    own_cameras = cameras.part(slice(world.rank, None, world.size))
     albedo = render_cameras(render, own_cameras, outputs.size, outputs.background)
     lit = render_cameras(render, own_cameras, outputs.size, outputs.background, lit=True)
     with world.raise_on_all_ranks():
@@ -250,6 +253,7 @@ def write_mesh(outputs: ObjectOutputs, path: Path, *, resolution: int, level: fl
     if not outputs.world.is_main:
         return
     for ending, renderer in members_of(outputs.renderer):
+        assert isinstance(renderer, ObjectRenderer), "a picture has no mesh"
         with outputs.ema.swap(), torch.no_grad():
             surface = _extract_surface(outputs, renderer, resolution, level)
         object_path = path.with_stem(path.stem + ending)
@@ -259,8 +263,8 @@ def write_mesh(outputs: ObjectOutputs, path: Path, *, resolution: int, level: fl
 
 
 def _extract_surface(
-    outputs: ObjectOutputs, renderer: nn.Module, resolution: int, level: float
-) -> "trimesh.Trimesh":  # noqa: F821
+    outputs: ObjectOutputs, renderer: ObjectRenderer, resolution: int, level: float
+) -> "Trimesh":
     box, side = renderer.space, outputs.size // 2
     if not level:
         density = renderer.surface_density(outputs.cameras(8).rays(side, side))
