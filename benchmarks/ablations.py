@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 BASE_SEEDS = (0, 1, 2)
 QUIET = "--i_img 0 --i_video 0 --ckpt_secs 0 --i_weights 0 --no_reload --device cpu"

@@ -22,15 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from nerf import build  # noqa: E402
-from nerf.cameras import orbit_path  # noqa: E402
-from nerf.datasets.scene import Scene  # noqa: E402
-from nerf.datasets.store import _write, as_tensor  # noqa: E402
+from nerf import build
+from nerf.cameras import orbit_path
+from nerf.datasets.scene import Scene
+from nerf.datasets.store import _write, as_tensor
 from nerf.flags import nerf as nerf_flags
-from nerf.renderer import squared_error  # noqa: E402
-from nerf.training import rng  # noqa: E402
+from nerf.renderer import squared_error
+from nerf.training import rng
 
 SIDE = 1024
 

@@ -21,9 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import vanilla
+from benchmarks import vanilla
 
 ROOT = Path(__file__).resolve().parents[1]
+
 SMALL = "--netdepth 4 --netwidth 128 --netdepth_fine 4 --netwidth_fine 128"
 # name: (flags beside the data's, steps, evaluations, levels in dB to be timed)
 ROWS = {

@@ -11,21 +11,19 @@ our words): half precision throughout, a graph for the encoder, the loss as a di
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from guidance import sds
+from guidance.memory import Memory
+from guidance.stable_diffusion import DTYPES, StableDiffusion
+from guidance.tiny import build
+from nerf.training.system import peak_memory_mb
 
-from guidance import sds  # noqa: E402
-from guidance.memory import Memory  # noqa: E402
-from guidance.stable_diffusion import DTYPES, StableDiffusion  # noqa: E402
-from guidance.tiny import build  # noqa: E402
-from nerf.training.system import peak_memory_mb  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 WORDS = ["a", "dslr", "photo", "of", "hamburger", "front", "view"]
 

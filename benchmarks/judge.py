@@ -9,7 +9,6 @@ And silhouettes: how well a mask overlaps the exact outline of every object.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from guidance.tiny import pictures  # noqa: E402
-from guidance.tiny.shapes import (  # noqa: E402
+from guidance.tiny import pictures
+from guidance.tiny.shapes import (
     SHAPES,
     Part,
     Shape,
@@ -31,8 +28,8 @@ from guidance.tiny.shapes import (  # noqa: E402
     silhouettes,
     view_shape,
 )
-from nerf.training.rng import seed_everything, step_generator  # noqa: E402
-from nerf.training.system import autocast  # noqa: E402
+from nerf.training.rng import seed_everything, step_generator
+from nerf.training.system import autocast
 
 SIZE = 32  # pixels; other pictures are resized
 OBJECTS = (*pictures.NAMES, "none")

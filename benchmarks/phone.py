@@ -23,14 +23,12 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from nerf.datasets.colmap_model import read_model
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-from from_photos import TRAINED_SIDE  # noqa: E402
-
-from nerf.datasets.colmap_model import read_model  # noqa: E402
 
 SIZE, COUNT = (1080, 1920), 50  # of the photos with a transforms.json
+TRAINED_SIDE = 400  # pixels of the longer side, as data/from_photos.py's config has it
 
 
 def call(*command) -> float:

@@ -28,10 +28,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from nerf.training import checkpoint
 
-from nerf.training import checkpoint  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 CADENCE, STEPS = 4, 60
 COMMON = (
@@ -49,7 +48,7 @@ COMMANDS = {
 SLOWLY = (
     "import os, runpy, sys, time; fsync = os.fsync; "
     "os.fsync = lambda file: (time.sleep({pause}), fsync(file))[1]; "
-    "sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+    "sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 KEPT = ("network_fn_state_dict", "network_fine_state_dict", "optimizer_state_dict")
@@ -70,7 +69,8 @@ def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
         launcher += [str(slowly)]
     log = open(folder / f"{name}.out", "a", encoding="utf-8")  # noqa: SIM115
     command = [sys.executable, *launcher, *words, *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # slowly.py lies elsewhere
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def logged_step(run: Path) -> int:

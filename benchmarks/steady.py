@@ -26,10 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from nerf.flags.nerf import nerf_parser
 
-from nerf.flags.nerf import nerf_parser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS = {
     "nerf": "run_nerf.py --config configs/demo.txt --N_iters 100000000 --i_print 20 --i_img 200 "
@@ -39,7 +38,7 @@ COMMANDS = {
 }
 # The saves of the watched process, timed where they happen.
 TIMED = (
-    "import json, runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+    "import json, runpy, sys, time; sys.argv = sys.argv[1:]; "
     "from nerf.training import checkpoint; save = checkpoint.save_run\n"
     "def timed(*args, **kwargs):\n"
     "    began = time.perf_counter(); done = save(*args, **kwargs)\n"

@@ -27,19 +27,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import clip as clip_score
+from benchmarks import judge as judging
+from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article
+from nerf import build
+from nerf.flags import dreamfusion as dream_flags
+from nerf.media import write_png
+from nerf.outputs.object import render_cameras
+from nerf.text3d.orbit import orbit_cameras
+from nerf.training import checkpoint
+from nerf.training.ema import EMA
 
-from benchmarks import clip as clip_score  # noqa: E402
-from benchmarks import judge as judging  # noqa: E402
-from guidance.tiny.pictures import COLOR_NAMES, COLORS, NAMES, article  # noqa: E402
-from nerf import build  # noqa: E402
-from nerf.flags import dreamfusion as dream_flags  # noqa: E402
-from nerf.media import write_png  # noqa: E402
-from nerf.outputs.object import render_cameras  # noqa: E402
-from nerf.text3d.orbit import orbit_cameras  # noqa: E402
-from nerf.training import checkpoint  # noqa: E402
-from nerf.training.ema import EMA  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SIMPLE = ("sphere", "cube", "cylinder", "cone", "pyramid", "capsule")
 ELEVATIONS = (20.0, 60.0)

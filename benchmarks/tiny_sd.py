@@ -10,21 +10,19 @@ ones, and writes a picture of the first 256.
 
 import argparse
 import collections
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import judge as judging
+from guidance.prompts import VIEW_WORDS
+from guidance.sample import sheet
+from guidance.tiny.pictures import COLOR_NAMES, NAMES, article, describe
+from guidance.tiny.shapes import SHAPES
+from nerf.media import write_png
 
-from benchmarks import judge as judging  # noqa: E402
-from guidance.prompts import VIEW_WORDS  # noqa: E402
-from guidance.sample import sheet  # noqa: E402
-from guidance.tiny.pictures import COLOR_NAMES, NAMES, article, describe  # noqa: E402
-from guidance.tiny.shapes import SHAPES  # noqa: E402
-from nerf.media import write_png  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 MODEL = ROOT / "guidance" / "tiny" / "model"
 

@@ -21,10 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.soak import COMMANDS, COMMON, differences, logged_step
 
-from benchmarks.soak import COMMANDS, COMMON, differences, logged_step  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 400
 FLAGS = f"{COMMON} --N_iters {STEPS} --i_weights 20".split()  # the last of two counts

@@ -23,6 +23,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
 DATA = ROOT / "data" / "demo"
 NETWORKS = {
     "small": dict(depth=4, width=128, samples=32, importance=32, rays=1024, steps=20, testskip=8),
@@ -89,13 +90,13 @@ def run_peer(size: dict, checkout: Path, threads: int, start=None) -> dict[str, 
     try:
         result = subprocess.run(
             [
-                *(sys.executable, __file__, "--drive_peer", str(checkout), str(size["steps"])),
+                *(sys.executable, __file__, "--drive_peer", str(size["steps"])),
                 *(*flags(size, start), "--dataset_type", "blender", "--basedir", folder),
             ],
             check=True,
             capture_output=True,
             text=True,
-            env=_environment(threads),
+            env=_environment(threads) | {"PYTHONPATH": str(checkout)},
             cwd=checkout,
         )
         return json.loads(result.stdout.strip().splitlines()[-1])
@@ -103,7 +104,7 @@ def run_peer(size: dict, checkout: Path, threads: int, start=None) -> dict[str, 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def drive_peer(checkout: str, steps: int, argv: list[str]) -> None:
+def drive_peer(steps: int, argv: list[str]) -> None:
     """Run nerf-pytorch's train() for 2 x steps iterations, timing the second half, then a render.
 
     Nothing of it is changed: its progress-bar hook gives the times, and two libraries it imports
@@ -115,7 +116,6 @@ def drive_peer(checkout: str, steps: int, argv: list[str]) -> None:
 
     for name in ("matplotlib", "matplotlib.pyplot", "cv2"):
         sys.modules.setdefault(name, types.ModuleType(name))
-    sys.path.insert(0, checkout)
     sys.argv = ["run_nerf.py", *argv]
     import run_nerf as peer
 
@@ -163,7 +163,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--drive_peer"]:
-        return drive_peer(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+        return drive_peer(int(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, help="checkout of nerf-pytorch to run beside ours")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="small")

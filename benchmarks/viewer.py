@@ -12,14 +12,11 @@ Machines differ, and so do other loads: say what else ran.
 import argparse
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import run_nerf
 from nerf.flags import nerf as nerf_flags

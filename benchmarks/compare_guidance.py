@@ -1,6 +1,6 @@
 """Ways of guiding side by side: the same prompts, scored as ``text_to_3d.py`` scores them.
 
-    python benchmarks/guidance.py --prompts "a red cone" "a blue mug" --judge logs/judge.pt
+    python benchmarks/compare_guidance.py --prompts "a red cone" "a blue mug" --judge logs/judge.pt
 
 Runs go one after the other, so that their times compare. An object has a doubled front where its
 silhouettes overlap the object united with itself turned by 180 degrees better than the object.
@@ -8,16 +8,13 @@ silhouettes overlap the object united with itself turned by 180 degrees better t
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import judge as judging  # noqa: E402
-from benchmarks import text_to_3d as scoring  # noqa: E402
-from guidance.tiny.shapes import SHAPES  # noqa: E402
+from benchmarks import judge as judging
+from benchmarks import text_to_3d as scoring
+from guidance.tiny.shapes import SHAPES
 
 KINDS = {
     "sds": [],
