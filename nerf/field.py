@@ -1,35 +1,61 @@
 """The radiance field: position and direction -> density and color, before their activations.
 
-Parameter names and shapes are nerf-pytorch's, so state dicts go both ways. The arithmetic is
-arranged differently, with the same result up to rounding:
+Parameter names and shapes are nerf-pytorch's, so its state dicts load here and ours there. The
+arithmetic is arranged differently, with the same result up to rounding:
 
-* the view layer's share of the direction is computed once per ray, not once per sample;
-* ``feature_linear`` has no activation behind it, so it is multiplied into the view layer's weight
-  (a [W/2, W] x [W, W] product per call) instead of being applied to every sample. At 8x256 that
-  saves 11 % of the multiplications, at 4x128 20 %;
-* activations are rectified in place.
+* the view layer's product with the encoded direction is computed once per ray, not per sample;
+* ``feature_linear`` is followed by no activation, so it is multiplied into the view layer's weight
+  (a [W/2, W] x [W, W] product per call) instead of being applied to every sample. That saves 11 %
+  of the multiplications at 8x256 and 20 % at 4x128;
+* ReLU works in place.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nerf.encodings import FrequencyEncoding, IdentityEncoding
+from nerf.encodings import FrequencyEncoding, HashGrid, IdentityEncoding, TriPlane
 
-SKIP_AFTER = 4  # the encoded position joins again behind this layer (NeRF, fig. 7)
-# silu has the second derivatives that shading by the density's own gradient learns through.
-ACTIVATIONS = {"relu": partial(F.relu, inplace=True), "silu": F.silu}
+SKIP_AFTER = 4  # the encoded position is concatenated again after this layer (NeRF, fig. 7)
+# silu: normals are the density's gradient, so training on shading needs second derivatives.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": partial(F.relu, inplace=True),
+    "silu": F.silu,
+}
 
 
-class NeRFField(nn.Module):
+class Field(nn.Module):
+    """What renderers need of a field. All outputs are before activation and float32."""
+
+    encoding: nn.Module  # of positions
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density [N] at points [N, 3]."""
+        raise NotImplementedError
+
+    def forward(
+        self, points: Tensor, viewdirs: Tensor, ray_indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Density [N] and color [N, 3] of packed samples.
+
+        points [N, 3]; unit viewdirs [R, 3]; ray_indices [N], each sample's row of viewdirs.
+        """
+        raise NotImplementedError
+
+
+class NeRFField(Field):
     """The positional-encoding MLP of NeRF (section 3 and fig. 7).
 
-    depth, width: the stack of hidden layers. multires, multires_views: number of frequencies.
-    activation: of the hidden layers, a key of ACTIVATIONS.
-    Networks of up to five layers have no skip connection: it would sit behind the last one.
+    depth, width: of the hidden layers. multires, multires_views: numbers of frequencies.
+    activation: of the hidden layers, a key of ACTIVATIONS. The skip connection leads into layer 6,
+    so networks of up to 4 layers have none. ValueError for 5, where nothing would follow it.
     """
+
+    encoding: FrequencyEncoding | IdentityEncoding
+    view_encoding: FrequencyEncoding | IdentityEncoding | None
 
     def __init__(
         self,
@@ -59,7 +85,7 @@ class NeRFField(nn.Module):
             nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
             for i in range(depth)
         )
-        # In nerf-pytorch's order, also when unused: its optimizer state goes by position.
+        # Also when unused, in nerf-pytorch's order: its optimizer state is indexed by position.
         self.views_linears = nn.ModuleList([nn.Linear(view_dim + width, width // 2)])
         if use_viewdirs:
             self.feature_linear = nn.Linear(width, width)
@@ -67,39 +93,41 @@ class NeRFField(nn.Module):
             self.rgb_linear = nn.Linear(width // 2, 3)
         else:
             self.output_linear = nn.Linear(width, out_channels)
-            # Nothing reads the view layer then; without this DDP would wait for its gradient.
+            # The view layer is unused then; without this DDP would wait for its gradient.
             self.views_linears.requires_grad_(False)
 
     def hidden(self, points: Tensor) -> Tensor:
-        """The last hidden layer at points [..., 3] -> [N, W]."""
+        """Activations [N, W] of the last hidden layer at points [..., 3], N of them."""
         encoded = self.encoding(points.reshape(-1, 3))
-        own, columns = encoded.shape[-1], self.encoding.columns
+        num_encoded, columns = encoded.shape[-1], self.encoding.columns
         h = encoded
         for i, layer in enumerate(self.pts_linears):
+            assert isinstance(layer, nn.Linear)
             if i == 0:
                 h = F.linear(encoded, layer.weight[:, columns], layer.bias)
-            elif i == SKIP_AFTER + 1:  # as if [encoded, h] were one input
+            elif i == SKIP_AFTER + 1:  # a linear layer of [encoded, h], without the concatenation
                 from_encoded = F.linear(encoded, layer.weight[:, columns], layer.bias)
-                h = torch.addmm(from_encoded, h, layer.weight[:, own:].T)
+                h = torch.addmm(from_encoded, h, layer.weight[:, num_encoded:].T)
             else:
                 h = layer(h)
             h = self.activation(h)
         return h
 
     def density(self, points: Tensor) -> Tensor:
-        """Density before its activation at points [..., 3] -> [...], float32."""
+        """Density [...] before its activation at points [..., 3], float32."""
         return self.density_of(self.hidden(points)).view(points.shape[:-1])
 
     def density_of(self, hidden: Tensor) -> Tensor:
-        """Density before its activation, of hidden [N, W] -> [N], float32."""
+        """Density [N] before its activation from ``hidden`` [N, W], float32."""
         if self.use_viewdirs:
             return self.alpha_linear(hidden)[:, 0].float()
         return self.output_linear(hidden)[:, 3].float()
 
-    def color_of(self, hidden: Tensor, viewdirs: Tensor, ray_indices: Tensor) -> Tensor:
-        """Color before its activation, of hidden [N, W] seen along viewdirs [B, 3] -> [N, 3].
+    def color_of(self, hidden: Tensor, viewdirs: Tensor, ray_indices: Tensor | None) -> Tensor:
+        """Color [N, 3] before its activation from ``hidden`` [N, W], float32.
 
-        ray_indices [N]: the row of viewdirs each belongs to. float32.
+        unit viewdirs [B, 3]; ray_indices [N], each sample's row of viewdirs. Both are unused by a
+        field without view directions.
         """
         if not self.use_viewdirs:
             return self.output_linear(hidden)[:, :3].float()
@@ -109,10 +137,10 @@ class NeRFField(nn.Module):
     def forward(
         self, points: Tensor, viewdirs: Tensor, ray_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """points [B, S, 3], unit viewdirs [B, 3] -> density [B, S] and color [B, S, 3], float32.
+        """Density [B, S] and color [B, S, 3] at points [B, S, 3] seen along unit viewdirs [B, 3].
 
-        Both before their activations (ReLU or exp, and sigmoid). Packed samples: points [N, 3] and
-        ``ray_indices`` [N], the row of viewdirs each belongs to -> [N] and [N, 3].
+        Both are before their activations (ReLU or exp, and sigmoid) and float32. Packed samples:
+        points [N, 3] and ray_indices [N], each sample's row of viewdirs -> [N] and [N, 3].
         """
         shape = points.shape[:-1]
         h = self.hidden(points)
@@ -125,8 +153,9 @@ class NeRFField(nn.Module):
         return self.density_of(h).view(shape), self.rgb_linear(v).float()
 
     def _view_layer(self, h: Tensor, viewdirs: Tensor) -> tuple[Tensor, Tensor]:
-        """The view layer before its ReLU: the parts of samples [N, W/2] and of rays [B, W/2]."""
+        """The view layer before its ReLU as two terms, of samples [N, W/2] and of rays [B, W/2]."""
         layer = self.views_linears[0]
+        assert isinstance(layer, nn.Linear) and self.view_encoding is not None
         with torch.autocast(h.device.type, enabled=False):
             on_feature, on_view = layer.weight.split(
                 [self.width, layer.in_features - self.width], dim=1
@@ -139,16 +168,18 @@ class NeRFField(nn.Module):
         return per_sample, per_ray.to(per_sample.dtype)
 
 
-class FeatureField(nn.Module):
-    """Learned features at a place, and two small networks that read them.
+class FeatureField(Field):
+    """Trained features of positions, decoded by two small networks (Instant-NGP, section 5.4).
 
-    ``encoding`` maps unit points [N, 3] to features [N, F]; the first network gives density and a
-    16-vector, the second color from that vector and the direction (Instant-NGP, section 5.4).
+    encoding: points [N, 3] in [-1, 1] -> features [N, F]. The first network maps features to
+    density and a 16-vector, the second maps that vector and the direction to color.
     """
+
+    encoding: TriPlane | HashGrid
 
     def __init__(
         self,
-        encoding: nn.Module,
+        encoding: TriPlane | HashGrid,
         width: int = 64,
         *,
         multires_views: int = 4,
@@ -160,10 +191,12 @@ class FeatureField(nn.Module):
         self.width = width
         self.density_net = nn.Sequential(
             nn.Linear(encoding.out_dim, width),
-            nn.LeakyReLU(0.01, inplace=True),  # plain ReLU died at high learning rates
+            nn.LeakyReLU(
+                0.01, inplace=True
+            ),  # networks with plain ReLU died at high learning rates
             nn.Linear(width, 16),
         )
-        if use_viewdirs:
+        if self.view_encoding is not None:
             self.on_view = nn.Linear(self.view_encoding.out_dim, width)
         self.on_feature = nn.Linear(16, width, bias=not use_viewdirs)
         self.color_net = nn.Sequential(
@@ -174,7 +207,7 @@ class FeatureField(nn.Module):
         )
 
     def density(self, points: Tensor) -> Tensor:
-        """Density before its activation at unit points [N, 3] -> [N], float32."""
+        """Density [N] before its activation at points [N, 3] in [-1, 1], float32."""
         return self.density_net(self.encoding(points))[:, 0].float()
 
     def forward(
@@ -182,7 +215,7 @@ class FeatureField(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Density [N] and color [N, 3] of packed samples, before their activations, float32.
 
-        Unit points [N, 3]; unit viewdirs [R, 3]; ray_indices [N], each sample's row of viewdirs.
+        points [N, 3] in [-1, 1]; unit viewdirs [R, 3]; ray_indices [N], rows of viewdirs.
         """
         h = self.density_net(self.encoding(points))
         feature = self.on_feature(h)
@@ -192,17 +225,17 @@ class FeatureField(nn.Module):
         return h[:, 0].float(), rgb.float()
 
 
-BUCKET = 1024  # rows that packed queries are rounded up to
+BUCKET = 1024  # the sizes of packed queries are rounded up to multiples of this
 
 
 def query_packed(
-    field: nn.Module, points: Tensor, viewdirs: Tensor, ray_indices: Tensor
+    field: Field, points: Tensor, viewdirs: Tensor, ray_indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """field(points [N, 3], viewdirs [R, 3], ray_indices [N]), with N and R padded to ``BUCKET``.
+    """field(points [N, 3], viewdirs [R, 3], ray_indices [N]), computed with N and R padded.
 
-    Libraries prepare a matrix product anew for every shape they have not met (for bfloat16 on a CPU
-    that took three quarters of its time), and keep what they prepared: a few shapes that return are
-    prepared once.
+    Both are padded to multiples of ``BUCKET``. oneDNN and compilers prepare a matrix product for
+    every new shape and cache it; for bfloat16 on a CPU that took three quarters of the time. With
+    padding few shapes occur, and each is prepared once.
     """
     num_samples = len(ray_indices)
     padding = -num_samples % BUCKET
@@ -212,8 +245,8 @@ def query_packed(
     return density[:num_samples], rgb[:num_samples]
 
 
-def density_packed(field: nn.Module, points: Tensor) -> Tensor:
-    """field.density(points [N, 3]), padded as above -> [N]."""
+def density_packed(field: Field, points: Tensor) -> Tensor:
+    """field.density(points [N, 3]) -> [N], computed with N padded as in ``query_packed``."""
     padding = -len(points) % BUCKET
     return field.density(F.pad(points, (0, 0, 0, padding)))[: len(points)]
 
@@ -221,9 +254,9 @@ def density_packed(field: nn.Module, points: Tensor) -> Tensor:
 def color_packed(
     field: NeRFField, hidden: Tensor, viewdirs: Tensor, rows: Tensor, ray_indices: Tensor
 ) -> Tensor:
-    """field.color_of(hidden[rows], viewdirs, ray_indices), padded to ``BUCKET`` rows -> [N, 3].
+    """field.color_of(hidden[rows], viewdirs, ray_indices) -> [N, 3], with N padded likewise.
 
-    rows, ray_indices [N].
+    rows [N] of hidden; ray_indices [N].
     """
     padding = -len(rows) % BUCKET
     rows_padded, ray_indices = F.pad(rows, (0, padding)), F.pad(ray_indices, (0, padding))

@@ -1,4 +1,4 @@
-"""How large the scene is, read off its cameras, and which part of it the alpha masks leave."""
+"""The scene's bounds, from its cameras, and its visual hull, from alpha masks."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,15 @@ from nerf.datasets.scene import Scene
 from nerf.occupancy import Box, Contraction, OccupancyGrid
 
 
-def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, cone_angle: float):
-    """The space that the scene's cameras look into: a Box, or for ``contract`` a Contraction.
+def scene_space(
+    scene: Scene, num_steps: int, *, bound: float, contract: bool, cone_angle: float
+) -> Box | Contraction:
+    """The region that the training cameras see: a Box, or for ``contract`` a Contraction.
 
-    bound: half the side of a cube around the origin; 0: what the data says, or from the cameras.
-    For cameras that look inwards that is the ball around the point they look at which every picture
-    shows whole; in NDC what the outermost pixels see.
+    num_steps, cone_angle: see ``Box`` and ``Contraction``. bound: half the side of a cube around
+    the origin. 0: in NDC, the box around the rays of the corner pixels; else the dataset's own box;
+    else a cube around the point nearest to all optical axes, as wide as the frame of the farthest
+    camera is there.
     """
     if contract:
         return Contraction(scene.near, scene.far, num_steps, cone_angle).to(scene.c2w.device)
@@ -37,7 +40,8 @@ def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, c
         edge = torch.full((3,), float(bound), device=c2w.device)
         return Box(-edge, edge, num_steps)
     if scene.box is not None:
-        return Box(*scene.box, num_steps)
+        low, high = scene.box
+        return Box(low, high, num_steps)
     center = torch.tensor(nearest_point_to_axes(c2w.double().cpu().numpy())).to(c2w)
     distance = (c2w[:, :, 3] - center).norm(dim=-1)
     half = 0.5 * max(scene.width, scene.height) / intrinsics[:, :2].min()
@@ -47,10 +51,10 @@ def scene_space(scene: Scene, num_steps: int, *, bound: float, contract: bool, c
 
 @torch.no_grad()
 def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
-    """Cells [R^3] that no training picture shows as transparent (VaxNeRF, Kondo et al. 2021).
+    """Cells [R^3] bool that project into no transparent pixel (VaxNeRF, Kondo et al. 2021).
 
-    Pictures are widened by a cell's half diagonal, so that a cell counts if any of it may be seen.
-    What a camera does not see it does not rule out.
+    Alpha masks are dilated by half of a cell's diagonal, so that a cell stays if any part of it may
+    be visible. A picture excludes no cell outside of its frame.
     """
     device = scene.c2w.device
     possible = torch.ones(grid.resolution**3, dtype=torch.bool, device=device)
@@ -66,35 +70,37 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
         nearest = max(float(depth.min()), 1e-3)
         reach = int(min(max(fx, fy) * cell / nearest, 64)) + 1
         alpha = (scene.images[view, :height, :width, 3] > 0).to(device)
-        if scene.usable is not None:  # what is masked out shows nothing, so it rules nothing out
+        if scene.usable is not None:  # masked pixels exclude nothing
             alpha = alpha | ~scene.usable[view, :height, :width]
         alpha = alpha.float()[None, None]
-        seen = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
+        opaque = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
         x, y = fx * local[:, 0] / depth, -fy * local[:, 1] / depth
         if scene.intrinsics.shape[-1] > 4:
             points = local * local.new_tensor([1.0, -1.0, -1.0])
             right, down = lenses.project(points, scene.intrinsics[view, 4:]).unbind(-1)
             x, y = fx * right, fy * down
-        x, y = ((place + middle + shift).floor().long() for place, middle in ((x, cx), (y, cy)))
+        x, y = (x + cx + shift).floor().long(), (y + cy + shift).floor().long()
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (depth > 0)
-        empty = inside & ~seen[y.clamp(0, height - 1), x.clamp(0, width - 1)]
+        empty = inside & ~opaque[y.clamp(0, height - 1), x.clamp(0, width - 1)]
         possible[cells[empty]] = False
     return possible
 
 
 def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]:
-    """Fit a box tightly around the visual hull and rule out what lies outside the hull.
+    """The box around the visual hull, with the cells of ``grid`` outside of the hull excluded.
 
-    Returns the new box, and a warning if the hull reaches the old box's sides: the box may cut the
-    scene. ValueError without alpha, or if nothing is left.
+    Returns that box, and a warning if the hull reaches a side of the old ``box``, which may then
+    cut the scene. ValueError if the pictures have no alpha or the hull is empty.
     """
     if scene.images.shape[-1] != 4:
-        raise ValueError("--hull_init needs pictures with transparency; leave it out")
+        raise ValueError(
+            "--hull_init needs pictures with transparency, and these have none; leave it out"
+        )
     cells = visual_hull(scene, grid, box).nonzero()[:, 0]
     if not len(cells):
         raise ValueError(
-            "--hull_init: the transparent parts of the pictures leave nothing; check the poses, "
-            "or leave it out"
+            "--hull_init: no point is opaque in all pictures that see it; check the poses, or "
+            "leave --hull_init out"
         )
     centers, half = grid.cell_points(cells), 1.0 / grid.resolution
     low, high = centers.amin(0) - half, centers.amax(0) + half

@@ -43,7 +43,7 @@ def test_samples_behind_a_surface_change_neither_color_nor_gradient():
     rays = random_rays(300)
     every, seen = make(Ball(8.0), early_stop=0.0), make(Ball(8.0), early_stop=1e-3)
     (expected, slopes), (found, own) = learn(every, rays), learn(seen, rays)
-    assert 0 < seen.num_samples < 0.9 * every.num_samples
+    assert 0 < seen.batch_samples < 0.9 * every.batch_samples
     assert (found.rgb - expected.rgb).abs().max() < 2e-3  # twice the light that was let go
     for a, b in zip(own, slopes, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=1e-6)
@@ -131,12 +131,12 @@ def test_redrawn_samples_learn_and_are_as_many_as_asked_for():
     renderer = make(FeatureField(TriPlane(16)), resample=12)
     noise = renderer.draw_noise(50, torch.Generator().manual_seed(0))
     (rendered,) = renderer(rays, noise)
-    assert renderer.num_samples % 12 == 0 and 0 < renderer.num_samples <= 600
+    assert renderer.batch_samples % 12 == 0 and 0 < renderer.batch_samples <= 600
     rendered.rgb.sum().backward()
     renderer.begin_step(RESAMPLE_AFTER - 1, torch.Generator().manual_seed(0))
     renderer(rays, noise)
-    assert renderer.num_samples > 600  # those that were marched
+    assert renderer.batch_samples > 600  # those that were marched
     renderer.begin_step(RESAMPLE_AFTER, torch.Generator().manual_seed(0))
     renderer(rays, noise)
-    assert renderer.num_samples <= 600
+    assert renderer.batch_samples <= 600
     assert all(parameter.grad.abs().sum() > 0 for parameter in renderer.field.parameters())

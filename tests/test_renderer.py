@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from nerf.build import compile_fields
-from nerf.field import NeRFField
+from nerf.encodings import TriPlane
+from nerf.field import FeatureField, NeRFField
+from nerf.occupancy import Box, OccupancyGrid
+from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.outputs.render import block_size, render_view
 from nerf.rays import Rays
-from nerf.renderer import NeRFRenderer, Rendered, squared_error
+from nerf.renderer import NeRFRenderer, Rendered, Renderer, squared_error
 
 NUM_RAYS = 23
 WIDTH = 32
@@ -299,3 +302,13 @@ def test_rendering_gives_the_same_as_the_training_forward(use_viewdirs):
     # Color is asked for only where it counts; the rest is summed in another order.
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def test_both_renderers_have_every_method_of_the_protocol():
+    """mypy checks the signatures by this list's type; isinstance only that the names exist."""
+    space = Box(torch.full((3,), -1.0), torch.full((3,), 1.0), 100)
+    occupancy_renderer = OccupancyRenderer(
+        FeatureField(TriPlane(16)), OccupancyGrid(8), space, background=1.0
+    )
+    renderers: list[Renderer] = [make_renderer(), occupancy_renderer]
+    assert all(isinstance(renderer, Renderer) for renderer in renderers)

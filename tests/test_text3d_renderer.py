@@ -105,7 +105,7 @@ def test_training_without_light_needs_no_normals():
 def test_hidden_samples_change_nothing():
     whole, culled = renderer(early_stop=0.0), renderer(early_stop=1e-3)
     torch.testing.assert_close(picture(whole).rgb, picture(culled).rgb, atol=2e-3, rtol=0)
-    assert culled.num_samples < 0.7 * whole.num_samples
+    assert culled.batch_samples < 0.7 * whole.batch_samples
 
 
 def test_learned_background_is_seen_only_where_asked():

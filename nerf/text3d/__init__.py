@@ -1,1 +1,1 @@
-"""One object in a box that is optimized from a text."""
+"""Text to 3D: an object in a cube, its cameras, lighting, and losses on its shape."""

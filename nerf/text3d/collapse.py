@@ -1,28 +1,32 @@
-"""Notices an object that has vanished or that fills every view."""
+"""Detects that text to 3D has collapsed: the object has vanished, or fills every view."""
 
-PATIENCE = 200  # flat steps in a row that mean death: living runs leave this state in about 50
+from collections.abc import Callable
+
+PATIENCE = 200  # such steps in a row count as collapse; runs that recover do so within about 50
 
 
 class Collapse:
-    """Notices an object that has gone: every view empty, or every view full, ``PATIENCE`` steps.
+    """Detects that all views have been empty, or all full, for ``PATIENCE`` steps in a row.
 
-    Text to 3D fails this way when a loss on shape outweighs the guidance, or fog fills the box.
+    Text to 3D fails this way when a loss on shape outweighs the guidance, or when fog fills the
+    cube.
     """
 
     EMPTY, FULL = 0.01, 0.99  # mean opacity of a step's views
 
     def __init__(self) -> None:
-        self.steps, self._said = 0, None
+        self.steps = 0  # in a row
+        self._logged: str | None = None
 
-    def watch(self, opacity: float, step: int, log) -> None:
-        """``say`` the diagnosis, when there is a new one."""
-        complaint = self.diagnosis(opacity)
-        if complaint and complaint != self._said:
-            log(f"step {step}: {complaint}")
-            self._said = complaint
+    def watch(self, opacity: float, step: int, log: Callable[[str], None]) -> None:
+        """Log the diagnosis of a step, unless the latest one that was logged is the same."""
+        message = self.diagnosis(opacity)
+        if message and message != self._logged:
+            log(f"step {step}: {message}")
+            self._logged = message
 
     def diagnosis(self, opacity: float) -> str | None:
-        """What to say after a step whose views have mean ``opacity``; None while all is well."""
+        """A message if it has collapsed, else None. opacity: mean of the views of the next step."""
         empty, full = opacity < self.EMPTY, opacity > self.FULL
         self.steps = self.steps + 1 if empty or full else 0
         if self.steps < PATIENCE:

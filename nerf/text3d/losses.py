@@ -1,28 +1,53 @@
-"""Losses on the shape of an object (text to 3D). All take float32 and return a scalar.
+"""Losses on the shape of an object (text to 3D). All take float32 rays [R] and return a scalar [].
 
-Means over rays, so that a weight means the same at any resolution and batch size.
+They are means over rays, so their weights do not depend on resolution or batch size.
 """
 
-from torch import Tensor
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from nerf.text3d.renderer import ObjectRendered
 
 
 def opacity_loss(opacity: Tensor) -> Tensor:
-    """sqrt(o^2 + 0.01): favors empty space (DreamFusion, appendix A.2). opacity [R] -> []."""
+    """Mean of sqrt(o^2 + 0.01) of opacity [R]: favors empty space (DreamFusion, appendix A.2)."""
     return (opacity.square() + 0.01).sqrt().mean()
 
 
 def entropy_loss(opacity: Tensor) -> Tensor:
-    """Binary entropy in nats: rays should hit or miss, not see fog. opacity [R] -> []."""
-    # Where fog is all there is or none is left the slope is infinite; 1e-3 keeps it below 7.
+    """Mean binary entropy in nats of opacity [R]: favors opaque and empty rays over fog."""
+    # The slope is infinite at 0 and 1; 1e-3 keeps it below 7.
     o = opacity.clamp(1e-3, 1 - 1e-3)
     return -(o * o.log() + (1 - o) * (1 - o).log()).mean()
 
 
 def orientation_loss(backfacing: Tensor) -> Tensor:
-    """Visible normals face the camera (Ref-NeRF; DreamFusion, appendix A.2): [R] -> []."""
+    """Mean of ``ObjectRendered.backfacing`` [R]: favors visible normals that face the camera.
+
+    (Ref-NeRF, eq. 11; DreamFusion, appendix A.2.)
+    """
     return backfacing.mean()
 
 
 def spread_loss(spread: Tensor, opacity: Tensor) -> Tensor:
-    """Variance of depth along rays that hit (HiFA's z-variance): [R], [R] -> []."""
+    """Mean variance of t along rays, weighted by opacity; both [R] (HiFA's z-variance)."""
     return (spread * opacity.detach()).mean()
+
+
+def shape_loss(
+    rendered: ObjectRendered, renderer: nn.Module, weights: Mapping[str, float]
+) -> Tensor | float:
+    """The weighted sum of the losses on the object's shape; 0.0 if all weights are 0.
+
+    weights: lambda_opacity, lambda_entropy, lambda_orient, lambda_spread and lambda_tv (total
+    variation of the tri-planes).
+    """
+    terms = {
+        "lambda_opacity": lambda: opacity_loss(rendered.opacity),
+        "lambda_entropy": lambda: entropy_loss(rendered.opacity),
+        "lambda_orient": lambda: orientation_loss(rendered.backfacing),
+        "lambda_spread": lambda: spread_loss(rendered.spread, rendered.opacity),
+        "lambda_tv": lambda: renderer.field.encoding.variation(),
+    }
+    return sum(weights[name] * term() for name, term in terms.items() if weights[name])

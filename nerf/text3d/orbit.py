@@ -4,7 +4,7 @@ c2w [3, 4], conventions of ``nerf.rays``. Orbits run around the world's z axis. 
 and turns towards +x, so 90 degrees sees the right side of someone who looks along +y.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,19 +14,19 @@ from nerf.rays import Rays, pixels_to_rays
 
 
 class OrbitCameras(NamedTuple):
-    """V cameras that look about at the origin."""
+    """V cameras that look approximately at the origin."""
 
     c2w: Tensor  # [V, 3, 4]
     fov_deg: Tensor  # [V] vertical field of view
     azimuth_deg: Tensor  # [V]
     elevation_deg: Tensor  # [V]
 
-    def part(self, index) -> "OrbitCameras":
-        """The cameras at ``index``."""
+    def part(self, index: slice | Tensor) -> "OrbitCameras":
+        """The cameras at ``index`` (slice, mask or indices)."""
         return OrbitCameras(*(member[index] for member in self))
 
     def rays(self, height: int, width: int) -> Rays:
-        """Rays [V * H * W] through the pixels' centers, view by view, row by row."""
+        """Rays [V * H * W] through the pixels' centers, ordered by view, then row, then column."""
         device, num_views = self.c2w.device, len(self.c2w)
         focal = 0.5 * height / torch.tan(torch.deg2rad(self.fov_deg) / 2)
         center = torch.tensor([width / 2, height / 2], device=device).expand(num_views, 2)
@@ -39,24 +39,25 @@ class OrbitCameras(NamedTuple):
             y.float(),
             intrinsics[:, None, None],
             self.c2w[:, None, None],
-            (1e-2, 1e3),  # the scene's box decides
+            (1e-2, 1e3),  # the object's cube is always in between
             pixel_center=True,
         )
         return Rays(*(member.reshape(-1, member.shape[-1]) for member in rays))
 
 
 class OrbitRanges(NamedTuple):
-    """Where random cameras stand (DreamFusion, section 3.2). Distances in scene units."""
+    """Distribution of random cameras (DreamFusion, section 3.2). Distances in scene units."""
 
     azimuth_deg: tuple[float, float] = (-180.0, 180.0)
     elevation_deg: tuple[float, float] = (-10.0, 90.0)
     radius: tuple[float, float] = (1.0, 1.5)
     fov_deg: tuple[float, float] = (40.0, 70.0)
-    sphere_rate: float = 0.5  # of elevations even by area; the others are even by angle
-    jitter_position: float = 0.1  # largest shift along each axis
-    jitter_target: float = 0.2  # deviation of what is looked at
-    jitter_up: float = 0.02
-    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # moves both angles
+    sphere_rate: float = 0.5  # share of elevations uniform on the sphere; others uniform in angle
+    jitter_position: float = 0.1  # of the position, uniform along each axis up to this
+    jitter_target: float = 0.2  # standard deviation of the point looked at
+    jitter_up: float = 0.02  # standard deviation of the up vector
+    # Replaces azimuths and elevations [V] in degrees, for example nearer to the center of a view.
+    settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def orbit_cameras(
@@ -69,7 +70,10 @@ def orbit_cameras(
     target: Tensor | float = 0.0,
     tilt: Tensor | float = 0.0,
 ) -> OrbitCameras:
-    """Cameras at these places [V]; shift, target and tilt [V, 3] move position, aim and up."""
+    """Cameras at spherical coordinates [V] around the origin that look at ``target``.
+
+    shift, target, tilt [V, 3] or a number: added to the position, the origin and the up vector.
+    """
     azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
     flat = torch.cos(elevation)
     outward = torch.stack(
@@ -77,7 +81,7 @@ def orbit_cameras(
     )
     position = radius[:, None] * outward + shift
     backward = torch.nn.functional.normalize(position - target, dim=-1)
-    # At the pole "up" is away from the viewer, as it is just before it.
+    # Up is the direction of rising elevation, which has a limit at the poles.
     towards = torch.stack([-torch.sin(azimuth), -torch.cos(azimuth), 0 * azimuth], dim=-1)
     up = (
         towards * torch.sin(elevation)[:, None]
@@ -92,18 +96,21 @@ def orbit_cameras(
 def random_orbit_cameras(
     num_views: int, ranges: OrbitRanges, generator: torch.Generator
 ) -> OrbitCameras:
-    """Random cameras; their azimuths are spread evenly over the range."""
-    options = {"generator": generator, "device": generator.device}
+    """Random cameras [num_views]; their azimuths are stratified over the range."""
+    device = generator.device
 
-    def between(limits, place) -> Tensor:
-        return limits[0] + (limits[1] - limits[0]) * place
+    def between(limits: Sequence[float], fraction: Tensor) -> Tensor:
+        return limits[0] + (limits[1] - limits[0]) * fraction
 
-    def uniform(*size) -> Tensor:
-        return torch.rand(num_views, *size, **options)
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(num_views, *size, generator=generator, device=device)
 
-    # A common turn keeps a view's number, and so its rank, from deciding where it looks from.
-    strata = torch.arange(num_views, device=generator.device) + uniform()
-    turn = torch.rand(1, **options)
+    def normal(*size: int) -> Tensor:
+        return torch.randn(num_views, *size, generator=generator, device=device)
+
+    # A common random turn makes azimuths independent of a view's number, and so of its rank.
+    strata = torch.arange(num_views, device=device) + uniform()
+    turn = torch.rand(1, generator=generator, device=device)
     azimuth = between(ranges.azimuth_deg, (strata / num_views + turn) % 1.0)
     by_angle = between(ranges.elevation_deg, uniform())
     sine = torch.sin(torch.deg2rad(torch.tensor(ranges.elevation_deg)))
@@ -118,6 +125,6 @@ def random_orbit_cameras(
         radius,
         fov,
         shift=ranges.jitter_position * (2 * uniform(3) - 1),
-        target=ranges.jitter_target * torch.randn(num_views, 3, **options),
-        tilt=ranges.jitter_up * torch.randn(num_views, 3, **options),
+        target=ranges.jitter_target * normal(3),
+        tilt=ranges.jitter_up * normal(3),
     )

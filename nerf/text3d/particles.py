@@ -1,50 +1,77 @@
-"""Several objects that learn together, one per step (ProlificDreamer's particles)."""
+"""Several objects that are trained together, one per step (ProlificDreamer's particles)."""
+
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from nerf.rays import Rays
+from nerf.renderer import LoadStateDict
+from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
+from nerf.text3d.shading import Lighting
 
 
 class Particles(nn.Module):
-    """``members``: object renderers alike. ``current`` is the one that all calls go to."""
+    """Object renderers of equal settings; ``forward`` renders member number ``current``.
 
-    def __init__(self, members: list[nn.Module]):
+    ``begin_step`` draws ``current``.
+    """
+
+    def __init__(self, members: list[ObjectRenderer]):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.current = 0
 
     @property
-    def current_member(self) -> nn.Module:
-        return self.members[self.current]
+    def current_member(self) -> ObjectRenderer:
+        """The renderer of this step."""
+        return self._member(self.current)
+
+    def _member(self, number: int) -> ObjectRenderer:
+        member = self.members[number]
+        assert isinstance(member, ObjectRenderer)
+        return member
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        """Draw the one that this step is for; the same on every rank."""
+        """Draw the member of this step, the same on all ranks, and begin its step."""
         draw = torch.randint(len(self.members), (), generator=generator, device=generator.device)
         self.current = int(draw)
-        # Each keeps its own count, so that its occupancy grid is looked at as often as if alone.
+        # A member takes one of n steps on average. With step // n it updates its occupancy grid
+        # about as often per step of its own as an object that is trained alone.
         self.current_member.begin_step(step // len(self.members), generator)
 
-    def forward(self, rays, lighting, jitter=None, lit=None):
+    def forward(
+        self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
+    ) -> ObjectRendered:
+        """Rays [R] rendered from the current member, see ``ObjectRenderer.forward``."""
         return self.current_member(rays, lighting, jitter, lit)
 
     def report(self) -> dict[str, float]:
+        """The current member's number and measurements."""
         return {"particle": self.current, **self.current_member.report()}
 
-    def checkpoint_state(self) -> dict:
-        first, *others = (member.checkpoint_state() for member in self.members)
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The first member's state as if it were alone, and the others' in ``particles``."""
+        numbers = range(len(self.members))
+        first, *others = (self._member(number).checkpoint_state() for number in numbers)
         return {**first, "particles": others}
 
-    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
+    def load_checkpoint_state(self, state: dict[str, Any], load: LoadStateDict, where: str) -> None:
+        """Restore ``checkpoint_state``; ValueError if the number of members differs."""
         saved = [state, *state.get("particles", [])]
         if len(saved) != len(self.members):
             raise ValueError(
-                f"{where}: holds {len(saved)} particles, this run {len(self.members)}; "
-                "keep --n_particles as it was"
+                f"{where}: this checkpoint has {len(saved)} particles, this run has "
+                f"{len(self.members)}; use --n_particles {len(saved)}"
             )
-        for member, part in zip(self.members, saved, strict=True):
-            member.load_checkpoint_state(part, load, where)
+        for number, member_state in enumerate(saved):
+            self._member(number).load_checkpoint_state(member_state, load, where)
 
 
 def members_of(renderer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What there is to look at, each with an ending for file names: "" for the first."""
-    members = getattr(renderer, "members", [renderer])
+    """The objects of a renderer, each with an ending of its file names: "", "_1", "_2", ...
+
+    Particles have several, every other renderer is its own only one.
+    """
+    members = renderer.members if isinstance(renderer, Particles) else [renderer]
     return [(f"_{number}" if number else "", member) for number, member in enumerate(members)]

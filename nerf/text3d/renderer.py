@@ -1,43 +1,44 @@
-"""Rays -> pictures of one object that is being dreamed up: a field, its light, a background.
+"""Volume rendering of one object from a text: a field, lighting, a background network.
 
-The object lives in a cube around the origin, sampled through an occupancy grid as in
-``nerf.occupancy_renderer``. Beside colors there are normals, and what the losses on shape need.
+The object fills a cube around the origin, sampled in the occupied cells of an occupancy grid as in
+``nerf.occupancy_renderer``. Besides colors, rays get normals and what the losses on shape need.
 (Poole et al. 2022, DreamFusion, section 3.1; the density blob of Lin et al. 2022, Magic3D.)
 """
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nerf.encodings import FrequencyEncoding
-from nerf.field import density_packed, query_packed
+from nerf.field import Field, density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples
 from nerf.rays import Rays
+from nerf.renderer import LoadStateDict
 from nerf.text3d.shading import Lighting, shade
 from nerf.volume import packed_weights_cumsum, sum_per_ray
 
-UPDATE_EVERY = 16  # steps between looks at the occupancy grid
-FAINT = 1e-3  # opacity of one sample, below which it is left out of training
-# Corners of a tetrahedron: four looks at the density give its gradient, where six are usual.
+UPDATE_EVERY = 16  # steps between updates of the occupancy grid
+FAINT = 1e-3  # alpha of one sample, below which it is left out of training
+# Finite differences from four densities, at a tetrahedron's corners, instead of the usual six.
 TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
 
 
 class ObjectRendered(NamedTuple):
-    """What rays [R] see; the last two are for losses."""
+    """Rays [R] rendered; backfacing and spread are for losses."""
 
     rgb: Tensor  # [R, 3] in [0, 1], background included
     opacity: Tensor  # [R] in [0, 1]
-    depth: Tensor  # [R] mean t of what was hit, 0 where nothing was
-    normal: Tensor  # [R, 3] mean unit normal, world axes, times opacity; 0 if none was needed
+    depth: Tensor  # [R] weighted mean of t, 0 where opacity is 0
+    normal: Tensor  # [R, 3] weighted sum of unit normals, world axes; 0 if not computed
     backfacing: Tensor  # [R] sum of weight x max(0, n v)^2 (DreamFusion's orientation loss)
     spread: Tensor  # [R] variance of t along the ray (HiFA's z-variance)
 
 
 class Background(nn.Module):
-    """A color for every direction: a small network far behind the scene."""
+    """A background network: a color for every direction."""
 
     def __init__(self, multires: int = 4, width: int = 32):
         super().__init__()
@@ -52,16 +53,20 @@ class Background(nn.Module):
 
 
 class ObjectRenderer(nn.Module):
-    """One object in a cube of half side ``bound``.
+    """One object in a cube of half side ``bound``, with its occupancy grid.
 
-    The density is density_scale softplus(raw + blob_scale (1 - |x| / blob_std)), per scene unit.
-    normals: "analytic" (gradient of the density; the field must be twice differentiable) or "fd".
-    early_stop: transmittance behind which samples are left out of training.
+    Density is density_scale softplus(raw + blob_scale (1 - |x| / blob_std)), per scene unit.
+    num_steps: marching steps along the cube's diagonal. normals: from the density's gradient,
+    "analytic" (by autograd; the field must be twice differentiable) or "fd" (finite differences).
+    early_stop: transmittance below which samples are culled (0: none). learned_background: train a
+    background network.
     """
+
+    edge: Tensor  # [3], ``bound`` along each axis
 
     def __init__(
         self,
-        field: nn.Module,
+        field: Field,
         grid: OccupancyGrid,
         *,
         bound: float,
@@ -85,41 +90,43 @@ class ObjectRenderer(nn.Module):
 
     @property
     def space(self) -> Box:
-        """The cube, as marching takes it; it follows the module to its device."""
+        """The cube, on the module's device."""
         return Box(-self.edge, self.edge, self.num_steps)
 
     def density(self, unit: Tensor) -> Tensor:
-        """Density [N] in 1 / scene unit at unit points [N, 3]."""
+        """Density [N] per scene unit at unit points [N, 3]."""
         return self._activate(density_packed(self.field, unit), unit)
 
     def albedo(self, unit: Tensor) -> Tensor:
-        """RGB [N, 3] in [0, 1] at unit points [N, 3]."""
+        """Albedo, RGB [N, 3] in [0, 1], at unit points [N, 3]."""
         ray_indices = torch.zeros(len(unit), dtype=torch.long, device=unit.device)
         viewdirs = torch.zeros_like(unit[:1])
         return torch.sigmoid(query_packed(self.field, unit, viewdirs, ray_indices)[1])
 
     def _activate(self, raw: Tensor, unit: Tensor) -> Tensor:
+        """Density [N] from the field's output [N] and the blob at unit points [N, 3]."""
         blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
         return self.density_scale * F.softplus(raw + blob)
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        """Keep the grid up to date. The same on every rank: same weights, same draws."""
+        """Update the occupancy grid, every ``UPDATE_EVERY`` steps; equal on all ranks."""
         if step % UPDATE_EVERY == 0:
             self.grid.update(self.density, step, self.space.step, generator)
 
     def forward(
         self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
     ) -> ObjectRendered:
-        """Rays [R] under ``look`` [R]. jitter [R, 1] uniform; None: the same places every time.
+        """Rays [R] rendered under ``lighting`` [R].
 
-        lit: whether normals are wanted; None: if any of the rays is lit. A part of a batch must be
-        told, or its orientation loss would depend on how the batch was parted.
+        jitter [R, 1] in [0, 1) shifts each ray's samples; None: deterministic. lit: whether to
+        compute normals; None: if any ray is lit. For a part of a batch pass what holds for the
+        whole batch, else the orientation loss would depend on how the batch is split.
         """
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, jitter)
         if self.early_stop:
-            samples = self._cull_occluded(samples, num_rays, learning=torch.is_grad_enabled())
-        self.num_samples = len(samples.ray_indices)
+            samples = self._cull_occluded(samples, num_rays, training=torch.is_grad_enabled())
+        self.batch_samples = len(samples.ray_indices)
         background = lighting.background
         if self.background_net is not None:
             background = torch.lerp(
@@ -140,24 +147,28 @@ class ObjectRenderer(nn.Module):
             [color, torch.ones_like(t)[:, None], t[:, None], t.square()[:, None], normals], dim=-1
         )
         sums = sum_per_ray(weights[:, None] * values, samples.ray_indices, num_rays)  # [R, 9]
-        # The weights are held still here: turning surfaces around is wanted, removing them is not.
+        # Weights are detached: the loss shall turn surfaces towards the camera, not remove them.
         backfacing = sum_per_ray(weights.detach() * facing, samples.ray_indices, num_rays)
         opacity = sums[:, 3]
-        hit = opacity > 1e-6  # below, the mean of t is rounding
+        hit = opacity > 1e-6  # below, the mean of t is rounding error
         mass = torch.where(hit, opacity, torch.ones_like(opacity))
         depth = torch.where(hit, sums[:, 4] / mass, 0.0)
         spread = torch.where(hit, (sums[:, 5] / mass - depth**2).clamp(min=0), 0.0)
         rgb = sums[:, :3] + background * (1.0 - opacity[:, None])
         return ObjectRendered(rgb, opacity, depth, sums[:, 6:9], backfacing, spread)
 
-    def _query(self, samples: Samples, rays: Rays, lit: bool):
-        """Density, albedo and, where light is asked for, unit normals of packed samples."""
-        need = lit and len(samples.ray_indices) > 0
+    def _query(
+        self, samples: Samples, rays: Rays, lit: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Density [N], albedo [N, 3] and, if ``lit``, unit normals [N, 3] of packed samples."""
+        need_normals = lit and len(samples.ray_indices) > 0
         points, graph = samples.points, torch.is_grad_enabled()
-        analytic = need and self.normals == "analytic"
-        # The density's gradient needs float32 throughout, whatever autocast is on outside.
-        full = torch.autocast(points.device.type, enabled=False) if analytic else nullcontext()
-        with torch.set_grad_enabled(graph or analytic), full:
+        analytic = need_normals and self.normals == "analytic"
+        # The density's gradient needs float32 throughout, so an outer autocast is switched off.
+        no_autocast = (
+            torch.autocast(points.device.type, enabled=False) if analytic else nullcontext()
+        )
+        with torch.set_grad_enabled(graph or analytic), no_autocast:
             if analytic:
                 points = points.detach().requires_grad_()
             raw_sigma, raw_rgb = query_packed(
@@ -167,39 +178,46 @@ class ObjectRenderer(nn.Module):
             gradient = None
             if analytic:
                 gradient = torch.autograd.grad(sigma.sum(), points, create_graph=graph)[0]
-        if need and not analytic:
+        if need_normals and not analytic:
             gradient = self._differences(samples.points)
         albedo = torch.sigmoid(raw_rgb)
         if not graph:
             sigma, albedo = sigma.detach(), albedo.detach()
-        # normalize's floor of 1e-12 is far below any gradient of a visible surface
+        # normalize's epsilon of 1e-12 is far below any gradient of a visible surface.
         return sigma, albedo, None if gradient is None else -F.normalize(gradient, dim=-1)
 
     def _differences(self, unit: Tensor) -> Tensor:
-        """A multiple of the density's gradient [N, 3], by differences over half a grid cell."""
-        reach = 1.0 / self.grid.resolution
-        corners = unit.new_tensor(TETRAHEDRON)
-        return sum(self.density(unit + reach * corner)[:, None] * corner for corner in corners)
+        """A multiple of the density's gradient [N, 3], by finite differences over half a cell."""
+        offset = 1.0 / self.grid.resolution
+        terms = [
+            self.density(unit + offset * corner)[:, None] * corner
+            for corner in unit.new_tensor(TETRAHEDRON)
+        ]
+        return sum(terms, start=torch.zeros_like(unit))
 
     @torch.no_grad()
-    def _cull_occluded(self, samples: Samples, num_rays: int, *, learning: bool) -> Samples:
-        """The samples that light gets through to, found by density alone (NerfAcc, section 3.2).
+    def _cull_occluded(self, samples: Samples, num_rays: int, *, training: bool) -> Samples:
+        """``samples`` without occluded ones, those with transmittance up to ``early_stop``.
 
-        learning: also leave out what is fainter than FAINT. A softplus' slope falls with its value,
-        so that hardly learns, and normals make each sample several times dearer.
+        A no-grad pass over the density alone (NerfAcc, section 3.2). training: also leave out
+        samples with alpha up to FAINT. Softplus has a small slope where its value is small, so they
+        hardly train, and normals make every sample several times as expensive.
         """
         sigma = self.density(samples.points)
         weights = packed_weights_cumsum(sigma, samples.lengths, samples.ray_indices, num_rays)
         alpha = -torch.expm1(-sigma * samples.lengths)
-        by_light = weights > self.early_stop * alpha  # transmittance
-        if learning:
-            by_light &= alpha > FAINT
-        index = by_light.nonzero()[:, 0]
+        kept = weights > self.early_stop * alpha  # weights = transmittance * alpha
+        if training:
+            kept &= alpha > FAINT
+        index = kept.nonzero()[:, 0]
         return Samples(*(member.index_select(0, index) for member in samples))
 
     @torch.no_grad()
     def surface_density(self, rays: Rays) -> Tensor:
-        """The density [K] at which rays lose half of their light: that of what looks solid."""
+        """The density [K] of the samples at which the transmittance of rays falls to a half.
+
+        Meshes take their threshold from it: it is the density of what looks solid.
+        """
         num_rays = len(rays.origins)
         samples = self.grid.march(rays, self.space, None)
         sigma = self.density(samples.points)
@@ -208,43 +226,45 @@ class ObjectRenderer(nn.Module):
         before = torch.where(alpha > 0, weights / alpha.clamp(min=1e-30), 0.0)  # transmittance
         return sigma[(before > 0.5) & (before * (1 - alpha) <= 0.5)]
 
-    def checkpoint_state(self) -> dict:
-        """What a checkpoint must hold of this renderer."""
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The state dicts of the field, the occupancy grid and the background network."""
+        background = self.background_net
         return {
             "network_fn_state_dict": self.field.state_dict(),
             "occupancy_state_dict": self.grid.state_dict(),
-            "background_state_dict": self.background_net.state_dict()
-            if self.background_net is not None
-            else {},
+            "background_state_dict": {} if background is None else background.state_dict(),
         }
 
-    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
-        """Put ``checkpoint_state`` back. load(module, state, where) is strict."""
+    def load_checkpoint_state(self, state: dict[str, Any], load: LoadStateDict, where: str) -> None:
+        """Restore ``checkpoint_state``."""
         load(self.field, state["network_fn_state_dict"], f"{where}: field")
         load(self.grid, state["occupancy_state_dict"], f"{where}: occupancy grid")
         if self.background_net is not None:
             load(self.background_net, state["background_state_dict"], f"{where}: background")
 
     def report(self) -> dict[str, float]:
-        """Figures for the log: samples of the latest step, and how full the grid is."""
-        return {"samples": self.num_samples, "occupied": self.grid.fraction}
+        """Samples of the latest forward pass, and the fraction of cells that are occupied."""
+        return {"samples": self.batch_samples, "occupied": self.grid.fraction}
 
 
 class PixelImages(nn.Module):
-    """Pictures [V, 3, H, W] instead of a scene, with the same interface (``--space 2d``)."""
+    """Images [V, 3, H, W] optimized pixel by pixel, instead of an object (``--space 2d``)."""
 
     def __init__(self, num_views: int, size: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_views, 3, size, size))
-        self.first = 0  # of the views that this rank's rays belong to
+        self.first = 0  # index of the image that the first rays of ``forward`` belong to
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        """Nothing to keep up to date."""
+        """Do nothing: there is no occupancy grid."""
 
     def forward(
         self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
     ) -> ObjectRendered:
-        """The pixels of as many pictures as there are rays for."""
+        """The pixels of images ``first``, ``first`` + 1, ..., as many as H * W fits into the rays.
+
+        Rays, lighting and jitter have no effect on them.
+        """
         num_views, _, height, width = self.logits.shape
         count = len(rays.origins) // (height * width)
         rows = torch.arange(self.first, self.first + count, device=self.logits.device) % num_views
@@ -252,11 +272,14 @@ class PixelImages(nn.Module):
         one = torch.ones_like(rgb[:, 0])
         return ObjectRendered(rgb, one, one, 0 * rgb, 0 * one, 0 * one)
 
-    def checkpoint_state(self) -> dict:
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The images."""
         return {"network_fn_state_dict": self.state_dict()}
 
-    def load_checkpoint_state(self, state: dict, load, where: str) -> None:
-        load(self, state["network_fn_state_dict"], f"{where}: picture")
+    def load_checkpoint_state(self, state: dict[str, Any], load: LoadStateDict, where: str) -> None:
+        """Restore ``checkpoint_state``."""
+        load(self, state["network_fn_state_dict"], f"{where}: images")
 
     def report(self) -> dict[str, float]:
+        """No measurements."""
         return {}
