@@ -132,9 +132,9 @@ def test_pictures_are_coarse_in_motion_and_refined_at_rest(monkeypatch, tmp_path
     monkeypatch.setattr(viewer, "REST", 0.0)
     try:
         for _ in viewer.SIDES:
-            shown._work()
+            shown._render_pending()
         client.camera.position = client.camera.position + 0.1
-        shown._work()
+        shown._render_pending()
     finally:
         shown.close()
     assert [shape[1] for shape in sent] == [*viewer.SIDES, viewer.SIDES[0]]
@@ -148,7 +148,7 @@ def test_a_fault_switches_the_viewer_off_and_is_said_once(monkeypatch, tmp_path)
     shown.tick()
     shown.tick()
     shown.server.stop()
-    assert not shown.on and [s for s in said if "broken" in s] == said[1:]
+    assert not shown.active and [s for s in said if "broken" in s] == said[1:]
 
 
 def run(*flags):
@@ -231,7 +231,7 @@ def test_a_new_text_is_handed_over_once(tmp_path):
     pytest.importorskip("viser")
     port, said = free_port(), []
     with viewer.Viewer(None, tmp_path, "127.0.0.1", port, said.append, text="a red cone") as window:
-        window._asked = "a blue cube"
+        window._pending_text = "a blue cube"
         assert (window.new_text(), window.new_text()) == ("a blue cube", None)
     viewer.check_server("127.0.0.1", port)  # closing has freed the port
 

@@ -1,15 +1,14 @@
-"""Pictures of a trained renderer: test views with metrics, camera paths, validation strips.
+"""Pictures of a scene's renderer: test views with metrics, camera paths, validation, free views.
 
-Views are split over the ranks and metrics gathered, so no rank waits at a barrier while another
-renders. Everything here runs under the weights that the caller has put in place.
+Views are split over the ranks and metrics gathered, so that no rank waits at a barrier while
+another renders. The caller swaps in the weights to render with.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from nerf.datasets.scene import Scene
 from nerf.media import colorize, nearness, write_png, write_videos
-from nerf.metrics import depth_error, psnr, psnr_from_mse, ssim, to_8bit
+from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
+from nerf.outputs.depth import depth_errors, write_depth_unit
 from nerf.outputs.render import clip_rays, normals_from_points, render_view
 from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered
@@ -25,21 +25,22 @@ from nerf.training.distributed import World
 from nerf.training.recovery import halve_until_it_fits
 from nerf.training.system import StopSignal
 
-VAL_PIXELS = 4096  # a fixed set, the same at every step, so that "best" compares like with like
-STRIP_SIDE = 200  # pixels of a validation strip's longer side, about
+VAL_PIXELS = 4096  # the same at every step, so that validation PSNRs can be compared
+STRIP_SIDE = 200  # approximate pixels of the longer side of a validation strip's panels
 
 T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """A signal came while pictures were being rendered."""
+    """A stop signal arrived while pictures were being rendered."""
 
 
 class SceneOutputs:
-    """Renders cameras of one scene: what the functions below need to know, in one place.
+    """Renders cameras of one scene, for all functions of this file.
 
-    stop: a StopSignal; once it has noted one, the next picture raises Interrupted. block: rays at
-    a time, halved for good when memory runs out: the pictures are the same.
+    render: rays [B] -> Rendered. block: rays rendered together, halved for good when memory runs
+    out, which does not change the pictures. stop: once it has caught a signal, the next
+    ``render_camera`` raises Interrupted.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SceneOutputs:
         world: World,
         stop: StopSignal | None = None,
         log: Callable[[str], None] = print,
-    ):
+    ) -> None:
         self.render, self.scene, self.block, self.world = render, scene, block, world
         self.stop, self.log = stop, log
 
@@ -81,15 +82,15 @@ class SceneOutputs:
         )
 
     def z_depth(self, rendered: Rendered, scene: Scene, view: int) -> np.ndarray:
-        """Depth [H, W] of a view along its camera's axis in scene units; 0: nothing hit."""
+        """Depth [H, W] along the camera's axis in scene units; 0 where the opacity is 0."""
         c2w, intrinsics = scene.c2w[view], scene.intrinsics[view]
-        if not scene.ndc and len(intrinsics) == 4:  # t is that, see nerf.rays
+        if not scene.ndc and len(intrinsics) == 4:  # a pinhole's t is z depth, see nerf.rays
             return rendered.depth.numpy()
         height, width = rendered.depth.shape
         pixels = torch.arange(height * width, device=c2w.device)
         rays = scene.view_rays(c2w, intrinsics, width)(pixels)
         t = rendered.depth.flatten().to(c2w.device)
-        if scene.ndc:  # short of infinity, so that what lies there keeps a number
+        if scene.ndc:  # t = 1 is infinity: points there get a large finite depth
             t = t.clamp(max=1 - 1e-4)
         points = rays.origins + rays.directions * t[:, None]
         if scene.ndc:
@@ -98,14 +99,14 @@ class SceneOutputs:
         return torch.where(rendered.opacity > 0, z, 0.0).numpy()
 
     def depth_map(self, rendered: Rendered) -> np.ndarray:
-        """Depth in color [H, W, 3]; near is bright, nothing is dark."""
+        """Depth in color [H, W, 3] in [0, 1]: near is bright, empty space dark."""
         scene = self.scene
         near = nearness(rendered.depth.numpy(), scene.near, scene.far, scene.ndc)
         return colorize(near * np.clip(rendered.opacity.numpy(), 0, 1))
 
 
 def target_picture(scene: Scene, view: int, factor: int) -> np.ndarray:
-    """View ``view`` [H, W, 3] at 1 / factor of its size, by area averaging of whole blocks."""
+    """A view's picture [H, W, 3] at 1 / factor of its size, by averaging whole blocks of pixels."""
     return _averaged(scene.picture(view).numpy(), factor)
 
 
@@ -131,32 +132,34 @@ def measure_views(
     folder: Path,
     factor: int = 0,
     *,
-    lpips=None,
+    lpips: Callable[[np.ndarray, np.ndarray], float] | None = None,
     true_depth: Path | None = None,
     metres_per_unit: float = 0.0,
-) -> dict:
-    """Render and measure every view of ``split``; pictures and depth go to ``folder``.
+) -> dict[str, Any]:
+    """Metrics of every view of ``split``, on every rank; pictures and depth go to ``folder``.
 
-    Returns the metrics on every rank (see README for the schema): means over views; ``psnr_8bit``
-    is measured on the pictures as saved. lpips: of ``metrics.load_lpips``. true_depth: folder of
-    exact depth, <view's name>.npy [H, W], see ``depth_unit``. metres_per_unit: 0: not known.
+    The metrics are means over views, and "views" holds those of each view; docs/outputs.md lists
+    the keys. ``psnr_8bit`` is measured on the pictures as saved. factor: render pictures this many
+    times smaller. lpips: of ``metrics.load_lpips``. true_depth: folder with the exact depth of
+    views, NAME.npy [H, W]. metres_per_unit: length of a scene unit for depth files; 0: not known.
     """
     scene = outputs.scene.resized(factor)
     world, views = outputs.world, outputs.scene.splits[split]
-    mine = []
+    own_rows = []
     with world.raise_on_all_ranks():
         for number in range(world.rank, len(views), world.size):
             view, start = views[number], time.perf_counter()
             rendered = outputs.render_dataset_view(scene, view)
             seconds = time.perf_counter() - start
             picture = rendered.rgb.clamp(0, 1).numpy()
-            target, mask = (of(outputs.scene, view, factor) for of in (target_picture, target_mask))
+            target = target_picture(outputs.scene, view, factor)
+            mask = target_mask(outputs.scene, view, factor)
             depth = outputs.z_depth(rendered, scene, view)
             write_view(folder, number, picture, target)
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
             np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
             saved = to_8bit(picture) / 255.0
-            row = {
+            row: dict[str, Any] = {
                 "name": scene.names[view],
                 "psnr": psnr(picture, target, mask),
                 "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
@@ -166,11 +169,12 @@ def measure_views(
             }
             if lpips is not None:
                 row["lpips"] = lpips(picture, target)
-            mine.append(row | _against_truth(depth, true_depth, scene.names[view]))
+            own_rows.append(row | depth_errors(depth, true_depth, scene.names[view]))
         if world.is_main and views:
             write_depth_unit(folder / "depth", outputs.scene, metres_per_unit, values=True)
-    rows = sorted((row for part in world.gather(mine) for row in part), key=lambda r: r["number"])
-    seconds = [row.pop("seconds") for row in rows]
+    gathered = (row for rows_of_rank in world.gather(own_rows) for row in rows_of_rank)
+    rows = sorted(gathered, key=lambda row: row["number"])
+    all_seconds = [row.pop("seconds") for row in rows]
     for row in rows:
         row.pop("number")
     names = [name for name in rows[0] if name != "name"]
@@ -180,74 +184,47 @@ def measure_views(
         "num_views": len(rows),
         "resolution": [scene.width, scene.height],
         "background": scene.background,
-        "seconds_per_view": sum(seconds) / len(seconds),
+        "seconds_per_view": sum(all_seconds) / len(all_seconds),
         "views": rows,
     }
 
 
 def write_view(folder: Path, number: int, picture: np.ndarray, target: np.ndarray) -> None:
-    """A view as rendered, target/ and error/: the mean absolute difference, times 4, in color."""
+    """Write the rendered picture, its target into target/ and ``error_map`` into error/."""
     write_png(folder / f"{number:03d}.png", picture)
     write_png(folder / "target" / f"{number:03d}.png", target)
-    error = np.abs(picture - target).mean(-1) * 4
-    write_png(folder / "error" / f"{number:03d}.png", colorize(error))
+    write_png(folder / "error" / f"{number:03d}.png", error_map(picture, target))
 
 
-def _against_truth(depth: np.ndarray, folder: Path | None, name: str) -> dict[str, float]:
-    """The depth's error, in scene units, where the exact one of the same size is known."""
-    path = folder / f"{name}.npy" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        truth = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: is no depth, a numpy array [H, W] ({error})") from None
-    return depth_error(depth, truth) if truth.shape == depth.shape else {}
-
-
-def write_depth_unit(folder: Path, scene: Scene, metres_per_unit: float, *, values: bool) -> None:
-    """unit.json beside depth files: what their numbers and colors mean."""
-    scale = metres_per_unit or 1.0
-    content = {
-        "depth": "z: along the camera's axis, not the distance to the camera",
-        "unit": "meters" if metres_per_unit else "scene units; their length in meters is not known",
-        "metres_per_scene_unit": metres_per_unit or None,
-        "png": "color: bright is near, black nothing; even in "
-        + ("NDC depth" if scene.ndc else "1 / z" if scene.near > 0 else "z")
-        + f" from {scene.near * (1 if scene.ndc else scale):g}"
-        + f" to {scene.far * (1 if scene.ndc else scale):g}",
-    }
-    if values:
-        content["npy"] = (
-            "float32 [height, width] in that unit, mean over what the ray met; 0: nothing"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "unit.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+def error_map(picture: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Four times the mean absolute difference of two pictures [H, W, 3], in color [H, W, 3]."""
+    return colorize(np.abs(picture - target).mean(-1) * 4)
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else float(np.mean(values))
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def render_path(
     outputs: SceneOutputs,
     folder: Path,
     factor: int = 0,
-    warn=print,
+    warn: Callable[[str], None] = print,
     metres_per_unit: float = 0.0,
     *,
     key_path: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Path]:
     """Render the scene's camera path: 000.png ..., depth/, rgb.mp4, depth.mp4 in ``folder``.
 
-    key_path: c2w [F, 3, 4] and vertical fov_deg [F] instead, of ``camera_path.read_path``.
+    key_path: another path, c2w [F, 3, 4] and vertical fov_deg [F] of ``camera_path.read_path``.
     Returns the videos that were made.
     """
     scene, world = outputs.scene.resized(factor), outputs.world
     poses = scene.render_poses
-    # One camera model serves the whole path: the first view's, without its lens' distortion.
+    # All frames have one pinhole camera: that of the first view, without its lens distortion.
     camera, size = scene.intrinsics[0, :4], scene.view_size(0)
-    cameras = camera.expand(len(poses), 4)
+    cameras = list(camera.expand(len(poses), 4))
     if key_path is not None:
         poses = torch.tensor(key_path[0], dtype=torch.float32, device=camera.device)
         focal = 0.5 * size[0] / np.tan(np.radians(key_path[1]) / 2)
@@ -307,7 +284,7 @@ def render_free_view(
 
 
 def validation_psnr(outputs: SceneOutputs) -> float:
-    """PSNR of a fixed random set of pixels over all validation views (training ones if none)."""
+    """PSNR of a fixed random set of pixels of all validation views, or training views if none."""
     scene, world = outputs.scene, outputs.world
     views = scene.splits.get("val") or scene.splits["train"]
     generator = torch.Generator().manual_seed(0)
@@ -318,7 +295,7 @@ def validation_psnr(outputs: SceneOutputs) -> float:
     pixels = torch.randint(count, (VAL_PIXELS,), generator=generator)
     pixels = pixels[world.rank :: world.size].to(world.device)
     view, x, y = scene.place(pixels if pool is None else pool[pixels])
-    if pool is None:  # numbers count through the split's views, in their order
+    if pool is None:  # view is an index into the split's list of views
         view = torch.tensor(views, device=world.device)[view]
 
     def error_of(block: int) -> float:
@@ -334,9 +311,9 @@ def validation_psnr(outputs: SceneOutputs) -> float:
 
 
 def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
-    """rgb | target | error | depth | opacity of one validation view, small -> uint8 [H, 5 W, 3].
+    """rgb | target | error | depth | opacity of one small validation view, uint8 [H, 5 W, 3].
 
-    The view changes with ``step``. The error is the mean absolute one, times 4.
+    The view changes with ``step``; the error is that of ``error_map``.
     """
     scene = outputs.scene
     views = scene.splits.get("val") or scene.splits["train"]
@@ -345,7 +322,6 @@ def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
     rendered = outputs.render_dataset_view(scene.resized(factor), view)
     picture = rendered.rgb.clamp(0, 1).numpy()
     target = target_picture(scene, view, factor)
-    error = colorize(np.abs(picture - target).mean(-1) * 4)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
-    panels = [picture, target, error, outputs.depth_map(rendered), opacity]
+    panels = [picture, target, error_map(picture, target), outputs.depth_map(rendered), opacity]
     return to_8bit(np.concatenate(panels, axis=1))

@@ -1,8 +1,8 @@
-"""The live viewer: a scene in the browser while it trains and after, served by viser.
+"""The live viewer: a scene in the browser during and after training, served by viser.
 
-Pictures are rendered in the training thread between steps, at most ``BUDGET`` of the wall time.
-viser's own threads only leave wishes here (where the camera is, which button was pressed). Nothing
-draws random numbers or touches what is trained; any fault switches the viewer off.
+Pictures are rendered in the training thread between steps, for at most ``BUDGET`` of the wall time.
+viser's own threads only record requests (camera poses, pressed buttons). Nothing here draws random
+numbers or changes what is trained, and any error switches the viewer off.
 """
 
 import math
@@ -10,24 +10,37 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.outputs.camera_path import interpolate, write_path
 
-MODES = ("rgb", "depth", "normal", "opacity")  # "lit" as well where there is light
-# Of the wall time, for pictures, while training. The promise is a tenth in all: what a picture
-# pushes out of the caches costs the steps after it nearly as much again.
+MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
+# Part of the wall time spent on pictures during training. The whole cost stays below a tenth: a
+# picture evicts data from the caches, which slows down the next steps by nearly as much again.
 BUDGET = 0.05
-SIDES = (96, 192, 384, 640)  # longer side of a picture: first while moving, then refined at rest
+SIDES = (96, 192, 384, 640)  # pixels of the longer side: first in motion, the others at rest
 REST = 0.3  # seconds without motion before a picture is refined
+REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training
 THUMBNAIL = 64  # pixels of a training picture's longer side
-FRUSTA = 100  # cameras shown at most
+MAX_FRUSTA = 100  # training cameras shown at most
+
+RenderView = Callable[[np.ndarray, float, tuple[int, int], str, np.ndarray | None], np.ndarray]
+
+
+class ShownView(NamedTuple):
+    """What one client's picture shows."""
+
+    request: tuple[Any, ...] | None  # pose, field of view, mode, crop box, aspect
+    level: int  # index into SIDES
+    moved_at: float  # time of the last change of the request
 
 
 def check_server(host: str, port: int) -> None:
-    """ValueError if the viewer cannot be served: viser missing or the port taken."""
+    """ValueError if viser is missing or the port is taken."""
     try:
         import viser  # noqa: F401
     except ImportError:
@@ -44,14 +57,14 @@ def check_server(host: str, port: int) -> None:
 
 
 def quaternion(c2w: np.ndarray) -> np.ndarray:
-    """wxyz of a camera in viser's axes (y down, z forward), of c2w in ours."""
+    """Quaternion wxyz in viser's camera axes (y down, z forward) for c2w in those of nerf.rays."""
     from scipy.spatial.transform import Rotation
 
     return np.roll(Rotation.from_matrix(c2w[:, :3] * [1, -1, -1]).as_quat(), 1)
 
 
-def camera_pose(camera) -> np.ndarray:
-    """c2w [3, 4] in our axes of a viser camera."""
+def camera_pose(camera: Any) -> np.ndarray:
+    """c2w [3, 4] of a viser camera, in the axes of ``nerf.rays``."""
     from scipy.spatial.transform import Rotation
 
     turn = Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix() * [1, -1, -1]
@@ -59,26 +72,39 @@ def camera_pose(camera) -> np.ndarray:
 
 
 class Viewer:
-    """Serves one scene. ``tick`` after every step, ``serve`` to go on without training.
+    """Serves one scene. Call ``tick`` after every step, or ``serve`` where nothing is trained.
 
-    view(c2w, fov, size, mode, box) -> [H, W, 3], to be set; scene: whose cameras are shown, or
-    None. text: what a text box starts with, None: no box. may_pause: whether training waits while
-    somebody has pressed the button; among several processes the others would not wait for ever.
+    scene: its training cameras are shown; None: no cameras. folder: camera_path.json is saved in
+    it. modes: kinds of picture to choose from. text: initial content of a text box, None: no box.
+    may_pause: whether training waits while somebody has pressed the pause button; off for several
+    processes, of which the others would wait in vain. Set ``view`` before the first ``tick``.
     """
 
-    view: Callable | None = None
+    view: RenderView | None = None  # (c2w, fov, size, mode, box) -> [H, W, 3] in [0, 1]
 
-    def __init__(self, scene, folder: Path, host: str, port: int, log, *,
-                 modes=MODES, text: str | None = None, may_pause=True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        scene: Scene | None,
+        folder: Path,
+        host: str,
+        port: int,
+        log: Callable[[str], None],
+        *,
+        modes: tuple[str, ...] = MODES,
+        text: str | None = None,
+        may_pause: bool = True,
+    ) -> None:
         import viser
 
         self.scene, self.folder, self.log = scene, folder, log
-        self.on, self.paused, self.spent, self.began = True, False, 0.0, time.monotonic()
-        self.keys: list[tuple[np.ndarray, float]] = []
-        self._asked: str | None = None
-        self.playing: tuple | None = None
-        self.shown: dict[int, tuple] = {}  # client -> what its picture shows, and how finely
-        self.frames = 0
+        self.active, self.paused = True, False
+        self.render_seconds, self.budget_start = 0.0, time.monotonic()
+        self.keys: list[tuple[np.ndarray, float]] = []  # c2w, vertical field of view in degrees
+        self._pending_text: str | None = None
+        # While a path is played: its start time, poses [F, 3, 4], fields of view [F] in degrees.
+        self.playing: tuple[float, np.ndarray, np.ndarray] | None = None
+        self.shown: dict[int, ShownView] = {}  # by client
+        self.num_pictures = 0
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
         try:
             self._set_up(port, modes, text, may_pause)
@@ -87,37 +113,37 @@ class Viewer:
             raise
         log(f"viewer: http://{host}:{port}")
 
-    def _set_up(self, port: int, modes, text: str | None, may_pause: bool) -> None:
+    def _set_up(self, port: int, modes: tuple[str, ...], text: str | None, may_pause: bool) -> None:
         if self.server.get_port() != port:
             raise ValueError(f"--viewer_port {port} is taken; choose another")
-        self._controls(modes, text, may_pause)
+        self._add_controls(modes, text, may_pause)
         self.server.scene.set_up_direction("+z")
         self.server.initial_camera.position = (2.75, 0.0, 1.0)
         self.server.initial_camera.look_at = (0.0, 0.0, 0.0)
         if self.scene is not None:
-            self._cameras()
-            cameras = self.server.gui.add_checkbox("training cameras", True)
+            self._add_training_cameras(self.scene)
+            checkbox = self.server.gui.add_checkbox("training cameras", True)
             node = self.server.scene.add_frame("/cameras", show_axes=False)
-            cameras.on_update(lambda event: setattr(node, "visible", cameras.value))
+            checkbox.on_update(lambda event: setattr(node, "visible", checkbox.value))
 
     def __enter__(self) -> "Viewer":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _controls(self, modes, text: str | None, may_pause: bool) -> None:
+    def _add_controls(self, modes: tuple[str, ...], text: str | None, may_pause: bool) -> None:
         gui = self.server.gui
         self.mode = gui.add_dropdown("show", modes)
         if text is not None:
             box = gui.add_text("text", text)
-            note = "From then on the object follows the new text: its flags no longer describe it."
-            use = gui.add_button("use this text", hint=note)
-            use.on_click(lambda event: setattr(self, "_asked", box.value.strip()))
+            hint = "Train on this text from the next step on; the run's flags keep the old text."
+            use = gui.add_button("use this text", hint=hint)
+            use.on_click(lambda event: setattr(self, "_pending_text", box.value.strip()))
         self.crop = gui.add_checkbox("crop", False)
-        reach = self._reach()
-        self.low = gui.add_vector3("crop from", (-reach,) * 3, step=0.05)
-        self.high = gui.add_vector3("crop to", (reach,) * 3, step=0.05)
+        radius = self._radius()
+        self.low = gui.add_vector3("crop from", (-radius, -radius, -radius), step=0.05)
+        self.high = gui.add_vector3("crop to", (radius, radius, radius), step=0.05)
         self.seconds = gui.add_number("path: seconds", 4.0, min=0.5, max=600.0)
         buttons = {"add key": self._add_key, "remove key": self._remove_key}
         buttons |= {"play": self._play, "save path": self._save}
@@ -128,47 +154,51 @@ class Viewer:
             gui.add_button(label).on_click(self._guarded(action))
 
     def new_text(self) -> str | None:
-        """The text that somebody has asked for since the last call, if any."""
-        text, self._asked = self._asked, None
+        """The text entered since the last call, if any."""
+        text, self._pending_text = self._pending_text, None
         return text or None
 
-    def _guarded(self, action):
-        def run(event) -> None:
+    def _guarded(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
+        """``action``, with errors logged: they occur in viser's threads."""
+
+        def run(event: Any) -> None:
             try:
                 action(event)
-            except Exception as error:  # in viser's thread: must never reach training
+            except Exception as error:
                 self.log(f"viewer: {error}")
 
         return run
 
-    def _reach(self) -> float:
-        if self.scene is None:  # an object in the middle
+    def _radius(self) -> float:
+        """The largest coordinate of a camera; 1 for an object, which is at the origin."""
+        if self.scene is None:
             return 1.0
         return float(self.scene.c2w[:, :, 3].abs().max())
 
-    def _add_key(self, event) -> None:
+    def _add_key(self, event: Any) -> None:
         camera = event.client.camera
         self.keys.append((camera_pose(camera), math.degrees(camera.fov)))
 
-    def _remove_key(self, event) -> None:
+    def _remove_key(self, event: Any) -> None:
         if self.keys:
             self.keys.pop()
 
-    def _save(self, event) -> None:
+    def _save(self, event: Any) -> None:
         write_path(self.folder / "camera_path.json", self.keys, self.seconds.value)
-        self.log(f"viewer: {len(self.keys)} keys -> {self.folder / 'camera_path.json'}")
+        self.log(f"viewer: {len(self.keys)} key frames -> {self.folder / 'camera_path.json'}")
 
-    def _play(self, event) -> None:
+    def _play(self, event: Any) -> None:
         if len(self.keys) > 1:
             poses, fovs = (np.array(part) for part in zip(*self.keys, strict=True))
             frames = interpolate(poses, fovs, max(2, round(30 * self.seconds.value)))
             self.playing = (time.monotonic(), *frames)
 
-    def _cameras(self) -> None:
-        scene, views = self.scene, self.scene.splits["train"][:FRUSTA]
+    def _add_training_cameras(self, scene: Scene) -> None:
+        """Show the training cameras with their pictures, and start at the first one."""
+        views = scene.splits["train"][:MAX_FRUSTA]
         up = scene.c2w[:, :, 1].sum(0).cpu().numpy()
         self.server.scene.set_up_direction(tuple(up / np.linalg.norm(up)))
-        scale = 0.04 * self._reach()
+        scale = 0.04 * self._radius()
         for view in views:
             height, width = scene.view_size(view)
             pose, focal = scene.c2w[view].cpu().numpy(), float(scene.intrinsics[view, 1])
@@ -180,72 +210,98 @@ class Viewer:
                 position=pose[:, 3], thickness=0.02 * scale,
             )  # fmt: skip
         first = scene.c2w[views[0]].cpu().numpy()
-        self.server.initial_camera.position = tuple(first[:, 3] - 0.2 * self._reach() * first[:, 2])
-        self.server.initial_camera.look_at = tuple(first[:, 3] - self._reach() * first[:, 2])
+        self.server.initial_camera.position = tuple(
+            first[:, 3] - 0.2 * self._radius() * first[:, 2]
+        )
+        self.server.initial_camera.look_at = tuple(first[:, 3] - self._radius() * first[:, 2])
 
     def tick(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Between two steps: a picture if one is due within the budget; waits while paused."""
-        if not self.on:
+        """Between two steps: render a picture if the budget allows it; wait while paused."""
+        if not self.active:
             return
-        if self.spent <= BUDGET * (time.monotonic() - self.began):
-            self._work()
-        while self.on and self.paused and not stopped():
-            time.sleep(0.0 if self._work() else 0.02)
-            # The time of a pause is not training's: it neither earns nor costs budget.
-            self.spent, self.began = 0.0, time.monotonic()
+        if self.render_seconds <= BUDGET * (time.monotonic() - self.budget_start):
+            self._render_pending()
+        while self.active and self.paused and not stopped():
+            time.sleep(0.0 if self._render_pending() else 0.02)
+            # A pause is not training time: the budget starts again after it.
+            self.render_seconds, self.budget_start = 0.0, time.monotonic()
 
     def serve(self, stopped: Callable[[], bool]) -> None:
-        """Pictures until ``stopped``, all the time."""
-        while self.on and not stopped():
-            time.sleep(0.0 if self._work() else 0.02)
+        """Render pictures without a budget until ``stopped()``."""
+        while self.active and not stopped():
+            time.sleep(0.0 if self._render_pending() else 0.02)
 
-    def _work(self) -> bool:
-        """Render one picture if somebody is owed one; whether that was so."""
+    def _render_pending(self) -> bool:
+        """Render the next picture of every client that needs one; whether there was any."""
         start = time.monotonic()
         try:
-            return any([self._client(number, c) for number, c in self._clients()])
-        except Exception as error:  # no viewer fault may stop training
-            self.on = False
+            return any([self._render_for(number, c) for number, c in self._clients()])
+        except Exception as error:  # no error in the viewer may stop training
+            self.active = False
             self.log(f"viewer switched off: {type(error).__name__}: {error}")
             return False
         finally:
-            self.spent += time.monotonic() - start
+            self.render_seconds += time.monotonic() - start
 
-    def _clients(self):
+    def _clients(self) -> list[tuple[int, Any]]:
+        """The connected browsers: viser's number and handle of each."""
         return list(self.server.get_clients().items())
 
-    def _client(self, number: int, client) -> bool:
+    def _render_for(self, number: int, client: Any) -> bool:
+        """Render a client's next picture, coarse or refined; False if it needs none."""
         camera, now = client.camera, time.monotonic()
-        if camera.update_timestamp == 0:  # it has not said yet where it looks from
+        if camera.update_timestamp == 0:  # the browser has not sent its camera yet
             return False
-        pose, fov = camera_pose(camera), camera.fov
-        if self.playing is not None:
-            began, poses, fovs = self.playing
-            at = int(30 * (now - began))
-            if at < len(poses):
-                pose, fov = poses[at], math.radians(fovs[at])
-            else:
-                self.playing = None
+        pose, fov = self._current_camera(camera, now)
         box = np.array([self.low.value, self.high.value]) if self.crop.value else None
-        wish = (pose.round(4).tobytes(), round(fov, 4), self.mode.value, str(box), camera.aspect)
-        last, level, moved = self.shown.get(number, (None, -1, 0.0))
-        if wish != last:
-            level, moved = 0, now
-        elif level + 1 < len(SIDES) and now - moved >= REST:
+        request = (pose.round(4).tobytes(), round(fov, 4), self.mode.value, str(box), camera.aspect)
+        last = self.shown.get(number, ShownView(None, -1, 0.0))
+        level, moved_at = last.level, last.moved_at
+        if request != last.request:
+            level, moved_at = 0, now
+        elif level + 1 < len(SIDES) and now - moved_at >= REST:
             level += 1
-        elif level + 1 == len(SIDES) and self.spent > 0 and now - moved > 2.0:
-            level, moved = 1, now  # training goes on: look again
+        elif level + 1 == len(SIDES) and self.render_seconds > 0 and now - moved_at > REFRESH:
+            level, moved_at = 1, now  # training has gone on: render again
         else:
             return False
         longer, aspect = SIDES[level], camera.aspect
         width = longer if aspect >= 1 else max(2, round(longer * aspect))
         height = max(2, round(width / aspect))
+        assert self.view is not None, "set Viewer.view before the first tick"
         picture = self.view(pose, fov, (height, width), self.mode.value, box)
         client.scene.set_background_image(to_8bit(picture), format="jpeg")
-        self.shown[number], self.frames = (wish, level, moved), self.frames + 1
+        self.shown[number] = ShownView(request, level, moved_at)
+        self.num_pictures += 1
         return True
 
+    def _current_camera(self, camera: Any, now: float) -> tuple[np.ndarray, float]:
+        """c2w [3, 4] and vertical field of view in radians: of the played path, or the client."""
+        if self.playing is not None:
+            start, poses, fovs = self.playing
+            frame = int(30 * (now - start))
+            if frame < len(poses):
+                return poses[frame], math.radians(fovs[frame])
+            self.playing = None
+        return camera_pose(camera), camera.fov
+
     def close(self) -> None:
-        """Free the port."""
-        self.on = False
+        """Stop serving and free the port."""
+        self.active = False
         self.server.stop()
+
+
+def open_viewer(
+    scene: Scene | None,
+    folder: Path,
+    host: str,
+    port: int,
+    log: Callable[[str], None],
+    **options: Any,
+) -> Viewer | None:
+    """A ``Viewer`` with its options; None, with the reason logged, if it cannot be opened."""
+    try:
+        return Viewer(scene, folder, host, port, log, **options)
+    except Exception as error:  # whatever a viewer does, training goes on
+        log(f"no viewer: {type(error).__name__}: {error}")
+        return None
