@@ -316,20 +316,20 @@ def squared_error(rgb: Tensor, target: Tensor) -> Tensor:
     return ((rgb - target) ** 2).mean()
 
 
-# A young run can die: where every density is negative all rays show the background, where one wall
-# fills the view all show its color, and the ReLU then passes no gradient.
-FLAT_STD = 1e-3  # standard deviation of a batch's colors, below which they are one color
+# Training can get stuck early: if every density is negative, all rays are background; if an opaque
+# surface fills the view, all rays have its color. The ReLU passes no gradient in either case.
+FLAT_STD = 1e-3  # standard deviation of a batch's colors, below which they count as one color
 
 
 def renders_one_color(levels: tuple[Rendered, ...], target: Tensor) -> Tensor:
-    """Whether any level shows one single color although ``target`` [B, 3] varies: bool []."""
-    varied = target.std(0).max() > 10 * FLAT_STD  # a blank batch says nothing
+    """Whether any level renders a single color although ``target`` [B, 3] varies -> [] bool."""
+    varied = target.std(0).max() > 10 * FLAT_STD  # else the batch is blank itself
     flat = torch.stack([level.rgb.detach().std(0).max() < FLAT_STD for level in levels]).any()
     return flat & varied
 
 
 def diagnose_flat(levels: tuple[Rendered, ...]) -> str:
-    """Which level renders what, of levels of which one is flat."""
+    """A message that names the level and the color; at least one level must be flat."""
     flat = [bool(level.rgb.detach().std(0).max() < FLAT_STD) for level in levels]
     level = levels[flat.index(True)]
     color = "all background" if level.opacity.mean() < 0.5 else "one solid color"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nerf.encodings import FrequencyEncoding, IdentityEncoding, TriPlane
 from nerf.field import FeatureField, NeRFField, query_packed
 
-RAYS = 4  # rays; sample counts below differ from it so that mixed-up axes show
+RAYS = 4  # rays; sample counts below differ from it so that swapped axes fail
 SAMPLES = 6
 
 
@@ -181,7 +181,7 @@ def test_outputs_are_float32_and_near_under_autocast(use_viewdirs):
 
 
 def test_packed_queries_come_in_few_shapes_and_padding_changes_no_value():
-    """Every shape that a library has not met costs it time, and memory that it keeps."""
+    """Every new shape costs a library time and memory that it keeps."""
     torch.manual_seed(0)
     field, shapes = FeatureField(TriPlane(16)), set()
 

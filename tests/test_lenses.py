@@ -33,8 +33,8 @@ def camera(model):
     return torch.tensor(lenses.from_colmap(model, CAMERAS[model]), dtype=torch.float64)
 
 
-def looks(row, pixels=PIXELS):
-    """Where pixels look [N, 3], x right, y down, z forward."""
+def directions_of(row, pixels=PIXELS):
+    """Directions [N, 3] of pixels, x right, y down, z forward."""
     return lenses.directions((pixels - row[2:4]) / row[:2], row[4:])
 
 
@@ -53,7 +53,7 @@ def test_the_table_holds_every_model_but_the_two_that_are_refused():
 def test_pixels_come_back_through_the_world(model, dtype, tolerance):
     row, pixels = camera(model).to(dtype), PIXELS.to(dtype)
     assert lenses.sees((pixels - row[2:4]) / row[:2], row[4:]).all()
-    back = lenses.project(looks(row, pixels), row[4:]) * row[:2] + row[2:4]
+    back = lenses.project(directions_of(row, pixels), row[4:]) * row[:2] + row[2:4]
     torch.testing.assert_close(back, pixels, rtol=0, atol=tolerance)  # pixels
 
 
@@ -65,7 +65,7 @@ def test_opencv_projects_our_directions_to_their_pixels(model):
     coefficients = np.array([*tail, *[0.0] * (8 - len(tail))])
     matrix = torch.tensor([[row[0], 0, row[2]], [0, row[1], row[3]], [0, 0, 1]]).numpy()
     zero = torch.zeros(3, dtype=torch.float64).numpy()
-    found, _ = cv2.projectPoints(looks(row).numpy(), zero, zero, matrix, coefficients)
+    found, _ = cv2.projectPoints(directions_of(row).numpy(), zero, zero, matrix, coefficients)
     torch.testing.assert_close(torch.from_numpy(found[:, 0]), PIXELS, rtol=0, atol=1e-9)
 
 
@@ -73,7 +73,7 @@ def test_opencv_projects_our_directions_to_their_pixels(model):
 def test_opencv_projects_our_fisheye_directions_to_their_pixels(model):
     cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
     row = camera(model)
-    bearing = looks(row)
+    bearing = directions_of(row)
     ahead = bearing[:, 2] > 0.01  # its function divides by z
     assert ahead.sum() > 200
     matrix = torch.tensor([[row[0], 0, row[2]], [0, row[1], row[3]], [0, 0, 1]]).numpy()
@@ -90,9 +90,9 @@ def test_colmap_projects_our_directions_to_their_pixels(model):
         model=model, width=SIZE[0], height=SIZE[1], params=[float(v) for v in CAMERAS[model]]
     )
     compared = 0
-    for bearing, pixel in zip(looks(camera(model)), PIXELS, strict=True):
+    for bearing, pixel in zip(directions_of(camera(model)), PIXELS, strict=True):
         found = theirs.img_from_cam(bearing.numpy())
-        if found is not None:  # it gives none behind the camera
+        if found is not None:  # None: behind the camera
             compared += 1
             torch.testing.assert_close(torch.tensor(found), pixel, rtol=0, atol=1e-9)
     assert compared > 100
@@ -100,7 +100,7 @@ def test_colmap_projects_our_directions_to_their_pixels(model):
 
 def test_depth_is_along_the_axis_and_behind_fisheye_lenses_a_distance():
     for model in CAMERAS:
-        bearing = looks(camera(model))
+        bearing = directions_of(camera(model))
         if "FISHEYE" in model or model == "EUCM":
             torch.testing.assert_close(bearing.norm(dim=-1), torch.ones(len(bearing)).double())
         else:
@@ -113,10 +113,10 @@ def test_equidistant_angles_grow_with_the_radius():
     angle = torch.tensor([0.0, 0.5, torch.pi / 2, 2.5]).double()
     pixels = torch.stack([100 * angle, torch.zeros(4).double()], dim=-1)
     expected = torch.stack([torch.sin(angle), torch.zeros(4), torch.cos(angle)], dim=-1)
-    torch.testing.assert_close(looks(row, pixels), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(directions_of(row, pixels), expected, rtol=0, atol=1e-9)
 
 
-def test_where_the_polynomial_folds_over_nothing_is_seen():
+def test_no_direction_exists_where_the_polynomial_folds_over():
     # r (1 - 0.1 r^2) is largest, 1.217, at r = 1.826: farther out no ray arrives.
     row = torch.tensor(lenses.from_colmap("SIMPLE_RADIAL", [1.0, 0.0, 0.0, -0.1])).double()
     plane = torch.tensor([[1.0, 0.0], [1.20, 0.0], [1.23, 0.0], [5.0, 5.0]]).double()
@@ -140,6 +140,6 @@ def test_an_ideal_lens_gives_the_pinholes_rays():
 def test_cameras_of_several_kinds_in_one_batch_do_not_mix():
     rows = torch.stack([camera(model) for model in CAMERAS])
     pixels = torch.tensor([[30.0, 40.0]]).double().expand(len(rows), 2)
-    raise_on_all_ranks = lenses.directions((pixels - rows[:, 2:4]) / rows[:, :2], rows[:, 4:])
-    alone = torch.cat([looks(row, pixels[:1]) for row in rows])
-    torch.testing.assert_close(raise_on_all_ranks, alone, rtol=0, atol=1e-12)
+    joint = lenses.directions((pixels - rows[:, 2:4]) / rows[:, :2], rows[:, 4:])
+    alone = torch.cat([directions_of(row, pixels[:1]) for row in rows])
+    torch.testing.assert_close(joint, alone, rtol=0, atol=1e-12)

@@ -26,7 +26,7 @@ def unit_box(num_steps: int = 100) -> Box:
     return Box(torch.full((3,), -1.0), torch.full((3,), 1.0), num_steps)
 
 
-def test_box_maps_there_and_back():
+def test_from_unit_inverts_to_unit():
     torch.manual_seed(0)
     box = Box(torch.tensor([-1.0, 2.0, 0.0]), torch.tensor([1.0, 5.0, 0.5]), 10)
     points = torch.rand(50, 3) * 4
@@ -100,12 +100,12 @@ def test_the_grid_finds_a_ball_and_forgets_it():
     for step in range(0, 256, 16):
         for _ in range(25):
             grid.update(lambda points: torch.zeros(len(points)), step, 0.05, generator)
-    # 400 decays of 0.95 leave 50 x 1e-9: below what counts for one step.
+    # 400 decays of 0.95 leave 50 x 1e-9: below the threshold of one step.
     assert grid.fraction == 0
 
 
 def test_fog_too_thin_to_matter_empties_the_grid():
-    """A grid that starts from large values, or never decays, would stay full for ever."""
+    """A grid that starts from large values, or never decays, would stay full forever."""
     grid, generator = OccupancyGrid(8), torch.Generator().manual_seed(0)
     spiky = torch.rand(4096, generator=generator) * 0.05
     for step in range(0, 4000, 16):

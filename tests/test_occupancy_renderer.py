@@ -1,4 +1,4 @@
-"""nerf.occupancy_renderer: what is left out of a ray must not matter."""
+"""nerf.occupancy_renderer: culling, early stopping and resampling against all samples."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.test_occupancy import random_rays
 
 
 class Ball(torch.nn.Module):
-    """Density exp(raw - 3) high inside radius 0.5 and low outside; color follows the place."""
+    """Density exp(raw - 3), high inside radius 0.5 and low outside; raw color is the position."""
 
     def __init__(self, inside: float):
         super().__init__()
@@ -44,7 +44,9 @@ def test_samples_behind_a_surface_change_neither_color_nor_gradient():
     every, seen = make(Ball(8.0), early_stop=0.0), make(Ball(8.0), early_stop=1e-3)
     (expected, slopes), (found, own) = learn(every, rays), learn(seen, rays)
     assert 0 < seen.batch_samples < 0.9 * every.batch_samples
-    assert (found.rgb - expected.rgb).abs().max() < 2e-3  # twice the light that was let go
+    assert (
+        found.rgb - expected.rgb
+    ).abs().max() < 2e-3  # twice the transmittance at which culling starts
     for a, b in zip(own, slopes, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=1e-6)
 
@@ -61,7 +63,7 @@ def test_rendering_in_rounds_equals_the_forward_of_training(composite):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_rays_that_meet_nothing_show_the_background_and_keep_every_gradient():
+def test_rays_without_samples_have_the_background_color_and_keep_every_gradient():
     renderer, rays = make(Ball(5.0)), random_rays(20)
     renderer.grid.carve(torch.zeros(16**3, dtype=torch.bool))
     rendered, slopes = learn(renderer, rays)
@@ -87,7 +89,7 @@ def test_near_scaling_leaves_values_and_scales_gradients_by_distance_squared():
     assert torch.equal(scaled, values)
     (slope,) = torch.autograd.grad(scaled.sum(), values)
     assert torch.equal(slope, factor)
-    rays = random_rays(50)  # they start 4 from the middle, so 3.5 from the ball
+    rays = random_rays(50)  # they start at distance 4 from the center, so 3.5 from the ball
     slopes = []
     for distance in (0.0, 1.0, 8.0):
         renderer = make(Ball(2.0), near_scaling=distance)
@@ -108,8 +110,8 @@ def test_smooth_planes_are_planes_blurred_beforehand():
     torch.testing.assert_close(smooth(points), sharp(points), rtol=1e-5, atol=1e-5)
 
 
-def test_redrawn_samples_find_a_surface_that_marching_smears():
-    """An opaque ball met by long steps, against its exact depth."""
+def test_resampled_samples_find_a_surface_that_marching_smears():
+    """The depth of an opaque ball, with marching steps of more than a quarter of its radius."""
     rays = random_rays(400)
     scale = rays.directions.norm(dim=-1)
     along = -(rays.origins * rays.directions).sum(-1) / scale
@@ -126,7 +128,7 @@ def test_redrawn_samples_find_a_surface_that_marching_smears():
     assert errors[0] > 0.03 and errors[1] < errors[0] / 3
 
 
-def test_redrawn_samples_learn_and_are_as_many_as_asked_for():
+def test_resampled_samples_train_the_field_and_have_the_given_number():
     rays = random_rays(50)
     renderer = make(FeatureField(TriPlane(16)), resample=12)
     noise = renderer.draw_noise(50, torch.Generator().manual_seed(0))
@@ -135,7 +137,7 @@ def test_redrawn_samples_learn_and_are_as_many_as_asked_for():
     rendered.rgb.sum().backward()
     renderer.begin_step(RESAMPLE_AFTER - 1, torch.Generator().manual_seed(0))
     renderer(rays, noise)
-    assert renderer.batch_samples > 600  # those that were marched
+    assert renderer.batch_samples > 600  # the marched samples
     renderer.begin_step(RESAMPLE_AFTER, torch.Generator().manual_seed(0))
     renderer(rays, noise)
     assert renderer.batch_samples <= 600

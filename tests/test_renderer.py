@@ -57,7 +57,7 @@ def test_gradient_of_micro_batches_adds_up_to_the_whole_batchs(num_importance):
         used = [p.grad.flatten() for p in renderer.parameters() if p.grad is not None]
         gradients.append(torch.cat(used))
     assert gradients[0].norm() > 0
-    for found in gradients[1:]:  # the fields hand out float32, the rest is float64
+    for found in gradients[1:]:  # the fields return float32, the rest is float64
         assert (found - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
 
@@ -268,7 +268,7 @@ def compiles_to(change):
 def test_a_compiler_that_fails_costs_one_warning(monkeypatch, broken, reason):
     renderer, rays = make_renderer(background=1.0), some_rays()
     for field in (renderer.coarse, renderer.fine):
-        torch.nn.init.constant_(field.alpha_linear.bias, 1.0)  # so that color is seen at all
+        torch.nn.init.constant_(field.alpha_linear.bias, 1.0)  # so that there is color at all
     before = renderer(rays)
     monkeypatch.setattr(NeRFField, "compile", broken)
     warnings = []
@@ -279,7 +279,7 @@ def test_a_compiler_that_fails_costs_one_warning(monkeypatch, broken, reason):
     assert all(p.grad is None for p in renderer.parameters())
 
 
-def test_a_compiler_that_works_is_used_without_a_word(monkeypatch):
+def test_a_compiler_that_works_is_used_without_a_warning(monkeypatch):
     renderer, rays = make_renderer(), some_rays()
     monkeypatch.setattr(NeRFField, "compile", compiles_to(0.0))
     warnings = []
@@ -299,7 +299,7 @@ def test_rendering_gives_the_same_as_the_training_forward(use_viewdirs):
     rays = Rays(torch.randn(50, 3), directions, directions, near, far)
     with torch.no_grad():
         expected, found = renderer(rays)[-1], renderer.render(rays)
-    # Color is asked for only where it counts; the rest is summed in another order.
+    # ``render`` computes color where weights are above 0; sums are in another order.
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 

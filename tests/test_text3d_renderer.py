@@ -98,17 +98,17 @@ def test_light_follows_lamberts_law():
     assert (plain.rgb[0] == lit.rgb[0]).all()
 
 
-def test_training_without_light_needs_no_normals():
+def test_albedo_alone_computes_no_normals():
     assert picture(renderer()).normal.abs().max() == 0
 
 
-def test_hidden_samples_change_nothing():
+def test_culling_occluded_samples_changes_nothing():
     whole, culled = renderer(early_stop=0.0), renderer(early_stop=1e-3)
     torch.testing.assert_close(picture(whole).rgb, picture(culled).rgb, atol=2e-3, rtol=0)
     assert culled.batch_samples < 0.7 * whole.batch_samples
 
 
-def test_learned_background_is_seen_only_where_asked():
+def test_background_network_is_used_only_where_lighting_selects_it():
     module = renderer(learned_background=True)
     plain, learned = picture(module), picture(module, background="learned")
     assert (plain.rgb[0] == 1).all() and (learned.rgb[0] != 1).any()
@@ -123,11 +123,11 @@ def test_an_empty_grid_shows_background_and_still_has_a_gradient_path():
     seen = module(cameras.rays(9, 9), lighting(cameras, 81, ambient=0.1))
     assert (seen.rgb == 1).all() and (seen.opacity == 0).all()
     assert all(member.isfinite().all() for member in seen)
-    seen.rgb.sum().backward()  # nothing to learn from, nothing to fail
+    seen.rgb.sum().backward()  # zero gradients, but no error
 
 
 def test_the_first_picture_is_a_blob_in_the_middle():
-    """Corner rays start empty: a box full of fog is what text to 3D most often dies of."""
+    """Corner rays start empty: a cube full of fog is how text to 3D most often collapses."""
     for field in ("mlp", "triplane", "hashgrid"):
         flags = ["--prompt", "x", "--field", field, "--grid_res", "32"]
         args = dream_flags.parse(flags)
@@ -139,7 +139,7 @@ def test_the_first_picture_is_a_blob_in_the_middle():
 
 
 @pytest.mark.parametrize("field", ["mlp", "triplane", "hashgrid"])
-def test_light_teaches_the_density(field):
+def test_shading_trains_the_density(field):
     """Through the normals: with white albedo nothing else can change."""
     flags = ["--prompt", "x", "--field", field, "--grid_res", "32"]
     args = dream_flags.parse(flags)
@@ -171,9 +171,9 @@ def test_a_checkpoint_gives_the_same_picture():
     ).all()
 
 
-def test_the_surface_has_the_density_where_light_is_halved():
-    """The ball's density rises by SHARP per unit inwards: half the light is lost at a depth x with
-    SHARP x^2 / 2 = ln 2, and there it is SHARP x."""
+def test_surface_density_is_that_where_transmittance_is_a_half():
+    """The ball's density rises by SHARP per unit inwards: transmittance is 1/2 at the depth x with
+    SHARP x^2 / 2 = ln 2, where the density is SHARP x."""
     found = renderer(num_steps=1024).surface_density(camera(fov=4.0).rays(8, 8))
     assert len(found) == 64
     expected = math.sqrt(2 * SHARP * math.log(2))

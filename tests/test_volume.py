@@ -51,7 +51,7 @@ def test_jitter_is_uniform_within_its_bin():
     assert second.std().item() == pytest.approx(1 / 3 / math.sqrt(12), abs=2e-3)
 
 
-def test_without_numbers_bins_are_even_and_reach_both_ends():
+def test_without_noise_bins_are_even_and_reach_both_ends():
     t = stratified_t(torch.tensor([[2.0]]), torch.tensor([[6.0]]), 5)
     torch.testing.assert_close(t, torch.tensor([[2.0, 3.0, 4.0, 5.0, 6.0]]), **ROUNDING)
 
@@ -88,10 +88,10 @@ def test_many_samples_follow_the_density():
     samples = sample_pdf(edges, weights, count, u)[0]
     found = torch.histogram(samples, edges[0]).hist / count
     expected = weights[0] / weights.sum()
-    # Five deviations of a binomial count, and the 1e-5 floor of the weights.
+    # Five deviations of a binomial count, and the 1e-5 added to the weights.
     tolerance = 5 * (expected * (1 - expected) / count).sqrt() + 2e-5
     assert ((found - expected).abs() <= tolerance).all()
-    # Within a bin the density is constant: the mean sample is the bin's middle.
+    # Within a bin the density is constant: the mean sample is the bin's midpoint.
     inside = samples[(samples > 0.6) & (samples < 1.0)]
     assert inside.mean().item() == pytest.approx(0.8, abs=2e-3)
 
@@ -140,7 +140,7 @@ def test_weights_and_gradient_equal_the_slow_reference():
 
 
 @pytest.mark.parametrize("density", [1e-4, 0.3, 5.0])
-def test_homogeneous_medium_absorbs_as_beer_and_lambert_say(density):
+def test_homogeneous_medium_follows_beer_lamberts_law(density):
     lengths = torch.rand(1, 40, generator=generator(12))  # any partition gives the same sum
     opacity = blend_weights(torch.full((1, 40), density), lengths).sum()
     expected = -math.expm1(-density * lengths.double().sum().item())
@@ -157,7 +157,7 @@ def test_one_sample_is_a_wall_if_there_is_anything():
     assert blend_weights(torch.tensor([[0.5], [0.0]]), lengths).tolist() == [[1.0], [0.0]]
 
 
-def test_nothing_is_seen_behind_an_opaque_wall():
+def test_weights_behind_an_opaque_sample_are_zero():
     sigma = torch.rand(1, 10, generator=generator(13))
     sigma[0, 4] = 1e6
     weights = blend_weights(sigma, torch.ones(1, 10))
@@ -226,7 +226,7 @@ def test_disparity_inverts_depth_and_is_zero_at_infinity():
     assert depth.grad.tolist() == [0.0, -4.0, -0.0625]
 
 
-def test_redrawn_samples_carry_equal_light_and_keep_the_length():
+def test_resampled_intervals_have_equal_weight_and_keep_the_total_length():
     """Two rays with a gap each, and one without samples, against the definition."""
     ray_indices = torch.tensor([0, 0, 0, 2, 2])
     t = torch.tensor([1.5, 2.5, 5.5, 3.0, 4.0])  # intervals 1-2, 2-3, gap, 5-6; 2.5-3.5, 3.5-4.5
@@ -237,17 +237,17 @@ def test_redrawn_samples_carry_equal_light_and_keep_the_length():
     )
     assert rows.tolist() == [0] * 9 + [2] * 9
     # Ray 0: nine parts of 0.1: one in the first interval, two in the second, six in the third.
-    middles = [1.5, 2.25, 2.75, *(5 + (n + 0.5) / 6 for n in range(6))]
-    torch.testing.assert_close(where[:9], torch.tensor(middles), atol=1e-5, rtol=0)
+    midpoints = [1.5, 2.25, 2.75, *(5 + (n + 0.5) / 6 for n in range(6))]
+    torch.testing.assert_close(where[:9], torch.tensor(midpoints), atol=1e-5, rtol=0)
     exact = torch.tensor([1.0, 0.5, 0.5, *[1 / 6] * 6])
     torch.testing.assert_close(length[:9], exact, atol=1e-5, rtol=0)
-    # Ray 2: all light in its second interval. The first one's length goes to the first part.
+    # Ray 2: all weight is in its second interval. The first part includes the first interval.
     assert where[9:].min() > 3.5 and where[9:].max() < 4.5
     torch.testing.assert_close(length[9:].sum(), torch.tensor(2.0), atol=1e-5, rtol=0)
 
 
-def test_a_redrawn_rays_weights_are_shared_with_neighbors_and_stay_on_the_ray():
-    """Weights 0 0 1 0 become 0 1/2 1 1/2; eight parts of 1/4 then."""
+def test_resampling_blurs_weights_over_neighbors_of_the_same_ray():
+    """Weights 0 0 1 0 are blurred to 0 1/2 1 1/2, which gives eight parts of 1/4."""
     t, ray_indices = torch.tensor([0.5, 1.5, 2.5, 3.5, 9.0]), torch.tensor([0, 0, 0, 0, 1])
     weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 5.0])
     _, where, _ = importance_resample_packed(
@@ -258,7 +258,7 @@ def test_a_redrawn_rays_weights_are_shared_with_neighbors_and_stay_on_the_ray():
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
+def test_resampled_t_stay_in_the_intervals_and_ascend(shifted):
     generator = torch.Generator().manual_seed(0)
     num_rays, count = 50, 7
     counts = torch.randint(0, 6, (num_rays,), generator=generator)
@@ -279,7 +279,7 @@ def test_redrawn_samples_stay_in_their_intervals_and_in_order(shifted):
     torch.testing.assert_close(torch.zeros(num_rays).index_add(0, rows, lengths), whole)
 
 
-def test_a_ray_without_light_is_redrawn_evenly_and_no_ray_at_all_is_nothing():
+def test_zero_weights_resample_evenly_and_no_samples_give_none():
     rows, where, length = importance_resample_packed(
         torch.zeros(2), torch.tensor([0.5, 1.5]), torch.ones(2), torch.zeros(2, dtype=torch.long),
         1, 4,
