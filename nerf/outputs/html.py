@@ -1,7 +1,7 @@
-"""Parts of self-contained pages: layout, tables, curves as SVG, pictures and videos inside.
+"""Parts of self-contained HTML pages: layout, tables, curves as SVG, embedded pictures and videos.
 
-A page needs no network and no script: it opens by a double click, light or dark as the reader's
-system is.
+A page needs no network and no script: it opens by a double click, and follows the reader's light or
+dark color scheme.
 """
 
 import base64
@@ -9,13 +9,15 @@ import html
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 COLORS = ("#3b76d6", "#d9722e", "#2f9e6e", "#b24bb5", "#8a7a1f", "#c23b4a")
-LARGEST_VIDEO = 8 << 20  # bytes; a larger one is named instead
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 460, 220, 56, 20, 26  # of a curve, in CSS pixels
+MAX_VIDEO_BYTES = 8 << 20  # of a larger video only the path is shown
+WIDTH, HEIGHT = 460, 220  # of a diagram, in CSS pixels
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 26, 26  # margins around its curves
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -36,7 +38,7 @@ svg { background: var(--soft); } svg text { fill: currentColor; font: 11px syste
 
 
 def page(title: str, parts: list[str]) -> str:
-    """A whole page; ``parts`` are HTML."""
+    """A whole page with ``parts``, which are HTML, below its title."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -46,15 +48,15 @@ def page(title: str, parts: list[str]) -> str:
     )
 
 
-def text(value) -> str:
-    """Any value as text that cannot be mistaken for HTML; numbers to four digits."""
+def text(value: object) -> str:
+    """Any value as text with HTML characters escaped; floats with four digits, None is empty."""
     if isinstance(value, float):
         value = f"{value:.4g}"
     return html.escape("" if value is None else str(value))
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """Rows of values, a wide one scrolls."""
+    """A table of values, escaped by ``text``; a wide table scrolls."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -63,9 +65,9 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def picture(path: Path, side: int, caption: str = "") -> str:
-    """A picture file inside the page, its longer side at most ``side``; a note where it is missing.
+    """An embedded picture file, its longer side at most ``side`` pixels; a note if it is missing.
 
-    Small ones stay exact (PNG) and are shown larger, others become JPEG.
+    Pictures of up to 128 pixels stay exact (PNG) and are shown enlarged, others become JPEG.
     """
     try:
         with Image.open(path) as opened:
@@ -74,8 +76,8 @@ def picture(path: Path, side: int, caption: str = "") -> str:
         return f"<figure><figcaption>{text(path.name)} is missing</figcaption></figure>"
     image.thumbnail((side, side))
     kind = "PNG" if max(image.size) <= 128 else "JPEG"
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 85} if kind == "JPEG" else {"optimize": True}))
+    buffer, options = io.BytesIO(), {"quality": 85} if kind == "JPEG" else {"optimize": True}
+    image.save(buffer, kind, **options)
     width = max(image.width, side * image.width // max(image.size))
     return (
         f'<figure><img alt="{text(caption or path.name)}" width="{width}" '
@@ -85,10 +87,10 @@ def picture(path: Path, side: int, caption: str = "") -> str:
 
 
 def video(path: Path, caption: str) -> str:
-    """A video inside the page, or its place where it is large; nothing where it is missing."""
+    """An embedded video, or its path if it is too large; "" if it is missing."""
     if not path.is_file():
         return ""
-    if path.stat().st_size > LARGEST_VIDEO:
+    if path.stat().st_size > MAX_VIDEO_BYTES:
         return f'<p class="note">{text(caption)}: {text(path)}, too large for this page</p>'
     source = _data("video/mp4", path.read_bytes())
     return (
@@ -102,9 +104,10 @@ def _data(kind: str, content: bytes) -> str:
 
 
 def curves(title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], log: bool = False) -> str:
-    """An SVG of y over x for each name; points that are not finite are left out.
+    """A diagram (SVG) with a curve of y over x for each name; non-finite points are left out.
 
-    log: y on a logarithmic axis, without what is not positive. "" where nothing is left.
+    log: y axis is logarithmic, and values that are not positive are left out. "" if no point is
+    left.
     """
     kept = {}
     for name, (x, y) in lines.items():
@@ -117,29 +120,29 @@ def curves(title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], log: boo
     every_y = np.concatenate([y for _, y in kept.values()])
     (x0, x1), (y0, y1) = _range(every_x), _range(every_y)
 
-    def place(x, y) -> tuple:
+    def position(x: Any, y: Any) -> tuple[Any, Any]:  # numbers or arrays, in CSS pixels
         right = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-        return right, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - 26)
+        return right, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text x="{LEFT}" y="15">{text(title)}</text>']
     for number in _log_ticks(y0, y1) if log else _ticks(y0, y1):
-        _, down = place(x0, number)
-        said = f"{10**number if log else number:.6g}"
+        _, down = position(x0, number)
+        label = f"{10**number if log else number:.6g}"
         parts.append(f'<path d="M{LEFT} {down:.1f}H{WIDTH - RIGHT}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{said}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{label}</text>')
     for number in _ticks(x0, x1):
-        right, _ = place(number, y0)
+        right, _ = position(number, y0)
         parts.append(
             f'<text x="{right:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number:g}</text>'
         )
     for index, (name, (x, y)) in enumerate(kept.items()):
         color = COLORS[index % len(COLORS)]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True))
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(*position(x, y), strict=True))
         parts.append(
             f'<polyline fill="none" stroke="{color}" stroke-width="1.6" points="{points}"/>'
         )
         if len(x) == 1:
-            right, down = place(x[0], y[0])
+            right, down = position(x[0], y[0])
             parts.append(f'<circle r="3" fill="{color}" cx="{right:.1f}" cy="{down:.1f}"/>')
         if len(kept) > 1 or name != title:
             parts.append(
@@ -164,7 +167,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Logarithms of 1, 2, 5 times powers of ten, or of these alone, or of other round numbers."""
+    """Logarithms of 1, 2, 5 times powers of ten, of powers of ten, or of other round numbers."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for factors in ((1, 2, 5), (1,)):
         found = [power + math.log10(factor) for power in powers for factor in factors]
@@ -172,5 +175,5 @@ def _log_ticks(low: float, high: float) -> list[float]:
         if 2 <= len(found) <= 6:
             return found
     if len(found) > 6:
-        return _ticks(low, high)  # whole powers, some of them
+        return _ticks(low, high)  # some of the powers of ten
     return [math.log10(number) for number in _ticks(10**low, 10**high) if number > 0]

@@ -1,24 +1,27 @@
-"""logs/<expname>/report.html: what a run gave, on one self-contained page.
+"""logs/<expname>/report.html: metrics, curves and pictures of a run on one self-contained page.
 
-    python -m nerf.report logs/demo          # make it again, also of an unfinished run
+    python -m nerf.report logs/demo          # write it again, also for an unfinished run
 
-Everything comes from the files of the run folder (README); what is not there is left out.
+Everything is read from the files of the run folder (docs/outputs.md); missing files are left out.
 """
 
 import csv
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nerf.outputs import html
 
-MOST_VIEWS = 32  # shown, worst first
+MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
-PARTS = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
-FIGURES = {
+# Folders of a test view's pictures inside render_test_STEP/, and their captions.
+PICTURES = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
+MEASUREMENTS = {  # keys of metrics.json and their labels
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "lpips": "LPIPS (VGG)",
@@ -26,7 +29,7 @@ FIGURES = {
     "depth_error_median": "depth error, median, scene units",
     "seconds_per_view": "seconds per view",
 }
-# Columns of metrics.csv in one diagram, and whether its axis is logarithmic.
+# For each diagram the columns of metrics.csv and val.csv, and whether its y axis is logarithmic.
 DIAGRAMS = {
     "loss": (("loss",), True),
     "sds, not a measure of quality": (("sds",), True),
@@ -41,22 +44,23 @@ DIAGRAMS = {
 
 
 class Run:
-    """What the files of a run folder say. ValueError if it is none."""
+    """Flags, metrics and curves, read from a run folder. ValueError if the folder holds no run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected a run, such as logs/demo")
         self.folder, self.name = folder, folder.resolve().name
         self.args = _json(folder / "args.json")
         if not self.args:
-            raise ValueError(f"{folder}: is no run folder, it has no args.json; train there first")
+            raise ValueError(
+                f"{folder}: is no run folder, it has no args.json; name a trained run's"
+            )
         self.metrics = _json(folder / "metrics.json")
-        # Flags that a measured run was rendered with may be others than those it was trained with.
         self.curves = _columns(folder / "metrics.csv") | _columns(folder / "val.csv")
 
     @property
-    def views(self) -> list[tuple[int, dict]]:
-        """Number and figures of the test views, worst PSNR first."""
+    def views(self) -> list[tuple[int, dict[str, Any]]]:
+        """Number and measurements of the test views, worst PSNR first."""
         rows = enumerate(self.metrics.get("views", []))
         return sorted(rows, key=lambda row: row[1].get("psnr") or 0.0)
 
@@ -73,15 +77,15 @@ class Run:
 
     @property
     def last_step(self) -> int | None:
-        """Of the newest row of metrics."""
+        """Step of the newest row of metrics.csv or val.csv; None if there is none."""
         return max((int(steps[-1]) for steps, _ in self.curves.values()), default=None)
 
     def last(self, name: str) -> float | None:
-        """The last value of a curve."""
+        """The last value of a curve; None if there is none."""
         return float(self.curves[name][1][-1]) if name in self.curves else None
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,8 +96,8 @@ def _json(path: Path) -> dict:
 
 
 def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (steps, values) of a table with a column "step"; broken rows are left out."""
-    columns: dict[str, list] = {}
+    """Name -> (steps, values) of a CSV file with a column "step"; broken rows are left out."""
+    columns: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
@@ -105,28 +109,31 @@ def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 continue
             for name, value in numbers.items():
                 columns.setdefault(name, []).append((step, value))
-    return {name: tuple(np.array(rows).T) for name, rows in columns.items()}
+    arrays = {name: np.array(rows).T for name, rows in columns.items()}
+    return {name: (steps, values) for name, (steps, values) in arrays.items()}
 
 
 def diagrams(runs: list[Run]) -> str:
-    """Every diagram that the runs have curves for."""
+    """HTML of all diagrams for which the runs have curves."""
     parts = []
     for title, (names, log) in DIAGRAMS.items():
         lines = {}
         for run in runs:
             for name in names:
                 if name in run.curves:
-                    said = name if len(runs) == 1 else run.name
-                    said += f" {name}" if len(runs) > 1 and len(names) > 1 else ""
-                    lines[said] = run.curves[name]
+                    label = name if len(runs) == 1 else run.name
+                    label += f" {name}" if len(runs) > 1 and len(names) > 1 else ""
+                    lines[label] = run.curves[name]
         parts.append(html.curves(title, lines, log))
     return "".join(parts)
 
 
-def figures(run: Run) -> list[list]:
-    """Name and value of what was measured and how long it took."""
-    rows = [["text", run.args["prompt"]]] if "prompt" in run.args else []
-    rows += [[said, run.metrics[key]] for key, said in FIGURES.items() if run.metrics.get(key)]
+def measurements(run: Run) -> list[list[Any]]:
+    """Rows of label and value: quality, number of updates, time and memory."""
+    rows: list[list[Any]] = [["text", run.args["prompt"]]] if "prompt" in run.args else []
+    rows += [
+        [label, run.metrics[key]] for key, label in MEASUREMENTS.items() if run.metrics.get(key)
+    ]
     if run.metrics.get("num_views"):
         width, height = run.metrics["resolution"]
         size = f"{run.metrics['num_views']} of {width}x{height}, {run.metrics['weights']} weights"
@@ -139,40 +146,43 @@ def figures(run: Run) -> list[list]:
     if seconds:
         rows.append(["training", f"{seconds:.0f} s ({seconds / 60:.1f} min)"])
     rows += [
-        [said, f"{run.last(name):.0f}"]
-        for name, said in (("rays_per_second", "rays per second"), ("memory_mb", "peak memory, MB"))
-        if run.last(name) is not None
+        [label, f"{value:.0f}"]
+        for name, label in (
+            ("rays_per_second", "rays per second"),
+            ("memory_mb", "peak memory, MB"),
+        )
+        if (value := run.last(name)) is not None
     ]
     return rows
 
 
 def views(run: Run) -> list[str]:
-    """The test views beside target, error and depth, worst first."""
+    """HTML of the test views with target, error and depth, worst PSNR first."""
     rows = run.views
     if not rows:
-        # text to 3D has none
+        # text-to-3D runs have a prompt and no test views
         return [] if "prompt" in run.args else ["<p>No test views have been measured yet.</p>"]
     parts = [f"<h2>Test views, worst first (step {run.metrics.get('step')})</h2>"]
     unit = _json(run.test_folder / "depth" / "unit.json")
     if unit:
-        said = "; ".join(str(unit.get(key)) for key in ("depth", "unit", "png"))
-        parts.append(f'<p class="note">Depth: {html.text(said)}.</p>')
-    for number, view in rows[:MOST_VIEWS]:
-        said = [f"{key} {view[key]:.4g}" for key in FIGURES if view.get(key) is not None]
-        parts.append(f"<p>{html.text(view.get('name'))}: {html.text(', '.join(said))}</p>")
+        note = "; ".join(str(unit.get(key)) for key in ("depth", "unit", "png"))
+        parts.append(f'<p class="note">Depth: {html.text(note)}.</p>')
+    for number, view in rows[:MAX_VIEWS]:
+        values = [f"{key} {view[key]:.4g}" for key in MEASUREMENTS if view.get(key) is not None]
+        parts.append(f"<p>{html.text(view.get('name'))}: {html.text(', '.join(values))}</p>")
         shown = [
             html.picture(run.test_folder / part / f"{number:03d}.png", SIDE, caption)
-            for part, caption in PARTS.items()
+            for part, caption in PICTURES.items()
         ]
         parts.append(f'<div class="row">{"".join(shown)}</div>')
-    if len(rows) > MOST_VIEWS:
-        parts.append(f'<p class="note">{len(rows) - MOST_VIEWS} better views are not shown.</p>')
+    if len(rows) > MAX_VIEWS:
+        parts.append(f'<p class="note">{len(rows) - MAX_VIEWS} better views are not shown.</p>')
     return parts
 
 
 def pictures_and_videos(run: Run) -> list[str]:
-    """The newest camera path's videos, the newest preview and validation strip."""
-    parts = []
+    """HTML of the newest camera path's videos, validation strip and preview."""
+    parts: list[str] = []
     if run.path_folder is not None:
         found = run.path_folder.glob("*.mp4")
         for path in sorted(found, key=lambda path: (path.stem != "rgb", path.name)):
@@ -191,9 +201,9 @@ def pictures_and_videos(run: Run) -> list[str]:
 
 
 def write_report(folder: Path) -> Path:
-    """Make report.html of a run folder, replaced as a whole; its path. ValueError: no run there."""
+    """Write report.html of a run folder and return its path. ValueError if it holds no run."""
     run = Run(folder)
-    parts = [html.table(["", ""], figures(run)), "<h2>Curves</h2>", diagrams([run])]
+    parts = [html.table(["", ""], measurements(run)), "<h2>Curves</h2>", diagrams([run])]
     parts += views(run) + pictures_and_videos(run)
     settings = [[name, value] for name, value in sorted(run.args.items()) if value is not None]
     parts.append("<h2>Settings</h2>")
@@ -207,25 +217,26 @@ def write_report(folder: Path) -> Path:
 
 
 def write_page(path: Path, content: str) -> Path:
-    """A page to a file, replaced as a whole. ValueError if it cannot be written."""
+    """Write a page, replaced as a whole, and return its path. ValueError if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); name another place") from None
+        raise ValueError(f"{path} cannot be written ({error}); choose another path") from None
     return path
 
 
-def try_report(folder: Path, log) -> None:
-    """``write_report`` after a run: what goes wrong is said and costs nothing else."""
+def try_report(folder: Path, log: Callable[[str], None]) -> None:
+    """``write_report`` after a run; an error is logged and does not fail the run."""
     try:
         log(f"report: {write_report(folder)}")
     except (ValueError, OSError, KeyError, TypeError) as error:
-        log(f"there is no report.html: {error}")
+        log(f"report.html is not written: {error}")
 
 
 def main() -> int:
+    """Write the reports of the run folders on the command line; the exit code."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
