@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from nerf import build
+from nerf.encodings import TriPlane
+from nerf.field import FeatureField
 from nerf.flags import dreamfusion as dream_flags
 from nerf.occupancy import OccupancyGrid
 from nerf.text3d import losses
 from nerf.text3d.orbit import orbit_cameras
+from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer
 from nerf.text3d.shading import preview_lighting
 
@@ -192,6 +195,20 @@ def test_shape_losses_by_hand():
     assert losses.spread_loss(torch.tensor([4.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx(
         1
     )
+
+
+def test_total_variation_of_particles_is_that_of_the_current_member():
+    members = []
+    for slope in (0.0, 3.0):
+        field = FeatureField(TriPlane(16, channels=1), use_viewdirs=False)
+        for plane in field.encoding.planes:
+            plane.data.copy_((slope * torch.arange(plane.shape[-1])).expand_as(plane))
+        members.append(renderer(field))
+    particles = Particles(members)
+    assert losses.total_variation(particles) == 0
+    particles.current = 1
+    assert losses.total_variation(particles).item() == pytest.approx(3 * 9)
+    assert losses.total_variation(members[1]).item() == pytest.approx(3 * 9)
 
 
 def test_shape_losses_do_not_depend_on_the_number_of_rays():

@@ -3,11 +3,13 @@
 They are means over rays, so their weights do not depend on resolution or batch size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from nerf.text3d.renderer import ObjectRendered
+from nerf.encodings import TriPlane
+from nerf.text3d.particles import Particles
+from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
 
 
 def opacity_loss(opacity: Tensor) -> Tensor:
@@ -35,6 +37,13 @@ def spread_loss(spread: Tensor, opacity: Tensor) -> Tensor:
     return (spread * opacity.detach()).mean()
 
 
+def total_variation(renderer: nn.Module) -> Tensor:
+    """Total variation [] of the tri-planes of the object; of Particles, of the current member."""
+    member = renderer.current_member if isinstance(renderer, Particles) else renderer
+    assert isinstance(member, ObjectRenderer) and isinstance(member.field.encoding, TriPlane)
+    return member.field.encoding.variation()
+
+
 def shape_loss(
     rendered: ObjectRendered, renderer: nn.Module, weights: Mapping[str, float]
 ) -> Tensor | float:
@@ -43,11 +52,11 @@ def shape_loss(
     weights: lambda_opacity, lambda_entropy, lambda_orient, lambda_spread and lambda_tv (total
     variation of the tri-planes).
     """
-    terms = {
+    terms: dict[str, Callable[[], Tensor]] = {
         "lambda_opacity": lambda: opacity_loss(rendered.opacity),
         "lambda_entropy": lambda: entropy_loss(rendered.opacity),
         "lambda_orient": lambda: orientation_loss(rendered.backfacing),
         "lambda_spread": lambda: spread_loss(rendered.spread, rendered.opacity),
-        "lambda_tv": lambda: renderer.field.encoding.variation(),
+        "lambda_tv": lambda: total_variation(renderer),
     }
     return sum(weights[name] * term() for name, term in terms.items() if weights[name])
