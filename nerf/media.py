@@ -1,4 +1,4 @@
-"""Pictures and videos on disk, and scalar maps in color."""
+"""Picture and video files, and scalar maps in color."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,17 +24,17 @@ _RAMP = np.array(
 
 
 def colorize(values: np.ndarray) -> np.ndarray:
-    """[H, W] in [0, 1] -> [H, W, 3] in [0, 1], dark to bright."""
-    place = np.clip(values, 0.0, 1.0) * (len(_RAMP) - 1)
+    """Values [H, W] in [0, 1] as colors [H, W, 3] in [0, 1], from dark to bright."""
+    position = np.clip(values, 0.0, 1.0) * (len(_RAMP) - 1)
     return np.stack(
-        [np.interp(place, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)], -1
+        [np.interp(position, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)], -1
     )
 
 
 def nearness(depth: np.ndarray, near: float, far: float, ndc: bool) -> np.ndarray:
-    """Depth [H, W] in t -> 1 at ``near``, 0 at ``far`` and where nothing was hit.
+    """Nearness [H, W] of depth [H, W] in t: 1 at ``near``, 0 at ``far`` and where the depth is 0.
 
-    Even in 1 / t where the bounds allow it. NDC's t is that already.
+    Linear in 1 / t if near > 0. In NDC it is linear in t, which is linear in 1 / depth already.
     """
     hit = depth > 0
     t = np.clip(np.where(hit, depth, far), near, far)
@@ -44,24 +44,27 @@ def nearness(depth: np.ndarray, near: float, far: float, ndc: bool) -> np.ndarra
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """[H, W, 3] in [0, 1], or uint8, to a PNG file; its folder is made."""
+    """Write a picture [H, W, 3], in [0, 1] or uint8, as a PNG file; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = picture if picture.dtype == np.uint8 else to_8bit(picture)
-    # By way of memory: on a full disk the library would print a traceback of its own later.
+    # Encoded in memory: writing to a full disk, the library would print a traceback later on.
     path.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
 
 
-def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -> bool:
-    """An H.264 video of picture files, read one at a time. False, with a warning, without ffmpeg.
+def write_video(
+    path: Path, frames: Iterable[Path], fps: int = 30, warn: Callable[[str], None] = print
+) -> bool:
+    """Write picture files as an H.264 video; False, with a warning, if that is not possible.
 
-    Odd sizes lose their last row or column: the format stores color at half resolution.
+    Frames are read one at a time. A frame of odd width or height loses its last column or row,
+    because the format stores color at half resolution.
     """
     try:
         import imageio_ffmpeg
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
-        warn(f"{path.name} is not made, only its frames: pip install imageio-ffmpeg")
+        warn(f"{path.name} is not written, only its frames: pip install imageio-ffmpeg")
         return False
     writer = None
     try:
@@ -69,7 +72,7 @@ def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -
             frame = iio.imread(file)
             frame = np.ascontiguousarray(frame[: frame.shape[0] & ~1, : frame.shape[1] & ~1])
             if not frame.size:
-                warn(f"{path.name} is not made: one-pixel pictures make no video")
+                warn(f"{path.name} is not written: its frames are one pixel wide or high")
                 return False
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
@@ -83,16 +86,16 @@ def write_video(path: Path, frames: Iterable[Path], fps: int = 30, warn=print) -
                 writer.send(None)
             writer.send(frame)
     except OSError as error:
-        warn(f"{path.name} is not made ({error}); its frames are there")
+        warn(f"{path.name} is not written ({error}); its frames are kept")
         return False
     finally:
         if writer is not None:
             try:
                 writer.close()
-            except OSError as error:  # what it still held has no room
-                warn(f"{path.name} is not whole ({error}); its frames are there")
+            except OSError as error:  # no space for the last, buffered part
+                warn(f"{path.name} is incomplete ({error}); its frames are kept")
     if writer is None:
-        warn(f"{path.name} is not made: there are no frames")
+        warn(f"{path.name} is not written: there are no frames")
     return writer is not None
 
 

@@ -1,21 +1,22 @@
-"""Picture quality: PSNR, SSIM and, where installed, LPIPS of float pictures in [0, 1]; depth."""
+"""Quality of float pictures in [0, 1]: PSNR, SSIM and, where installed, LPIPS; depth errors."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 
 def psnr_from_mse(mse: float) -> float:
-    """-10 log10(mse) in dB, at most 100: identical pictures must stay a number in JSON."""
+    """-10 log10(mse) in dB, at most 100: JSON has no infinity for identical pictures."""
     return -10.0 * math.log10(max(mse, 1e-10))
 
 
 def psnr(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Peak signal-to-noise ratio in dB of [H, W, 3] pictures in [0, 1].
 
-    mask: bool [H, W], pixels that count; None: all.
+    mask: bool [H, W], pixels to compare; None: all.
     """
     error = (picture.astype(np.float64) - target) ** 2
     return psnr_from_mse(float(np.mean(error if mask is None else error[mask])))
@@ -24,8 +25,9 @@ def psnr(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None
 def ssim(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None) -> float | None:
     """Structural similarity (Wang et al. 2004: Gaussian window, sigma 1.5) of [H, W, 3] pictures.
 
-    mask: bool [H, W], windows that count, by their centers; what else they cover is taken to agree.
-    None where a picture is smaller than the 11-pixel window, or all of it masked.
+    mask: bool [H, W], centers of the windows to compare; None: all. Pixels outside the mask are set
+    to the target's. Returns None for pictures smaller than the 11-pixel window, and if the mask
+    leaves no window.
     """
     from skimage.metrics import structural_similarity
 
@@ -45,21 +47,22 @@ def ssim(picture: np.ndarray, target: np.ndarray, mask: np.ndarray | None = None
     )
     if mask is None:
         return float(mean)
-    whole = (slice(5, -5), slice(5, -5))  # windows that lie inside the picture, as in the mean
+    whole = (slice(5, -5), slice(5, -5))  # only windows inside the picture, as in ``mean``
     counted = local[whole][mask[whole]]
     return float(counted.mean()) if len(counted) else None
 
 
-def load_lpips(device) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
-    """LPIPS with VGG (Zhang et al. 2018) of pictures [H, W, 3] and "", or None and what it lacks.
+def load_lpips(
+    device: torch.device | str,
+) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
+    """(LPIPS of two pictures [H, W, 3], "") or (None, what is missing); VGG, Zhang et al. 2018.
 
-    Nothing is downloaded: VGG must be in torch's folder of weights. Smaller is better.
+    Smaller is better. Nothing is downloaded: VGG's weights must be in torch's checkpoints folder.
     """
-    import torch
 
     try:
         import lpips
-        import torchvision  # noqa: F401, lpips takes VGG from it
+        import torchvision  # noqa: F401, lpips builds VGG with it
     except ImportError as error:
         return None, f"{error}: pip install lpips==0.1.4 torchvision"
     weights = Path(torch.hub.get_dir()) / "checkpoints"
@@ -76,13 +79,16 @@ def load_lpips(device) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None
             for each in (picture, target)
         ]
         with torch.no_grad():
-            return float(model(*pair, normalize=True))  # from [0, 1]
+            return float(model(*pair, normalize=True))  # pictures in [0, 1]
 
     return distance, ""
 
 
 def depth_error(depth: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Mean and median of |depth - truth| over pixels [H, W] where the truth is finite, its unit."""
+    """Mean and median of |depth - truth| [H, W] in their unit, over pixels where truth is finite.
+
+    Empty if it is finite nowhere.
+    """
     known = np.isfinite(truth)
     error = np.abs(depth[known] - truth[known])
     if not error.size:
@@ -91,5 +97,5 @@ def depth_error(depth: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def to_8bit(picture: np.ndarray) -> np.ndarray:
-    """[0, 1] floats -> uint8, rounded to nearest (nerf-pytorch cuts off, half a level darker)."""
+    """Floats in [0, 1] as uint8, rounded (nerf-pytorch truncates, which is half a level darker)."""
     return np.round(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)

@@ -10,12 +10,14 @@ from nerf.renderer import Rendered
 from nerf.training.system import map_on_threads
 
 
-def block_size(samples_per_ray: int, width: int, chunk: int, netchunk: int, device) -> int:
-    """Rays that go through the network together.
+def block_size(
+    samples_per_ray: int, width: int, chunk: int, netchunk: int, device: torch.device | str
+) -> int:
+    """Number of rays that go through the network together.
 
-    ``chunk`` (rays) and ``netchunk`` (points) are the user's upper bounds. On a CPU the block is
-    kept small enough that one layer's activations stay in the second-level cache; that alone made
-    training 1.5x faster than one large batch.
+    width: of the network's layers. ``chunk`` (rays) and ``netchunk`` (points) are the user's upper
+    bounds. On a CPU the block is so small that one layer's activations stay in the second-level
+    cache; that alone made training 1.5x faster than one large batch.
     """
     limit = min(chunk, netchunk // samples_per_ray)
     if torch.device(device).type == "cpu":
@@ -28,12 +30,12 @@ def render_view(
     rays_of: Callable[[Tensor], Rays],
     size: tuple[int, int],
     block: int,
-    device,
+    device: torch.device | str,
 ) -> Rendered:
-    """A whole picture of (height, width), ``block`` rays at a time, on the CPU.
+    """A whole picture of ``size`` (height, width) on the CPU, rendered ``block`` rays at a time.
 
-    render: rays [B] -> Rendered. rays_of: flat pixel numbers [B] (row by row) -> Rays. Rays are
-    made block by block too, so working memory does not grow with the picture.
+    render: rays [B] -> Rendered. rays_of: flat pixel numbers [B] (row by row) -> rays [B]. Rays are
+    made block by block too, so that working memory does not grow with the picture.
     """
     height, width = size
     picture = Rendered(
