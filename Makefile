@@ -1,42 +1,57 @@
-# Every target sets up .venv when it is missing, and does nothing twice.
+# `make` alone lists the targets. The others set up .venv when it is missing, and do nothing twice.
 PYTHON ?= python3
+PROMPT ?= a green cone
 BIN := .venv/bin
 RUN := $(BIN)/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+OTHER := name another one with make PYTHON=python3.12
 
-.PHONY: demo dream test test-all lint bench notebooks clean
+.PHONY: help demo dream test test-all lint docs bench notebooks clean
 
-demo: .venv/ready
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/ready ## train on the built-in scene, render it and measure PSNR: a minute on a CPU
 	$(RUN) run_nerf.py --config configs/demo.txt
 
-PROMPT ?= a green cone
-
-dream: .venv/ready
+dream: .venv/ready ## text to 3D with the embedded model: make dream PROMPT="a green cone"
 	$(RUN) run_dreamfusion.py --config configs/dream_tiny.txt --prompt "$(PROMPT)"
 
-test: .venv/ready-dev
+test: .venv/ready-dev ## the tests, without the slow ones
 	$(RUN) -m pytest
 
-test-all: .venv/ready-dev
+test-all: .venv/ready-dev ## all tests
 	$(RUN) -m pytest -m "slow or not slow"
 
-lint: .venv/ready-dev
+lint: .venv/ready-dev ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-bench: .venv/ready
+docs: .venv/ready-dev ## the API page, from the docstrings: docs/api/index.html
+	$(BIN)/pdoc --output-directory docs/api nerf guidance
+
+bench: .venv/ready ## speed and memory of the unchanged NeRF algorithm
 	$(RUN) benchmarks/vanilla.py
 
-notebooks: .venv/ready-dev
+notebooks: .venv/ready-dev ## make notebooks/*.ipynb of notebooks/*.py
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 
-.venv/ready: requirements.txt
+clean: ## remove .venv, caches and the API page
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build docs/api *.egg-info
+
+.venv/ready: requirements.txt pyproject.toml
+	@command -v $(PYTHON) > /dev/null || \
+		{ echo "no program $(PYTHON): install Python 3.11 or newer, or $(OTHER)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python %d.%d is too \
+	old: install 3.11 or newer, or $(OTHER)" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo "$(PYTHON) has no venv module: apt install python3-venv, or $(OTHER)" >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -e .
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
-
-clean:
-	rm -rf .venv .pytest_cache .ruff_cache
