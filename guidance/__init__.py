@@ -1,1 +1,1 @@
-"""What tells a picture how to look more like a text."""
+"""Text guidance: score distillation from a frozen diffusion model."""

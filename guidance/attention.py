@@ -1,32 +1,37 @@
-"""Where a text is looked at: cross-attention maps of a diffusers U-Net, and how to put them back.
+"""Cross-attention maps of a diffusers U-Net: recording them, and replacing them in a pass.
 
-A map is the softmax of q k^T / sqrt(d) of one cross-attention layer, [B, pixels, tokens], averaged
-over heads (Hertz et al. 2022, Prompt-to-Prompt). It needs the probabilities that fused attention
-never writes down, so that the processors here are swapped in for single passes only.
+A map is softmax(q k^T / sqrt(d)) of one cross-attention layer, [B, pixels, tokens], averaged over
+heads (Hertz et al. 2022, Prompt-to-Prompt): which pixels attend to which token. Fused attention
+never stores these probabilities, so slower processors replace it for single passes only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def fast_attention(device: torch.device):
-    """Plain matmuls on a CPU: there the fused backward is ten times slower in bfloat16."""
+def fast_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Unfused attention inside the block when training on a CPU; elsewhere no change.
+
+    On a CPU, in bfloat16, the fused backward pass is ten times slower than plain matmuls.
+    """
     if device.type == "cpu" and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
 class MapAttention:
-    """A processor of diffusers that keeps its layer's probabilities; put into every layer.
+    """A diffusers attention processor that stores its layer's cross-attention probabilities.
 
-    Run-time parameter, through ``cross_attention_kwargs``: ``attention_maps``, a dict by layer
-    name of [B x heads, pixels, tokens] that take the place of the layer's own probabilities.
+    name: of the layer; kept: the dict to store them in, under ``name``. A pass can replace
+    probabilities by ``cross_attention_kwargs={"attention_maps": maps}``, where maps is a dict from
+    layer names to [B x heads, pixels, tokens].
     """
 
     def __init__(self, name: str, kept: dict[str, Tensor]):
@@ -34,39 +39,39 @@ class MapAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,  # a diffusers Attention
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         *,
         attention_maps: dict[str, Tensor] | None = None,
-        **others,
+        **others: Any,
     ) -> Tensor:
-        crosses = encoder_hidden_states is not None
-        text = encoder_hidden_states if crosses else hidden_states
+        is_cross = encoder_hidden_states is not None
+        text = encoder_hidden_states if is_cross else hidden_states
         query, key, value = (
             attn.head_to_batch_dim(layer(x))
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
         )
         probabilities = attn.get_attention_scores(query, key, attention_mask)
-        if crosses:
-            given = (attention_maps or {}).get(self.name)
-            if given is not None:
-                probabilities = given.to(probabilities)
+        if is_cross:
+            replacement = (attention_maps or {}).get(self.name)
+            if replacement is not None:
+                probabilities = replacement.to(probabilities)
             self.kept[self.name] = probabilities
-        found = attn.batch_to_head_dim(torch.bmm(probabilities, value))
-        found = attn.to_out[1](attn.to_out[0](found))
+        output = attn.batch_to_head_dim(torch.bmm(probabilities, value))
+        output = attn.to_out[1](attn.to_out[0](output))
         if attn.residual_connection:
-            found = found + hidden_states
-        return found / attn.rescale_output_factor
+            output = output + hidden_states
+        return output / attn.rescale_output_factor
 
 
 @contextmanager
-def swap_attn_processors(unet: nn.Module, new: dict) -> Iterator[None]:
-    """Inside the block the U-Net has the processors ``new``, by name; then its previous ones again.
+def swap_attn_processors(unet: Any, new: Mapping[str, Any]) -> Iterator[None]:
+    """Give the U-Net the processors ``new``, by layer name, inside the block; restore them after.
 
-    ``set_attn_processor`` empties the dict that it is given; ``new`` stays as it was.
+    ``set_attn_processor`` empties its argument, so it gets a copy of ``new``.
     """
     before = dict(unet.attn_processors)
     try:
@@ -77,8 +82,11 @@ def swap_attn_processors(unet: nn.Module, new: dict) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Gives a dict that holds, after each pass in the block, its probabilities by layer name."""
+def recorded_attention(unet: Any) -> Iterator[dict[str, Tensor]]:
+    """A dict that holds, after each pass in the block, that pass's probabilities by layer name.
+
+    Each value is [B x heads, pixels, tokens].
+    """
     kept: dict[str, Tensor] = {}
     processors = {name: MapAttention(name, kept) for name in unet.attn_processors}
     with swap_attn_processors(unet, processors):
@@ -86,17 +94,19 @@ def recorded_attention(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def token_maps(kept: dict[str, Tensor], batch: int, side: int | None = None) -> Tensor:
-    """[B, tokens, side, side]: the mean over heads and all layers of one resolution.
+    """Average the maps over heads and all layers of one resolution: [B, tokens, side, side].
 
-    side: of the layers to use; None takes the finest. Square latents only.
+    kept: of ``recorded_attention``; side: the resolution, None for the finest. Square latents only.
     """
     sides = {name: round(value.shape[1] ** 0.5) for name, value in kept.items()}
     if not kept:
-        raise ValueError("no attention maps: no pass has run yet")
+        raise ValueError("no attention maps were recorded; run the U-Net inside recorded_attention")
     side = max(sides.values()) if side is None else side
     chosen = [kept[name].float() for name in kept if sides[name] == side]
     if not chosen or chosen[0].shape[1] != side * side:
-        raise ValueError(f"no attention maps of {side} x {side}; there are {set(sides.values())}")
+        raise ValueError(
+            f"no attention maps of {side} x {side}; expected one of {sorted(set(sides.values()))}"
+        )
     # [B x heads, pixels, tokens] -> mean over heads [B, pixels, tokens]
     means = [value.view(batch, -1, *value.shape[1:]).mean(1) for value in chosen]
     mean = torch.stack(means).mean(0)
@@ -104,7 +114,7 @@ def token_maps(kept: dict[str, Tensor], batch: int, side: int | None = None) -> 
 
 
 def picked_tokens(words: list[str], wanted: str | None) -> list[int]:
-    """Places in ``words`` (a prompt's tokens) of the comma-separated ``wanted``; None: all."""
+    """Positions in ``words``, a prompt's tokens, of the comma-separated ``wanted``; None: all."""
     if not wanted:
         return list(range(len(words)))
     places = []
@@ -112,17 +122,18 @@ def picked_tokens(words: list[str], wanted: str | None) -> list[int]:
         found = [n for n, token in enumerate(words) if token == word.strip().lower()]
         if not found:
             raise ValueError(
-                f"--attn_tokens {word.strip()}: not in the prompt; its tokens are {' '.join(words)}"
+                f"--attn_tokens {word.strip()}: not in the prompt, whose tokens are "
+                f"{' '.join(words)}; name some of them"
             )
         places += found
     return places
 
 
 def attention_sheet(images: Tensor, maps: Tensor, labels: list[str], side: int = 128) -> np.ndarray:
-    """One row per view: the view, then each token's map over it -> uint8 [H, W, 3].
+    """An image with one row per view: the view, then each token's map over it; uint8 [H, W, 3].
 
-    images [V, 3, H, W] in [0, 1]; maps [V, K, s, s], each scaled to its own largest value, which
-    is bright where the token is looked at; labels: K words.
+    images [V, 3, H, W] in [0, 1]; maps [V, K, s, s], each divided by its own maximum: bright means
+    much attention; labels: K words; side: pixels per cell.
     """
     from PIL import Image, ImageDraw
 
@@ -135,8 +146,8 @@ def attention_sheet(images: Tensor, maps: Tensor, labels: list[str], side: int =
     rows = cells.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(len(views) * side, -1, 3)
     sheet = np.zeros((len(views) * side + 16, rows.shape[1], 3), np.uint8)
     sheet[16:] = (rows * 255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(sheet)
-    draw = ImageDraw.Draw(picture)
+    labeled = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(labeled)
     for number, label in enumerate(["render", *labels]):
         draw.text((number * side + 3, 2), label, fill=(255, 255, 255))
-    return np.asarray(picture)
+    return np.asarray(labeled)

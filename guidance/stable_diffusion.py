@@ -1,17 +1,21 @@
 """A frozen text-to-image latent diffusion model (Rombach et al. 2022) in diffusers' folder layout.
 
-A model is a folder, or a hub id, with the parts tokenizer, text_encoder, vae, unet and scheduler:
-Stable Diffusion 1.x, 2.x, or anything of their layout such as ``guidance/tiny/model``. Pictures are
+A model is a folder or a hub id with the parts tokenizer, text_encoder, vae, unet and scheduler:
+Stable Diffusion 1.x, 2.x, or any model in their layout, such as ``guidance/tiny/model``. Images are
 [V, 3, H, W] in [0, 1]; latents [V, C, h, w] are multiplied by the VAE's ``scaling_factor``, as the
-U-Net takes them. Every size comes from the parts' configs. Outside is float32, inside ``dtype``.
+U-Net expects them. All sizes come from the parts' configs. Inputs and outputs are float32; the
+networks run in ``dtype``.
 
-Outside ``guidance/tiny``, only ``model_files`` imports diffusers and transformers, in functions: a
-NeRF needs neither.
+Outside ``guidance/tiny``, only ``model_files`` imports diffusers and transformers, and only inside
+functions, because training a NeRF needs neither.
 """
 
 import difflib
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +41,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class StableDiffusion:
     """A frozen text-to-image latent diffusion model in diffusers' folder layout.
 
-    alphas_cumprod [T] float32; prediction_type one of PREDICTIONS; native_size: pixels per side of
-    the pictures it learned from; vocabulary: what ``vocabulary.json`` beside it says, or None;
-    fingerprint: the same text for the same files, wherever they lie.
+    alphas_cumprod [T] float32; prediction_type: one of PREDICTIONS; native_size: pixels per side of
+    its training images; vocabulary: the content of the folder's ``vocabulary.json``, or None;
+    fingerprint: a hash of the files, the same wherever they are; warn: gets every warning.
     """
+
+    # diffusers' and transformers' modules, whose attributes nn.Module's types do not know
+    text_encoder: Any
+    vae: Any
+    unet: Any
 
     def __init__(
         self,
-        path: str,
+        path: str | Path,
         device: torch.device,
         *,
         dtype: str = "auto",
@@ -54,8 +63,13 @@ class StableDiffusion:
         memory: Memory = PLAIN,
         warn: Callable[[str], None] = print,
     ):
-        """Open ``path``, a folder or hub id. dtype: auto (fp16 on cuda, else fp32) or of DTYPES."""
-        self.warn, self._warned = warn, set()
+        """Load the model at ``path``, a folder or hub id.
+
+        dtype: auto (fp16 on CUDA, else fp32) or a key of DTYPES. scheduler: a diffusers scheduler
+        whose noise schedule replaces the model's own. ValueError, in one line, on any other input.
+        """
+        self.warn = warn
+        self._warned: set[str] = set()  # what was warned of already
         self.device, self.memory = torch.device(device), memory
         self.dtype = _choose_dtype(dtype, self.device, warn)
         require_libraries()
@@ -83,9 +97,9 @@ class StableDiffusion:
         self.fingerprint = fingerprint(folder, files)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """What the U-Net takes of each text: [N, L, D] float32. "" is the unconditional one.
+        """Embed N texts for the U-Net: [N, L, D] float32. "" is the unconditional embedding.
 
-        Warns, once for each, of words that the text encoder cuts off or never saw.
+        Warns once about words that the text encoder cuts off, or that the model never saw.
         """
         for text in texts:
             if text not in self._embedded:
@@ -94,7 +108,7 @@ class StableDiffusion:
         return torch.cat([self._embedded[text] for text in texts])
 
     def _embed_one(self, text: str) -> Tensor:
-        # Texts go through one by one, so that a text's numbers never hang on its neighbors.
+        # Texts are encoded one by one, so that rounding never depends on the rest of a batch.
         if self.text_encoder is None:
             self.text_encoder = self._load_text_encoder()
         tokens = self.tokenizer(
@@ -107,71 +121,71 @@ class StableDiffusion:
         config, mask = self.text_encoder.config, None
         if getattr(config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.device)
-        with torch.no_grad(), self._no_autocast(), self._here(self.text_encoder) as encoder:
+        with torch.no_grad(), self._no_autocast(), self._on_device(self.text_encoder) as encoder:
             output = encoder(tokens.input_ids.to(self.device), attention_mask=mask)
         return output[0].float()  # [1, L, D]
 
     def tokens(self, text: str) -> list[str]:
-        """The pieces that the text encoder reads, words mostly, from its second place on."""
+        """The tokens of ``text`` as strings; token n is at position n + 1 of the embedding."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         pieces = self.tokenizer.convert_ids_to_tokens(ids[: self._max_tokens - 2])
         return [piece.removesuffix("</w>") for piece in pieces]
 
     def free_text_encoder(self) -> None:
-        """Give its memory back; a text that was not embedded yet loads it again."""
+        """Free the text encoder's memory; embedding a new text loads it again."""
         self.text_encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures of this many pixels."""
+        """(C, h, w) of the latents; ValueError if the VAE's factor does not divide the pixels."""
         factor = self._vae_factor
         if height % factor or width % factor or min(height, width) < factor:
             nearest = [_nearest_multiples(size, factor) for size in (height, width)]
             raise ValueError(
-                f"pictures of {height} x {width} pixels (height x width): the model's VAE divides "
+                f"images of {height} x {width} pixels (height x width): the model's VAE divides "
                 f"by {factor}; use a height of {nearest[0]} and a width of {nearest[1]}"
             )
         return (self.vae.config.latent_channels, height // factor, width // factor)
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """Pictures [V, 3, H, W] in [0, 1] -> latents [V, C, h, w], with the graph to the pictures.
+        """Encode images [V, 3, H, W] in [0, 1] to latents [V, C, h, w], differentiable.
 
-        noise [V, C, h, w] standard normal draws from the encoder's posterior; None takes its mean.
+        noise [V, C, h, w], standard normal, samples the encoder's posterior; None takes its mean.
         """
         self.latent_shape(*images.shape[-2:])
         with self._no_autocast():
-            pictures = images.float() * 2 - 1
-            # With --offload too it stays: the way back comes after the U-Net's turn.
-            posterior = self.vae.to(self.device).encode(self._form(pictures)).latent_dist
+            scaled = images.float() * 2 - 1
+            # With --offload the VAE stays on the device: its backward pass comes after the U-Net.
+            posterior = self.vae.to(self.device).encode(self._to_network(scaled)).latent_dist
             latents = posterior.mean.float()  # [V, C, h, w]
             if noise is not None:
                 latents = latents + posterior.std.float() * noise
             latents = (latents - self._shift) * self.vae.config.scaling_factor
         if self.dtype == torch.float16 and latents.requires_grad:
-            _keep_gradient_in_range(pictures, latents)
+            _keep_gradient_in_range(scaled, latents)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [V, C, h, w] -> pictures [V, 3, H, W] in [0, 1], without a graph."""
-        with torch.no_grad(), self._no_autocast(), self._here(self.vae) as vae:
+        """Decode latents [V, C, h, w] to images [V, 3, H, W] in [0, 1], without a graph."""
+        with torch.no_grad(), self._no_autocast(), self._on_device(self.vae) as vae:
             latents = latents.float() / vae.config.scaling_factor + self._shift
-            images = vae.decode(self._form(latents)).sample.float()  # [V, 3, H, W]
+            images = vae.decode(self._to_network(latents)).sample.float()  # [V, 3, H, W]
             return (images / 2 + 0.5).clamp(0, 1)
 
     def predict(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """The U-Net's output [B, C, h, w] as it is (see ``prediction_type``), without a graph.
+        """The U-Net's raw output [B, C, h, w] (see ``prediction_type``), without a graph.
 
-        noisy [B, C, h, w]; t [B] whole timesteps; embeddings [B, L, D] of ``embed``.
+        noisy [B, C, h, w]; t [B] integer timesteps; embeddings [B, L, D] from ``embed``.
         """
         # inference_mode saves 4 to 7 % of a call of the embedded model on a CPU (batch 8, one core:
         # 62.5 ms, no_grad 65.3). channels_last, unfused attention and fused q, k, v save nothing.
         # dtype bf16 saves 27 % there, but c - u is then 5 % off at t = 100 (0.7 % at t = 800).
-        with torch.inference_mode(), self._no_autocast(), self._here(self.unet) as unet:
+        with torch.inference_mode(), self._no_autocast(), self._on_device(self.unet) as unet:
             output = unet(
-                self._form(noisy), t, encoder_hidden_states=embeddings.to(self.dtype)
+                self._to_network(noisy), t, encoder_hidden_states=embeddings.to(self.dtype)
             ).sample
-        # A copy made out here may be saved for a backward pass, an inference tensor may not.
+        # Autograd cannot save an inference tensor for a backward pass, but can save this copy.
         return output.to(torch.float32, copy=True)
 
     @property
@@ -179,20 +193,20 @@ class StableDiffusion:
         return self.vae.config.get("shift_factor") or 0.0
 
     def attention(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-        """Cross-attention maps [B, L, side, side] of one pass, see ``guidance.attention``."""
+        """Cross-attention maps [B, L, side, side] of one forward pass (``guidance.attention``)."""
         with recorded_attention(self.unet) as kept:
             self.predict(noisy, t, embeddings)
         return token_maps({name: value.clone() for name, value in kept.items()}, len(noisy))
 
-    def _form(self, x: Tensor) -> Tensor:
-        """As the networks take it: their precision and their order in memory."""
+    def _to_network(self, x: Tensor) -> Tensor:
+        """Convert to the networks' dtype and memory format."""
         layout = torch.channels_last if self.memory.channels_last else torch.contiguous_format
         return x.to(self.dtype, memory_format=layout)
 
-    def _here(self, part):
+    def _on_device(self, part: Any) -> AbstractContextManager[Any]:
         return on_device(part, self.device, self.memory.offload)
 
-    def _no_autocast(self):
+    def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
     def _warn_about(self, text: str) -> None:
@@ -204,7 +218,7 @@ class StableDiffusion:
                 f'cut off: "{lost}"'
             )
         unknown = _unknown_words(text, self.vocabulary)
-        if unknown and not self._warned.issuperset(unknown):
+        if self.vocabulary and unknown and not self._warned.issuperset(unknown):
             self._warned.update(unknown)
             names = ", ".join(self.vocabulary.get("objects") or self.vocabulary["words"])
             self.warn(
@@ -212,7 +226,7 @@ class StableDiffusion:
             )
 
     def _lost_words(self, text: str) -> str:
-        """The end of ``text``, in whole words, that does not fit the text encoder; often ""."""
+        """The words at the end of ``text`` that do not fit into the text encoder; mostly ""."""
         room = self._max_tokens - self.tokenizer.num_special_tokens_to_add()
         words = text.split()
 
@@ -227,29 +241,29 @@ class StableDiffusion:
         return " ".join(words[count:])
 
 
-def _choose_dtype(name: str, device: torch.device, warn) -> torch.dtype:
+def _choose_dtype(name: str, device: torch.device, warn: Callable[[str], None]) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise ValueError(f"--guidance_dtype {name}: expected auto, {', '.join(DTYPES)}")
-    if name == "fp16" and device.type == "cpu":  # 531 ms a call of the embedded model, fp32 22
-        warn("--guidance_dtype fp16 is 20 times slower on a CPU: using fp32 there")
+    if name == "fp16" and device.type == "cpu":  # the embedded U-Net takes 531 ms, fp32 22 ms
+        warn("--guidance_dtype fp16 is 20 times slower on a CPU than fp32: using fp32")
         return torch.float32
     return DTYPES[name]
 
 
-def _max_tokens(tokenizer, text_encoder) -> int:
-    # A tokenizer whose config gives no length says 1e30.
+def _max_tokens(tokenizer: Any, text_encoder: Any) -> int:
+    # A tokenizer has a model_max_length of 1e30 if its config has none.
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
-def _keep_gradient_in_range(pictures: Tensor, latents: Tensor) -> None:
-    """Let gradients pass from ``latents`` to ``pictures`` at most 1 in size, and undo it there.
+def _keep_gradient_in_range(images: Tensor, latents: Tensor) -> None:
+    """Scale the gradient to at most 1 on its way from ``latents`` to ``images``, then undo it.
 
-    Both are float32 with a float16 encoder between them, where a small loss weight would vanish
-    and GradScaler's factor overflow.
+    Both are float32, but the encoder between them is float16: a small loss weight would underflow
+    in it, and GradScaler's factor overflow.
     """
-    factors = []
+    factors: list[Tensor] = []
 
     def shrink(gradient: Tensor) -> Tensor:
         largest = gradient.abs().amax()
@@ -257,7 +271,7 @@ def _keep_gradient_in_range(pictures: Tensor, latents: Tensor) -> None:
         return gradient / factors[-1]
 
     latents.register_hook(shrink)
-    pictures.register_hook(lambda gradient: gradient * factors.pop())
+    images.register_hook(lambda gradient: gradient * factors.pop())
 
 
 def _nearest_multiples(size: int, factor: int) -> str:
@@ -267,7 +281,7 @@ def _nearest_multiples(size: int, factor: int) -> str:
 
 
 def _unknown_words(text: str, vocabulary: dict | None) -> list[str]:
-    """Words of ``text`` that are not in the vocabulary, quoted, with what may have been meant."""
+    """The quoted words of ``text`` that are not in the vocabulary, each with a near match."""
     if not vocabulary or not vocabulary.get("words"):
         return []
     words = dict.fromkeys(re.findall(r"[^\W_]+", text.lower()))

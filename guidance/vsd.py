@@ -1,11 +1,14 @@
-"""The copy of the model that learns what the renders look like (Wang et al. 2023, ProlificDreamer).
+"""VSD's LoRA score network: epsilon_phi of ProlificDreamer, section 3 (Wang et al. 2023).
 
-Variational score distillation pulls along eps_model - eps_copy. The copy is the frozen model, or a
-second one, with LoRA and a camera embedding; after every step of the scene it takes one step of
-ordinary diffusion training on the renders. Text for the copy is the prompt without view words.
+Variational score distillation follows eps_guided - epsilon_phi. epsilon_phi is the frozen
+diffusion model (or a second one) with LoRA adapters and a camera embedding. After each update of
+the scene it takes one step of ordinary diffusion training on the renders. Its text is the prompt
+without view words: it knows the view from the camera.
 """
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +17,35 @@ from torch import Tensor, nn
 from guidance.attention import fast_attention
 from guidance.lora import LoRA
 from guidance.sds import GuidanceNoise, add_noise, per_view, to_epsilon
+from guidance.stable_diffusion import StableDiffusion
 
-CAMERA = 16  # numbers of a camera-to-world matrix
+CAMERA = 16  # entries of a 4 x 4 camera-to-world matrix
+
+
+class GradientAverager(Protocol):
+    """What ``train_step`` needs of ``nerf.training.distributed.World``."""
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], /) -> None: ...
 
 
 class CameraEmbedding(nn.Module):
-    """Camera-to-world [V, 16] -> what is added to the time embedding [V, D]; zero at first."""
+    """An MLP from c2w [V, 16] to an addition to the time embedding [V, D]; zero at the start."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(CAMERA, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
-        self.dtype = torch.float32  # of what comes out: the U-Net's
+        first, last = nn.Linear(CAMERA, width), nn.Linear(width, width)
+        self.layers = nn.Sequential(first, nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.dtype = torch.float32  # of the output: set it to the U-Net's
 
     def forward(self, camera: Tensor) -> Tensor:
         return self.layers(camera.float()).to(self.dtype)
 
 
 @contextmanager
-def unet_class_embedding(unet: nn.Module, embedding: nn.Module | None):
-    """Inside the block ``unet.class_embedding`` is ``embedding``; afterwards what it was."""
+def unet_class_embedding(unet: Any, embedding: nn.Module | None) -> Iterator[None]:
+    """Set ``class_embedding`` of a diffusers U-Net inside the block; restore it afterwards."""
     before, unet.class_embedding = unet.class_embedding, embedding
     try:
         yield
@@ -42,43 +53,54 @@ def unet_class_embedding(unet: nn.Module, embedding: nn.Module | None):
         unet.class_embedding = before
 
 
-def disable_unet_class_embedding(unet: nn.Module):
-    """Inside the block the U-Net asks for no camera, as it was pretrained."""
+def disable_unet_class_embedding(unet: Any) -> AbstractContextManager[None]:
+    """Run the U-Net without a camera inside the block, as it was pretrained."""
     return unet_class_embedding(unet, None)
 
 
 def flat_cameras(c2w: Tensor) -> Tensor:
-    """[V, 3, 4] -> [V, 16], with the row 0 0 0 1."""
+    """Flatten c2w [V, 3, 4] to [V, 16]: a 4 x 4 matrix whose last row is 0 0 0 1."""
     last = c2w.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(c2w), 4)
     return torch.cat([c2w.flatten(1), last], dim=1)
 
 
 class LoRAScoreNetwork(nn.Module):
-    """The copy: adapters and camera embedding, which it owns, on a U-Net, which it borrows.
+    """epsilon_phi: trainable LoRA adapters and a camera embedding on a frozen U-Net.
 
-    base: a ``StableDiffusion``; the same as guides the scene, or another whose latents and text
-    fit. text [1, L, D]: its embedding of the prompt. views: so many views of a step are learned
-    from, the published code's one or more; 0: all. Its own AdamW is ``optimizer``.
+    base: the ``StableDiffusion`` that guides the scene, or another one with the same latents.
+    text [1, L, D]: the prompt's embedding by ``base``. rank: of the adapters. lrate: of the AdamW
+    in ``optimizer``. camera_dropout: the fraction of training cameras that are replaced by zeros.
+    views: the number of views of a step to train on; 0: all. The U-Net belongs to ``base`` and is
+    not part of this module's parameters and state.
     """
 
+    steps: Tensor  # [] optimizer steps taken
+
     def __init__(
-        self, base, text: Tensor, *, rank: int, lrate: float, camera_dropout: float, views: int = 0
+        self,
+        base: StableDiffusion,
+        text: Tensor,
+        *,
+        rank: int,
+        lrate: float,
+        camera_dropout: float,
+        views: int = 0,
     ):
         super().__init__()
-        # The adapters' first values come from torch's seed on the CPU, whatever the device.
+        # The adapters' initial values come from torch's global seed on the CPU, on every device.
         unet = base.unet
         self.lora = LoRA(unet, rank).to(base.device)
         self.camera = CameraEmbedding(unet.time_embedding.linear_2.out_features).to(base.device)
         self.camera.dtype = base.dtype
         self.camera_dropout, self.views = camera_dropout, views
-        self._borrowed, self._text = (base,), text  # a tuple: not a child, not in the state
+        self.base, self._text = base, text
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lrate, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=base.device))
 
     def _output(self, noisy: Tensor, t: Tensor, camera: Tensor) -> Tensor:
-        """The copy's raw output [V, C, h, w] float32, with a graph if gradients are on."""
-        base = self._borrowed[0]
+        """The network's raw output [V, C, h, w] float32; differentiable if gradients are on."""
+        base = self.base
         text = self._text.expand(len(noisy), -1, -1).to(base.dtype)
         with (
             torch.autocast(base.device.type, enabled=False),
@@ -86,30 +108,30 @@ class LoRAScoreNetwork(nn.Module):
             unet_class_embedding(base.unet, self.camera),
             fast_attention(base.device),
         ):
-            found = base.unet(
+            output = base.unet(
                 noisy.to(base.dtype), t, encoder_hidden_states=text, class_labels=camera
             )
-            return found.sample.float()
+            return output.sample.float()
 
     @torch.no_grad()
     def epsilon(self, noisy: Tensor, t: Tensor, c2w: Tensor) -> Tensor:
-        """The noise that the copy sees in ``noisy`` [V, C, h, w] under cameras [V, 3, 4]."""
-        base = self._borrowed[0]
+        """epsilon_phi(x_t, t, c2w): noisy [V, C, h, w], t [V], c2w [V, 3, 4] -> [V, C, h, w]."""
         output = self._output(noisy, t, flat_cameras(c2w))
-        return to_epsilon(output, noisy, base.alphas_cumprod[t], base.prediction_type)
+        return to_epsilon(output, noisy, self.base.alphas_cumprod[t], self.base.prediction_type)
 
-    def epsilon_at(self, c2w: Tensor):
-        """(x_t, t) -> ``epsilon`` under these cameras, as ``guidance.sds.distill`` asks for it."""
+    def epsilon_at(self, c2w: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function (x_t, t) -> epsilon_phi for fixed c2w [V, 3, 4], for ``sds.distill``."""
         return lambda noisy, t: self.epsilon(noisy, t, c2w)
 
-    def train_step(self, latents: Tensor, c2w: Tensor, noise: GuidanceNoise, world) -> float:
-        """One step of denoising the renders' latents [V, C, h, w]; the loss.
+    def train_step(
+        self, latents: Tensor, c2w: Tensor, noise: GuidanceNoise, world: GradientAverager
+    ) -> float:
+        """Take one diffusion training step on the renders' latents [V, C, h, w]; return the loss.
 
-        t is drawn from all of T apart from the scene's. ``camera_dropout`` of the cameras become
-        zeros. Gradients are averaged over ``world``'s processes; one that is not finite is left
-        out on all of them.
+        t is uniform over all of T and independent of the scene's t. Gradients are averaged over
+        all processes; if the average is not finite, every process skips the optimizer step.
         """
-        base, some = self._borrowed[0], slice(self.views or None)
+        base, some = self.base, slice(self.views or None)
         latents, c2w, noise = latents[some], c2w[some], noise.part(some)
         num_timesteps = len(base.alphas_cumprod)
         t = (noise.lora_u * num_timesteps).long().clamp(max=num_timesteps - 1)
@@ -129,27 +151,33 @@ class LoRAScoreNetwork(nn.Module):
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    def state(self) -> dict:
-        """Everything to go on from."""
-        parts = {"weights": self, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+    def state(self) -> dict[str, Any]:
+        """The state dicts of the weights, the optimizer and the scaler, for the checkpoint."""
+        return {
+            "weights": self.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
-    def restore(self, state: dict | None, where: str) -> None:
-        """Undo ``state``; ValueError if it is of another copy."""
+    def restore(self, state: dict[str, Any] | None, where: str) -> None:
+        """Load what ``state`` returned; ValueError, which names ``where``, if it does not fit."""
+        misfit = ValueError(
+            f"{where}: its LoRA score network (VSD) does not fit this run; keep --guidance, "
+            "--sd_model, --lora_model and --lora_rank as they were, or use another --expname"
+        )
+        if state is None:
+            raise misfit
         try:
             self.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (TypeError, KeyError, RuntimeError, ValueError):
-            raise ValueError(
-                f"{where}: its copy of the model (VSD) does not fit; keep --guidance, --sd_model, "
-                "--lora_model and --lora_rank as they were, or use another --expname"
-            ) from None
+            raise misfit from None
 
 
-def target(base, clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should put out for x_t of ``clean`` and ``epsilon``."""
+def target(base: StableDiffusion, clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The output that the network is trained to give for x_t of ``clean`` and ``epsilon``."""
     a = per_view(alpha_bar, clean)
     return {
         "epsilon": lambda: epsilon,

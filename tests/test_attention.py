@@ -76,7 +76,7 @@ def test_token_maps_average_heads_and_layers(model):
     torch.testing.assert_close(maps[1, 2].flatten(), by_hand[1, :, 2])
     with pytest.raises(ValueError, match="no attention maps of 5 x 5"):
         token_maps(kept, 2, side=5)
-    with pytest.raises(ValueError, match="no pass has run"):
+    with pytest.raises(ValueError, match="no attention maps were recorded"):
         token_maps({}, 2)
 
 
@@ -84,7 +84,9 @@ def test_tokens_are_the_prompts_words_and_unknown_ones_are_refused(model):
     words = model.tokens("a red cube")
     assert words == ["a", "red", "cube"]
     assert picked_tokens(words, None) == [0, 1, 2] and picked_tokens(words, "cube, a") == [2, 0]
-    with pytest.raises(ValueError, match="--attn_tokens cone: not in the prompt; its tokens are a"):
+    with pytest.raises(
+        ValueError, match="--attn_tokens cone: not in the prompt, whose tokens are a"
+    ):
         picked_tokens(words, "cone")
 
 

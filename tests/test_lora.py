@@ -238,7 +238,7 @@ def test_a_copy_goes_on_to_the_bit_from_its_checkpoint(model):
     teach(resumed, 2)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
     assert resumed.steps == 4
-    with pytest.raises(ValueError, match="here: its copy of the model"):
+    with pytest.raises(ValueError, match="here: its LoRA score network"):
         make_lora_score(model, rank=2).restore(state, "here")
     with pytest.raises(ValueError, match="keep --guidance"):
         make_lora_score(model).restore(None, "here")

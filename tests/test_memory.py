@@ -98,8 +98,8 @@ def test_offloaded_parts_leave_after_their_work(offload, stops):
         (Memory(attention_slicing="auto"), {"wants_maps": True}, "--i_attn draws; leave one out"),
         (Memory(offload="sequential"), {"trains_unet": True}, "use --offload model"),
         (Memory(offload="model"), {"trains_unet": True}, "--guidance vsd trains through"),
-        (Memory(offload="model", compile=True), {}, "--compile begins anew"),
-        (Memory(offload="model"), {"device": CPU}, "there is no GPU"),
+        (Memory(offload="model", compile=True), {}, "--compile compiles again"),
+        (Memory(offload="model"), {"device": CPU}, "needs a GPU"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(memory, settings, complaint):

@@ -65,9 +65,9 @@ def test_every_word_is_used_and_mirrored_views_swap_the_sides():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_viewpoint_that_is_no_number_is_refused(bad):
-    with pytest.raises(ValueError, match="expected numbers"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         view_word(bad, 0.0)
-    with pytest.raises(ValueError, match="expected numbers"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         view_word(0.0, bad)
 
 

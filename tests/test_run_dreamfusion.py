@@ -434,7 +434,7 @@ def test_out_of_memory_names_a_flag_and_keeps_what_is_saved(
         (["--guidance", "vsd", "--lora_rank", 0], "--lora_rank"),
         (["--guidance", "vsd", "--offload", "sequential"], "use --offload model"),
         (["--guidance", "vsd", "--offload", "model"], "leave one out"),
-        (["--offload", "model"], "there is no GPU"),
+        (["--offload", "model"], "needs a GPU"),
         (["--attention_slicing", "auto", "--i_attn", 1], "--i_attn draws; leave one out"),
         (["--lora_file", "x.safetensors"], "--lora_file is for --guidance vsd"),
         (["--guidance", "vsd", "--lora_file", "x.safetensors"], "x.safetensors: cannot read it"),

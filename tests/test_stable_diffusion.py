@@ -453,7 +453,7 @@ BROKEN = {
         "missing tokenizer/tokenizer.json",
     ),
     "no vae weights": (lambda f: (f / f"{VAE}.safetensors").unlink(), f"missing {VAE}.safe"),
-    "cut unet": (lambda f: cut(f / f"{UNET}.safetensors"), "unet.*truncated.*fetch it again"),
+    "cut unet": (lambda f: cut(f / f"{UNET}.safetensors"), "unet.*truncated.*download it again"),
     "cut text": (lambda f: cut(f / "text_encoder/model.safetensors"), "text_encoder.*truncated"),
     "empty vae": (lambda f: (f / f"{VAE}.safetensors").write_bytes(b""), "vae.*truncated"),
     "pointer": (
@@ -485,7 +485,7 @@ BROKEN = {
     ),
     "unknown scheduler class": (
         lambda f: edit_json(f / "scheduler/scheduler_config.json", _class_name="MyScheduler"),
-        "scheduler_config.json: no scheduler MyScheduler; expected ddim",
+        "scheduler_config.json: diffusers has no scheduler MyScheduler; use ddim",
     ),
     "bad betas": (
         lambda f: edit_json(f / "scheduler/scheduler_config.json", beta_schedule="wavy"),
@@ -493,11 +493,11 @@ BROKEN = {
     ),
     "inpainting": (
         lambda f: widen_unet(f, in_channels=9),
-        "takes 9 channels and makes 4, the VAE has 4.*inpainting",
+        "has 9 input and 4 output channels, the VAE has 4.*inpainting",
     ),
     "text width": (
         lambda f: widen_unet(f, cross_attention_dim=24),
-        "gives 16 numbers a token, the U-Net takes 24",
+        "embeddings have 16 channels, the U-Net expects 24",
     ),
     "no size": (lambda f: edit_json(f / "unet/config.json", sample_size=None), "lacks sample_size"),
     "classes": (lambda f: widen_unet(f, class_embed_type="timestep"), "more than a text"),
@@ -548,7 +548,9 @@ def test_paths_that_are_no_model_are_refused(tmp_path):
 
 def test_wrong_options_are_refused(sd_folder):
     said = refusal(sd_folder, scheduler="dimm")
-    assert re.fullmatch("--scheduler dimm: no scheduler dimm; expected ddim, ddpm, .*", said)
+    assert re.fullmatch(
+        "--scheduler dimm: diffusers has no scheduler dimm; use ddim, ddpm, .*", said
+    )
     assert "no alphas_cumprod" in refusal(sd_folder, scheduler="flow_match_euler_discrete")
     assert "expected auto, fp32, bf16, fp16" in refusal(sd_folder, dtype="half")
 

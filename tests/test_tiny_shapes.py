@@ -172,7 +172,7 @@ def test_view_words_are_those_of_the_camera():
             continue
         assert FINE_VIEW_WORDS[facts.fine[number]] == fine_view_word(*at)
         off = abs((at[0] + 22.5) % 45.0 - 22.5)
-        assert off <= pictures.FINE_VIEW_SHARE * 22.5 + 1e-3
+        assert off <= pictures.FINE_VIEW_FRACTION * 22.5 + 1e-3
     assert 0.7 < (facts.fine >= 0).float().mean() < 0.9
     assert camera["elevation_deg"].min() >= -15 and camera["elevation_deg"].max() <= 85
     assert camera["scale"].min() >= 0.6 and camera["scale"].max() <= 1.1

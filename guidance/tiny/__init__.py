@@ -1,1 +1,1 @@
-"""The embedded text-to-image model: the pictures it learns from, its trainer, its weights."""
+"""The embedded text-to-image model: its training images, its trainer and its weights."""

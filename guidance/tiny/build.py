@@ -1,30 +1,30 @@
-"""The parts of the embedded model, made from scratch in Stable Diffusion's layout, and its folder.
+"""Build the parts of the embedded model in Stable Diffusion's layout, and write its folder.
 
-Pictures are [N, 3, size, size] in [-1, 1] for the VAE; latents are 4 channels at size / f with
-f = 2 ** (levels of the VAE - 1), multiplied by the VAE's ``scaling_factor``. Only this file and
-``train.py`` import diffusers and transformers here.
+The VAE takes images [N, 3, size, size] in [-1, 1]. Latents have 4 channels at size / f with
+f = 2 ** (number of VAE levels - 1), and are multiplied by the VAE's ``scaling_factor``. In this
+folder only this file and ``train.py`` import diffusers and transformers.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-MAX_TOKENS = 24  # the longest caption takes 19
+MAX_TOKENS = 24  # the longest caption has 19
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Sizes(NamedTuple):
-    """Widths of the networks: VAE and U-Net by level, text encoder."""
+    """The widths of the networks."""
 
-    vae: tuple[int, ...]
-    unet: tuple[int, int, int]
-    text: int
-    groups: int
+    vae: tuple[int, ...]  # channels of each level
+    unet: tuple[int, int, int]  # channels of each level
+    text: int  # of the text encoder
+    groups: int  # of the group normalizations
 
 
 SIZES = {
@@ -35,16 +35,16 @@ SIZES = {
 
 
 def make_tokenizer(words: list[str], folder: Path) -> CLIPTokenizer:
-    """A CLIPTokenizer that holds each of ``words`` as one token and spells others in bytes.
+    """A CLIPTokenizer with one token for each of ``words``; it spells all other words in bytes.
 
-    Written to ``folder`` as vocab.json and merges.txt, CLIP's layout, and read back from there.
+    Writes ``folder`` in CLIP's layout, vocab.json and merges.txt, and reads the tokenizer from it.
     """
     letters = list(_bytes_as_letters().values())
     merges: dict[tuple[str, str], int] = {}
     for word in words:
         for piece in re.findall(r"[a-z]+", word):
             symbols = _merge([*piece[:-1], piece[-1] + "</w>"], merges)
-            while len(symbols) > 1:  # what earlier words' merges left apart is joined from the left
+            while len(symbols) > 1:  # merge from the left what earlier words' merges leave apart
                 merges[symbols[0], symbols[1]] = len(merges)
                 symbols = _merge(symbols, merges)
     tokens = letters + [f"{letter}</w>" for letter in letters]
@@ -63,24 +63,25 @@ def make_tokenizer(words: list[str], folder: Path) -> CLIPTokenizer:
 
 
 def _bytes_as_letters() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte: itself, or a letter from 256 on."""
+    """GPT-2's printable character for every byte: its own, or one from code point 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: join the neighbors that were merged first until none is left."""
+    """Byte-pair encoding: apply the earliest merge to ``symbols`` until none applies."""
     while True:
         known = [pair for pair in zip(symbols, symbols[1:], strict=False) if pair in merges]
         if not known:
             return symbols
-        first = min(known, key=merges.get)
+        first = min(known, key=lambda pair: merges[pair])
         place = next(n for n, p in enumerate(zip(symbols, symbols[1:], strict=False)) if p == first)
         symbols = [*symbols[:place], "".join(first), *symbols[place + 2 :]]
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes) -> CLIPTextModel:
+    """An untrained CLIP text encoder with two layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -97,7 +98,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes) -> CLIPTextModel:
     )
 
 
-def make_vae(sizes: Sizes, size: int) -> AutoencoderKL:
+def make_vae(sizes: Sizes, size: int) -> Any:
+    """An untrained AutoencoderKL for size x size images."""
     levels = len(sizes.vae)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -107,12 +109,16 @@ def make_vae(sizes: Sizes, size: int) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=min(8, sizes.groups),
         sample_size=size,
-        mid_block_add_attention=False,  # dear on a CPU; one object needs no long reach
+        mid_block_add_attention=False,  # slow on a CPU; one object needs no long-range attention
     )
 
 
-def make_unet(sizes: Sizes, size: int) -> UNet2DConditionModel:
-    """Attention at the two coarse levels only: at the finest it would cost as much as the rest."""
+def make_unet(sizes: Sizes, size: int) -> Any:
+    """An untrained UNet2DConditionModel for the latents of size x size images.
+
+    It has attention at the two coarse levels only: at the finest, attention would cost as much as
+    all the rest.
+    """
     return UNet2DConditionModel(
         sample_size=size // 2 ** (len(sizes.vae) - 1),
         in_channels=4,
@@ -122,13 +128,13 @@ def make_unet(sizes: Sizes, size: int) -> UNet2DConditionModel:
         block_out_channels=sizes.unet,
         layers_per_block=1,
         cross_attention_dim=sizes.text,
-        attention_head_dim=4,  # by diffusers' old misnomer this is the number of heads
+        attention_head_dim=4,  # a misnomer in diffusers: this is the number of heads
         norm_num_groups=sizes.groups,
     )
 
 
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, predicting velocity."""
+def make_scheduler() -> Any:
+    """A DDIMScheduler with Stable Diffusion's noise schedule and v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -141,12 +147,23 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def count_weights(*modules: nn.Module) -> int:
+    """The number of parameters of all modules together."""
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def write_folder(out: Path, tokenizer, text_encoder, vae, unet, vocabulary: dict) -> None:
-    """Write a folder that StableDiffusionPipeline opens, in float16, and the words it knows."""
-    pipeline = StableDiffusionPipeline(
+def write_folder(
+    out: Path,
+    tokenizer: CLIPTokenizer,
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    unet: nn.Module,
+    vocabulary: dict[str, Any],
+) -> None:
+    """Write the model as a StableDiffusionPipeline folder in float16, and vocabulary.json.
+
+    Converts the modules to float16 in place.
+    """
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
@@ -157,8 +174,8 @@ def write_folder(out: Path, tokenizer, text_encoder, vae, unet, vocabulary: dict
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
-    # Opened without a dtype, diffusers makes float32 of these files and transformers what the
-    # config says: the parts of one pipeline have to agree.
+    # If no dtype is given, diffusers loads these files as float32, but transformers uses the dtype
+    # in the config. The parts of one pipeline must agree.
     path = out / "text_encoder" / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), "dtype": "float32"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

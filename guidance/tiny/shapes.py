@@ -1,16 +1,17 @@
-"""Solids as signed distance functions, and pictures of them by sphere tracing.
+"""Solids as signed distance functions (SDFs), rendered by sphere tracing.
 
-Axes as in ``nerf.rays`` and ``nerf.cameras``: z up, a camera at azimuth 0 stands on +y, at 90 on
-+x. Every shape faces +y, so azimuth 0 sees its front and 90 its own right side (see
-``guidance.prompts``). Shapes lie inside a sphere of radius BOUND around the origin at scale 1.
+Axes as in ``nerf.rays`` and ``nerf.cameras``: z is up, a camera at azimuth 0 is on +y, at 90 on +x.
+Every shape faces +y, so azimuth 0 sees its front and 90 its own right side (``guidance.prompts``).
+At scale 1, shapes lie inside a sphere of radius BOUND around the origin.
 
-A shape is a union of parts. The slot of a part says which color it takes: MAIN, SECOND (the part
-that a two-color caption names: "a red mushroom with a white stem") or DETAIL (always dark).
-Inside, points are three separate tensors: sums over a last axis of 3 are slow.
+A shape is a union of parts. A part's slot selects its color: MAIN, SECOND (the part that a
+two-color caption names: "a red mushroom with a white stem") or DETAIL (always dark). SDFs take
+points as three tensors x, y, z, because sums over a last axis of 3 are slow.
 """
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 MAIN, SECOND, DETAIL = 0, 1, 2
 BOUND = 1.0
 DETAIL_RGB = (0.10, 0.10, 0.12)
-# A surface counts as hit at this distance: a thirtieth of a pixel of a 64x64 picture.
-HIT_DISTANCE = 1e-3
-MAX_STEPS = 64
+HIT_DISTANCE = 1e-3  # where a ray hits: a thirtieth of a pixel of a 64x64 image
+MAX_STEPS = 64  # of sphere tracing
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+Point = tuple[float, float, float]
 
 
 class Part(NamedTuple):
@@ -33,18 +34,18 @@ class Part(NamedTuple):
 
 class Shape(NamedTuple):
     parts: tuple[Part, ...]
-    second: str | None = None  # what the SECOND part is called, if there is one
+    second: str | None = None  # the name of the SECOND part, if there is one
 
 
 # ------------------------------------------------------------------------------------ primitives
 
 
 def _length(*components: Tensor) -> Tensor:
-    return torch.sqrt(sum(component * component for component in components))
+    return torch.sqrt(reduce(torch.add, (component * component for component in components)))
 
 
 def _outside(*sides: Tensor) -> Tensor:
-    """Distance to the intersection of slabs that are ``sides`` away, at right angles."""
+    """Signed distance to the intersection of slabs at right angles, from those to each slab."""
     beyond = _length(*(side.clamp(min=0) for side in sides))
     nearest = sides[0]
     for side in sides[1:]:
@@ -52,24 +53,25 @@ def _outside(*sides: Tensor) -> Tensor:
     return beyond + nearest.clamp(max=0)
 
 
-def sphere(radius: float, x0=0.0, y0=0.0, z0=0.0) -> Distance:
+def sphere(radius: float, x0: float = 0.0, y0: float = 0.0, z0: float = 0.0) -> Distance:
+    """A sphere around (x0, y0, z0)."""
     return lambda x, y, z: _length(x - x0, y - y0, z - z0) - radius
 
 
-def box(half, center=(0.0, 0.0, 0.0)) -> Distance:
-    """Half-widths and center along x, y, z."""
+def box(half: Point, center: Point = (0.0, 0.0, 0.0)) -> Distance:
+    """An axis-aligned box; half: its half-widths along x, y, z."""
     (a, b, c), (x0, y0, z0) = half, center
     return lambda x, y, z: _outside((x - x0).abs() - a, (y - y0).abs() - b, (z - z0).abs() - c)
 
 
 def cylinder(radius: float, bottom: float, top: float) -> Distance:
-    """Upright around the z axis."""
+    """An upright cylinder around the z axis."""
     middle, half = 0.5 * (bottom + top), 0.5 * (top - bottom)
     return lambda x, y, z: _outside(_length(x, y) - radius, (z - middle).abs() - half)
 
 
 def cone(radius: float, bottom: float, top: float) -> Distance:
-    """Upright around the z axis; the apex is at ``top``. Exact near the surface, else less."""
+    """An upright cone around the z axis with its apex at ``top``; far away, a lower bound."""
     slant = math.hypot(radius, top - bottom)
     out, up = (top - bottom) / slant, radius / slant  # normal of the side in (rho, z)
 
@@ -80,12 +82,12 @@ def cone(radius: float, bottom: float, top: float) -> Distance:
 
 
 def torus(ring: float, tube: float) -> Distance:
-    """Lies flat, around the z axis."""
+    """A flat torus around the z axis; ring and tube are its radii."""
     return lambda x, y, z: _length(_length(x, y) - ring, z) - tube
 
 
-def rod(radius: float, start, end) -> Distance:
-    """All points within ``radius`` of the segment from start to end (a capsule)."""
+def rod(radius: float, start: Point, end: Point) -> Distance:
+    """A capsule: all points within ``radius`` of the segment from start to end."""
     (x0, y0, z0), (x1, y1, z1) = start, end
     dx, dy, dz = x1 - x0, y1 - y0, z1 - z0
     square = dx * dx + dy * dy + dz * dz
@@ -99,7 +101,7 @@ def rod(radius: float, start, end) -> Distance:
 
 
 def pyramid(half: float, bottom: float, top: float) -> Distance:
-    """Square base of half-width ``half``. Exact near the faces, elsewhere less."""
+    """An upright pyramid, its base 2 ``half`` wide; away from the faces, a lower bound."""
     slant = math.hypot(half, top - bottom)
     out, up = (top - bottom) / slant, half / slant
 
@@ -110,7 +112,7 @@ def pyramid(half: float, bottom: float, top: float) -> Distance:
 
 
 def gable(half_x: float, half_y: float, bottom: float, top: float) -> Distance:
-    """A roof: its ridge runs along x at height ``top``. Exact near the faces, elsewhere less."""
+    """A roof, its ridge along x at height ``top``; away from the faces, a lower bound."""
     slant = math.hypot(half_y, top - bottom)
     out, up = (top - bottom) / slant, half_y / slant
 
@@ -122,21 +124,22 @@ def gable(half_x: float, half_y: float, bottom: float, top: float) -> Distance:
 
 
 def pair(distance: Distance) -> Distance:
-    """A solid at x > 0 and its mirror image: eyes, weights."""
+    """A solid at x > 0 and its mirror image, such as eyes or weights."""
     return lambda x, y, z: distance(x.abs(), y, z)
 
 
 def four(distance: Distance) -> Distance:
-    """A solid at x, y > 0 and its mirror images: legs, fins."""
+    """A solid at x, y > 0 and its three mirror images, such as legs or fins."""
     return lambda x, y, z: distance(x.abs(), y.abs(), z)
 
 
 def without(solid: Distance, hole: Distance) -> Distance:
+    """``solid`` minus ``hole``."""
     return lambda x, y, z: torch.maximum(solid(x, y, z), -hole(x, y, z))
 
 
 def _handle(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """The mug's, on its right: half a ring outside the wall."""
+    """The mug's handle, on its right: half a ring outside the wall."""
     ring = _length(_length(x - 0.36, z) - 0.26, y) - 0.085
     return torch.maximum(ring, 0.34 - x)
 
@@ -226,7 +229,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def signed_distance(name: str, points: Tensor) -> tuple[Tensor, Tensor]:
-    """At points [..., 3]: distance to the shape (a lower bound far away) [...], its slot [...]."""
+    """Signed distance (or a lower bound) and slot of the nearest part, [...], at [..., 3]."""
     return _nearest_part(SHAPES[name], *points.unbind(-1))
 
 
@@ -247,11 +250,10 @@ def _union(shape: Shape, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return best
 
 
-# --------------------------------------------------------------------------------------- pictures
-
-
-def orbit_cameras(azimuth_deg: Tensor, elevation_deg: Tensor, radius: Tensor, target=None):
-    """Cameras [V, 3, 4] (camera to world) on a sphere around ``target`` [V, 3], looking at it."""
+def orbit_cameras(
+    azimuth_deg: Tensor, elevation_deg: Tensor, radius: Tensor, target: Tensor | None = None
+) -> Tensor:
+    """Cameras c2w [V, 3, 4] that look at ``target`` [V, 3] (None: the origin) from angles [V]."""
     azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
     sin, cos, zero = torch.sin(azimuth), torch.cos(azimuth), torch.zeros_like(azimuth)
     flat, height = torch.cos(elevation), torch.sin(elevation)
@@ -264,7 +266,7 @@ def orbit_cameras(azimuth_deg: Tensor, elevation_deg: Tensor, radius: Tensor, ta
 
 
 def _rays(c2w: Tensor, fov_deg: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Through the middle of every pixel: origins, unit directions, both [3, V * size * size]."""
+    """Rays through all pixel centers: origins and unit directions, both [3, V * size * size]."""
     edge = torch.tan(torch.deg2rad(fov_deg) / 2)
     grid = (torch.arange(size, device=c2w.device, dtype=c2w.dtype) + 0.5) * (2 / size) - 1
     right = (edge[:, None, None] * grid[None, None, :]).expand(-1, size, -1)
@@ -276,7 +278,7 @@ def _rays(c2w: Tensor, fov_deg: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _trace(shape: Shape, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rays [3, N] with unit directions -> numbers of those that hit [K], hit points [3, K]."""
+    """Trace rays [3, N], with unit directions: indices [K] of those that hit, hit points [3, K]."""
     along = (origins * directions).sum(0)
     root = along**2 - (origins**2).sum(0) + BOUND**2
     index = (root > 0).nonzero()[:, 0]
@@ -290,15 +292,15 @@ def _trace(shape: Shape, origins: Tensor, directions: Tensor) -> tuple[Tensor, T
         hit, t = distance < HIT_DISTANCE, t + distance
         hits.append(index[hit])
         points.append(point[:, hit])
-        going = (~hit & (t < end)).nonzero()[:, 0]
-        if not len(going):
+        active = (~hit & (t < end)).nonzero()[:, 0]
+        if not len(active):
             break
-        index, t, end, o, d = index[going], t[going], end[going], o[:, going], d[:, going]
+        index, t, end, o, d = index[active], t[active], end[active], o[:, active], d[:, active]
     return torch.cat(hits), torch.cat(points, 1)
 
 
 def _normals(shape: Shape, points: Tensor) -> Tensor:
-    """Unit gradient [3, K] of the distance, by differences along a tetrahedron's four corners."""
+    """The unit gradient [3, K] of the distance, by finite differences along a tetrahedron."""
     normal = torch.zeros_like(points)
     for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         step = points.new_tensor(corner)[:, None]
@@ -307,15 +309,15 @@ def _normals(shape: Shape, points: Tensor) -> Tensor:
 
 
 class View(NamedTuple):
-    """What V cameras see of a shape, before light."""
+    """The geometry of V images of a shape, before shading."""
 
-    mask: Tensor  # [V, H, W] true where there is a surface
-    normal: Tensor  # [V, H, W, 3] world axes, unit; 0 where nothing is
+    mask: Tensor  # [V, H, W] true where a ray hits the shape
+    normal: Tensor  # [V, H, W, 3] unit normals in world axes; 0 where no ray hits
     slot: Tensor  # [V, H, W] MAIN, SECOND or DETAIL
 
 
 def view_shape(shape: Shape, c2w: Tensor, fov_deg: Tensor, size: int, scale: Tensor) -> View:
-    """Trace a shape, ``scale`` [V] times its size, for cameras c2w [V, 3, 4] with fov_deg [V]."""
+    """Render a shape, enlarged by scale [V], for c2w [V, 3, 4] and fields of view fov_deg [V]."""
     count = len(c2w)
     shrunk = torch.cat([c2w[:, :, :3], c2w[:, :, 3:] / scale[:, None, None]], -1)
     origins, directions = _rays(shrunk, fov_deg, size)
@@ -341,7 +343,7 @@ def silhouettes(
     scale: float = 1.0,
     yaw_deg: float = 0.0,
 ) -> Tensor:
-    """Where a shape, turned by ``yaw_deg`` (counter-clockwise from above), is seen [V, H, W]."""
-    # Turning the shape one way is walking around it the other way; azimuth grows clockwise.
+    """The masks [V, H, W] of a shape rotated by ``yaw_deg``, counter-clockwise seen from above."""
+    # Rotating the shape counter-clockwise is moving the camera clockwise, in which azimuth grows.
     c2w = orbit_cameras(azimuth_deg + yaw_deg, elevation_deg, radius)
     return view_shape(SHAPES[name], c2w, fov_deg, size, torch.full_like(radius, scale)).mask
