@@ -1,1 +1,1 @@
-"""All that a person looks at: pictures, videos, meshes, reports, the live viewer."""
+"""Outputs of a run: pictures, videos, metrics, meshes, point clouds, reports, the live viewer."""

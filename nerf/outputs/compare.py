@@ -54,14 +54,16 @@ def common_views(runs: list[Run]) -> list[str]:
     parts = ["<h2>Test views, worst first</h2>"]
     for name in names[:MAX_VIEWS]:
         number = views_by_name[0][name][0]
-        shown = [html.picture(runs[0].test_folder / "target" / f"{number:03d}.png", SIDE, "target")]
+        pictures = [
+            html.picture(runs[0].test_folder / "target" / f"{number:03d}.png", SIDE, "target")
+        ]
         for run, views in zip(runs, views_by_name, strict=True):
             number, view = views[name]
             psnr = f"{run.name}: {view['psnr']:.2f} dB" if view.get("psnr") else run.name
             for part, caption in (("", psnr), ("error", f"{run.name}: error x 4")):
                 path = run.test_folder / part / f"{number:03d}.png"
-                shown.append(html.picture(path, SIDE, caption))
-        parts.append(f'<p>{html.text(name)}</p><div class="row">{"".join(shown)}</div>')
+                pictures.append(html.picture(path, SIDE, caption))
+        parts.append(f'<p>{html.text(name)}</p><div class="row">{"".join(pictures)}</div>')
     if len(names) > MAX_VIEWS:
         parts.append(f'<p class="note">{len(names) - MAX_VIEWS} better views are not shown.</p>')
     return parts

@@ -291,7 +291,7 @@ def _warn_if_cut(grid: SamplingGrid, solid: np.ndarray, box: Box, warn: Log) -> 
     cut = (grid.sides_touched(solid) & at_box).tolist()
     sides = [f"{'-+'[end]}{'xyz'[axis]}" for axis in range(3) for end in range(2) if cut[end][axis]]
     if sides:
-        warn(f"the object reaches the box's side {', '.join(sides)}: it is cut and closed there")
+        warn(f"the object reaches the box's side {', '.join(sides)}: it is cut and closed at it")
 
 
 def rgba(rgb: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The sampling grid of a mesh: points in a box, and a field's density at them.
 
 Where a field is slow, only points near the surface are evaluated: those in blocks of cells whose
-corners lie on both sides of it, and in the blocks that the surface enters from there.
+corners lie on both sides of it, and in neighboring blocks that the surface enters.
 """
 
 import math

@@ -170,11 +170,11 @@ def views(run: Run) -> list[str]:
     for number, view in rows[:MAX_VIEWS]:
         values = [f"{key} {view[key]:.4g}" for key in MEASUREMENTS if view.get(key) is not None]
         parts.append(f"<p>{html.text(view.get('name'))}: {html.text(', '.join(values))}</p>")
-        shown = [
+        pictures = [
             html.picture(run.test_folder / part / f"{number:03d}.png", SIDE, caption)
             for part, caption in PICTURES.items()
         ]
-        parts.append(f'<div class="row">{"".join(shown)}</div>')
+        parts.append(f'<div class="row">{"".join(pictures)}</div>')
     if len(rows) > MAX_VIEWS:
         parts.append(f'<p class="note">{len(rows) - MAX_VIEWS} better views are not shown.</p>')
     return parts
