@@ -1,23 +1,25 @@
-"""Train the embedded text-to-image model from nothing, and write it as a diffusers folder.
+"""Train the embedded text-to-image model from scratch and write it as a diffusers folder.
 
     python guidance/tiny/train.py --work logs/tiny --out guidance/tiny/model
     python guidance/tiny/train.py --work logs/tiny64 --out logs/tiny64/model --size 64 --device cuda
 
-Four stages, each left out when its file in --work is already there: pictures, VAE, latents, U-Net
-with text encoder. Stop it whenever you like: the same command goes on where it was, and ends with
-the same weights as if it had never stopped (on one machine). Raise --unet_steps to train longer.
-With --write_now the newest averaged weights are written without any training.
+There are four stages: images, VAE, latents, and the U-Net with the text encoder. Each keeps its
+result or its progress in --work. An interrupted run is resumed by the same command and ends with
+the same weights, bit for bit, as an uninterrupted one on the same machine. Raise --unet_steps to
+train longer. --write_now writes the newest averaged weights without training.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from guidance.attention import fast_attention
@@ -27,21 +29,24 @@ from nerf.training.ema import EMA
 from nerf.training.rng import seed_everything, step_generator
 from nerf.training.system import StopSignal, autocast
 
-STAGES = {"pictures": 1, "vae": 2, "latents": 3, "unet": 4}  # their random numbers differ
-FREE = ("out", "work", "device", "vae_steps", "unet_steps", "save_seconds", "stop_after")
-FREE += ("write_now", "print_every")  # may change between one start and the next
+STAGES = {"pictures": 1, "vae": 2, "latents": 3, "unet": 4}  # offsets of their random seeds
+FREE = (  # flags that may change when a run is resumed
+    "out", "work", "device", "vae_steps", "unet_steps", "save_seconds", "stop_after", "write_now",
+    "print_every",
+)  # fmt: skip
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The checked command-line flags; ValueError for a bad value."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--work", type=Path, required=True, help="pictures and training state")
+    parser.add_argument("--work", type=Path, required=True, help="images and training state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--size", type=int, choices=sorted(build.SIZES), default=32, help="pixels")
     parser.add_argument("--pictures", type=int, default=81920, help=f"multiple of {pictures.CHUNK}")
-    parser.add_argument("--held_out", type=int, default=512, help="of them, for the VAE's PSNR")
+    parser.add_argument("--held_out", type=int, default=512, help="pictures for the VAE's PSNR")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vae_steps", type=int, default=1500)
     parser.add_argument("--vae_lr", type=float, default=1.5e-3)
@@ -50,16 +55,15 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--save_seconds", type=float, default=120.0)
     parser.add_argument("--print_every", type=int, default=100)
-    parser.add_argument(
-        "--stop_after", type=int, help="stop as if interrupted, after so many steps"
-    )
-    parser.add_argument("--write_now", action="store_true", help="write what there is; no training")
+    parser.add_argument("--stop_after", type=int, help="interrupt training after this many steps")
+    parser.add_argument("--write_now", action="store_true", help="write the model; no training")
     args = parser.parse_args(argv)
     check(args)
     return args
 
 
-def check(args) -> None:
+def check(args: Namespace) -> None:
+    """ValueError for flags outside their range."""
     if args.pictures % pictures.CHUNK or args.pictures <= args.held_out:
         raise ValueError(
             f"--pictures {args.pictures}: expected a multiple of {pictures.CHUNK} above "
@@ -70,8 +74,8 @@ def check(args) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
 
 
-def save(path: Path, state: dict) -> None:
-    """Either the old file or the new one is whole at any moment."""
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to ``path`` atomically: an interruption leaves the old file intact."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -80,8 +84,8 @@ def save(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def same_settings(args) -> None:
-    """Note what decides the result in --work; refuse to go on there with anything else."""
+def same_settings(args: Namespace) -> None:
+    """Save the flags that decide the result in --work; ValueError if they differ from its own."""
     args.work.mkdir(parents=True, exist_ok=True)
     now = {key: value for key, value in sorted(vars(args).items()) if key not in FREE}
     path = args.work / "settings.json"
@@ -97,13 +101,11 @@ def same_settings(args) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------ the loop
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Up over 200 steps, flat, and down to 2 % along a cosine in the last 30 %.
+    """The rate warms up over 200 steps, then is constant, then falls to 2 % in the last 30 %.
 
-    Flat until late, so that a run can be made longer without having decayed for nothing.
+    It falls along a cosine. It is constant for long, so that a run can be made longer before the
+    decay starts.
     """
     warm = min(1.0, (step + 1) / 200)
     left = (steps - step) / (0.3 * steps)
@@ -115,9 +117,11 @@ def _cos(left: float) -> float:
 
 
 class Fit:
-    """What one stage resumes from: weights, their average, the optimizer, updates finished."""
+    """A stage's weights, their average, optimizer and finished updates, resumed from ``path``."""
 
-    def __init__(self, path: Path, module: nn.Module, peak: float, args, device):
+    def __init__(
+        self, path: Path, module: nn.Module, peak: float, args: Namespace, device: torch.device
+    ):
         self.path, self.module, self.step, self.cpu_seconds = path, module, 0, 0.0
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99))
         self.ema = EMA(module, args.ema_decay)
@@ -129,26 +133,38 @@ class Fit:
         self._began, self.saved = time.process_time(), time.monotonic()
 
     def spent(self) -> float:
-        """CPU seconds of this and all earlier starts; an interrupted machine does not count."""
+        """CPU seconds of training so far, with those before all interruptions."""
         return self.cpu_seconds + time.process_time() - self._began
 
     def save(self) -> None:
-        parts = {name: getattr(self, name).state_dict() for name in ("module", "optimizer", "ema")}
+        """Write the state to ``path``."""
+        parts: dict[str, Any] = {
+            name: getattr(self, name).state_dict() for name in ("module", "optimizer", "ema")
+        }
         save(self.path, {**parts, "step": self.step, "cpu_seconds": self.spent()})
         self.saved = time.monotonic()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave the averaged weights in the module, for use."""
+        """Copy the averaged weights into the module and freeze it."""
         if self.ema.enabled:
             torch._foreach_copy_(list(self.module.parameters()), self.ema.shadow)
         self.module.eval().requires_grad_(False)
 
 
-def fit(name: str, module: nn.Module, loss_of, steps: int, peak: float, args, device) -> bool:
-    """Minimize ``loss_of(generator)`` over the module's weights, averaged weights at the end.
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[Generator], Tensor],
+    steps: int,
+    peak: float,
+    args: Namespace,
+    device: torch.device,
+) -> bool:
+    """Minimize ``loss_of(generator)``; the module ends with its averaged weights, frozen.
 
-    Resumes from <work>/<name>.pt and keeps it up to date. False if it was stopped before ``steps``.
+    Resumes from <work>/<name>.pt and saves to it. peak: the highest learning rate. Returns False if
+    training was stopped before ``steps``.
     """
     run = Fit(args.work / f"{name}.pt", module, peak, args, device)
     last, total = run.step, torch.zeros((), device=device)
@@ -184,8 +200,8 @@ def fit(name: str, module: nn.Module, loss_of, steps: int, peak: float, args, de
 # ------------------------------------------------------------------------------------- stages
 
 
-def make_pictures(args) -> dict:
-    """Every picture and its facts, drawn in chunks; the last --held_out are never trained on."""
+def make_pictures(args: Namespace) -> dict[str, Tensor]:
+    """All images and their facts, made in chunks; the last --held_out are not trained on."""
     path = args.work / "pictures.pt"
     if not path.exists():
         began, parts = time.process_time(), []
@@ -199,14 +215,14 @@ def make_pictures(args) -> dict:
 
 
 def to_range(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1], as the VAE takes them."""
+    """uint8 images -> [-1, 1], as the VAE expects them."""
     return images.float() / 127.5 - 1.0
 
 
-def vae_loss(vae, images: Tensor, generator) -> Tensor:
-    """Squared and absolute error, edges, color of 8x8 blocks, and a little KL.
+def vae_loss(vae: Any, images: Tensor, generator: Generator) -> Tensor:
+    """Squared and absolute error, edges, color of 8x8 blocks, a small KL; images in [-1, 1].
 
-    Without the block term a short training mixes up hues that share a brightness.
+    Without the block term, a short training confuses hues of the same brightness.
     """
     posterior = vae.encode(images).latent_dist
     found = vae.decode(posterior.sample(generator)).sample.float()
@@ -221,22 +237,23 @@ def vae_loss(vae, images: Tensor, generator) -> Tensor:
 
 
 @torch.no_grad()
-def vae_psnr(vae, images: Tensor, device) -> float:
-    """Mean over uint8 images [N, ...] of the PSNR of what the decoder makes of the mean code."""
+def vae_psnr(vae: Any, images: Tensor, device: torch.device) -> float:
+    """Mean PSNR of the reconstructions of uint8 images [N, 3, H, W] from the posterior mean."""
     values = []
-    for part in images.split(64):
-        part = to_range(part.to(device))
-        found = vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
-        values.append(-10 * torch.log10(((found - part) / 2).square().mean((1, 2, 3))))
+    for batch in images.split(64):
+        batch = to_range(batch.to(device))
+        found = vae.decode(vae.encode(batch).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(-10 * torch.log10(((found - batch) / 2).square().mean((1, 2, 3))))
     return torch.cat(values).mean().item()
 
 
-def train_vae(args, images: Tensor, device) -> nn.Module | None:
+def train_vae(args: Namespace, images: Tensor, device: torch.device) -> Any | None:
+    """The trained VAE; None if training was stopped before its end and --write_now is not set."""
     seed_everything(args.seed)
     vae = build.make_vae(build.SIZES[args.size], args.size).to(device)
     train = images[: -args.held_out].to(device)
 
-    def loss_of(generator):
+    def loss_of(generator: Generator) -> Tensor:
         pick = torch.randint(len(train), (args.batch,), generator=generator, device=device)
         return vae_loss(vae, to_range(train[pick]), generator)
 
@@ -247,22 +264,25 @@ def train_vae(args, images: Tensor, device) -> nn.Module | None:
 
 
 @torch.no_grad()
-def make_latents(args, vae, images: Tensor, device) -> dict:
-    """Mean and spread of every picture's code, unscaled, and 1 / std of all codes."""
+def make_latents(args: Namespace, vae: Any, images: Tensor, device: torch.device) -> dict[str, Any]:
+    """The posterior mean and log variance of every image, unscaled, and 1 / std of all latents."""
     path = args.work / "latents.pt"
     if not path.exists():
-        codes = []
-        for part in images[: -args.held_out].split(128):
-            codes.append(vae.encode(to_range(part.to(device))).latent_dist.parameters.half().cpu())
-        codes = torch.cat(codes)
+        batches = (to_range(batch.to(device)) for batch in images[: -args.held_out].split(128))
+        codes = torch.cat([vae.encode(x).latent_dist.parameters.half().cpu() for x in batches])
         mean, log_variance = codes.float().chunk(2, dim=1)
         factor = (mean.var() + log_variance.exp().mean()).rsqrt().item()
         save(path, {"codes": codes, "scaling_factor": factor})
     return torch.load(path, weights_only=True)
 
 
-def train_unet(args, facts: Tensor, latents: dict, device):
-    """The U-Net and the text encoder together, on codes drawn from the VAE's posterior."""
+def train_unet(
+    args: Namespace, facts: Tensor, latents: dict[str, Any], device: torch.device
+) -> tuple[Any, nn.ModuleDict, bool]:
+    """Train the U-Net and the text encoder together, on samples of the VAE's posterior.
+
+    Returns the tokenizer, both networks ("text", "unet"), and whether the model can be written.
+    """
     seed_everything(args.seed + 1)
     sizes = build.SIZES[args.size]
     tokenizer = build.make_tokenizer(pictures.vocabulary()["words"], args.work / "tokenizer")
@@ -275,8 +295,8 @@ def train_unet(args, facts: Tensor, latents: dict, device):
     both.train()
     scheduler, codes = build.make_scheduler(), latents["codes"].to(device)
 
-    def loss_of(generator):
-        options = {"generator": generator, "device": device}
+    def loss_of(generator: Generator) -> Tensor:
+        options: dict[str, Any] = {"generator": generator, "device": device}
         pick = torch.randint(len(codes), (args.batch,), **options)
         mean, log_variance = codes[pick].float().chunk(2, dim=1)
         clean = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, **options)
@@ -296,7 +316,8 @@ def train_unet(args, facts: Tensor, latents: dict, device):
     return tokenizer, both, done or args.write_now
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run all stages that are not finished, then write the model folder."""
     args = parse(argv)
     device = choose_device(args.device)
     same_settings(args)
@@ -316,8 +337,8 @@ def main(argv=None) -> None:
         print(f"written: {args.out}", flush=True)
 
 
-def script(argv=None) -> None:
-    """``main``, with the user's mistakes as one line and exit code 1."""
+def script(argv: list[str] | None = None) -> None:
+    """Run ``main``; print a user's mistake as one line and exit with code 1."""
     try:
         main(argv)
     except ValueError as error:
