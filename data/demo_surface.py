@@ -1,26 +1,27 @@
-"""The exact surface of the embedded scene: points on it, and how far any point is from it.
+"""The exact surface of the embedded scene: sample points on it, measure distances to it.
 
-    python data/demo_surface.py demo.ply                # a mesh or a point cloud against the truth
+    python data/demo_surface.py demo.ply                # compare a mesh or point cloud with it
 
-Solids are those of ``make_demo.py``. The surface is that of their union: what lies inside another
-solid does not count, nor does the lowest part of the plate, whose underside no camera sees.
+Solids are those of ``demo_scene.py``. The surface is that of their union, without parts inside
+another solid and without the lowest part of the plate, whose underside no camera sees.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from make_demo import SOLIDS, Solid, _frame
+from demo_scene import SOLIDS, Solid, rotation_of
 
-CLOSE = (0.02, 0.05)  # distances, scene units, within which points count as found
-SAMPLES = 400_000
-LOWEST = -0.78  # middle of the plate's lower half: no camera sees its underside
+CLOSE = (0.02, 0.05)  # distances in scene units for the completeness ratios
+SAMPLES = 400_000  # points on a surface
+LOWEST = -0.78  # z; surfaces below it (the plate's underside) are left out
 
 
 def signed_distance(solid: Solid, points: np.ndarray) -> np.ndarray:
     """Distance [N] of world points [N, 3] to one solid's surface, negative inside."""
-    local = (points - np.array(solid.center)) @ _frame(solid).numpy().astype(np.float64).T
+    local = (points - np.array(solid.center)) @ rotation_of(solid).numpy().astype(np.float64).T
     if solid.shape == "sphere":
         return np.linalg.norm(local, axis=1) - solid.size[0]
     if solid.shape == "box":
@@ -29,7 +30,7 @@ def signed_distance(solid: Solid, points: np.ndarray) -> np.ndarray:
     around = np.linalg.norm(local[:, :2], axis=1)
     if solid.shape == "cylinder":
         return _inside_corner(np.stack([around - radius, np.abs(local[:, 2]) - half], axis=1))
-    # A cone is a triangle turned around its axis: the nearest of slope and base.
+    # A cone is a triangle rotated around its axis: the nearer of its slope and its base.
     height = local[:, 2]
     along = np.clip(
         ((half - height) * 2 * half + around * radius) / (4 * half**2 + radius**2), 0, 1
@@ -41,7 +42,10 @@ def signed_distance(solid: Solid, points: np.ndarray) -> np.ndarray:
 
 
 def _inside_corner(beyond: np.ndarray) -> np.ndarray:
-    """Signed distance to a corner region from the distances beyond its sides [N, axes]."""
+    """Signed distance [N] to an intersection of half-spaces at right angles.
+
+    beyond: [N, axes] signed distance to the plane of each half-space.
+    """
     return np.linalg.norm(np.maximum(beyond, 0), axis=1) + np.minimum(beyond.max(1), 0)
 
 
@@ -50,56 +54,59 @@ def distance(points: np.ndarray) -> np.ndarray:
     return np.abs([signed_distance(solid, points) for solid in SOLIDS]).min(0)
 
 
-def _on_solid(solid: Solid, count: int, random) -> tuple[np.ndarray, float]:
-    """Points [count, 3] even over a solid's surface, in its own axes, and its area."""
+def _on_solid(solid: Solid, count: int, random: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Points [count, 3] uniform over a solid's surface, in its own axes, and its area."""
     turn = random.uniform(0, 2 * np.pi, count)
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     if solid.shape == "sphere":
         height = random.uniform(-1, 1, count)
         flat = np.sqrt(1 - height**2)[:, None] * circle
-        area = 4 * np.pi * solid.size[0] ** 2
-        return solid.size[0] * np.concatenate([flat, height[:, None]], axis=1), area
+        points = solid.size[0] * np.concatenate([flat, height[:, None]], axis=1)
+        return points, float(4 * np.pi * solid.size[0] ** 2)
     if solid.shape == "box":
-        half = np.array(solid.size)
-        areas = 8 * half.prod() / half  # of both sides across each axis
+        half_widths = np.array(solid.size)
+        areas = 8 * half_widths.prod() / half_widths  # of the two sides perpendicular to each axis
         axis = random.choice(3, count, p=areas / areas.sum())
-        points = random.uniform(-1, 1, (count, 3)) * half
-        points[np.arange(count), axis] = random.choice([-1, 1], count) * half[axis]
-        return points, areas.sum()
+        points = random.uniform(-1, 1, (count, 3)) * half_widths
+        points[np.arange(count), axis] = random.choice([-1, 1], count) * half_widths[axis]
+        return points, float(areas.sum())
     radius, half = solid.size
     cone = solid.shape == "cone"
     side = np.pi * radius * np.hypot(radius, 2 * half) if cone else 4 * np.pi * radius * half
     cap = np.pi * radius**2
     part = random.uniform(0, side + cap * (1 if cone else 2), count)
-    place = random.uniform(0, 1, count)
-    width = np.sqrt(place) if cone else np.ones(count)  # of the apex, at place 0: the area's law
-    width = np.where(part < side, width, np.sqrt(place))
-    height = half - 2 * half * (width if cone else place)
+    uniform = random.uniform(0, 1, count)
+    # Area grows with the square of the distance from a cone's apex or a disc's center.
+    width = np.sqrt(uniform) if cone else np.ones(count)
+    width = np.where(part < side, width, np.sqrt(uniform))
+    height = half - 2 * half * (width if cone else uniform)
     height = np.where(part < side, height, np.where(part < side + cap, -half, half))
     flat = radius * width[:, None] * circle
-    return np.concatenate([flat, height[:, None]], axis=1), side + cap * (1 if cone else 2)
+    area = float(side + cap * (1 if cone else 2))
+    return np.concatenate([flat, height[:, None]], axis=1), area
 
 
 def sample(count: int, seed: int = 0) -> np.ndarray:
-    """About ``count`` points [N, 3], even by area, on the surface that a camera may see."""
+    """At most ``count`` points [N, 3], uniform by area, on the visible surface of the scene."""
     random = np.random.default_rng(seed)
     areas = [_on_solid(solid, 1, random)[1] for solid in SOLIDS]
-    found = []
+    visible = []
     for solid, area in zip(SOLIDS, areas, strict=True):
         local, _ = _on_solid(solid, round(count * area / sum(areas)), random)
-        points = local @ _frame(solid).numpy().astype(np.float64) + np.array(solid.center)
+        points = local @ rotation_of(solid).numpy().astype(np.float64) + np.array(solid.center)
         others = [other for other in SOLIDS if other is not solid]
-        free = np.min([signed_distance(other, points) for other in others], axis=0) > 1e-6
-        found.append(points[free & (points[:, 2] > LOWEST)])
-    return np.concatenate(found)
+        outside = np.min([signed_distance(other, points) for other in others], axis=0) > 1e-6
+        visible.append(points[outside & (points[:, 2] > LOWEST)])
+    return np.concatenate(visible)
 
 
 def compare(points: np.ndarray) -> dict[str, float]:
-    """How well points [N, 3], even over a surface, agree with the truth; scene units.
+    """Distances, in scene units, between points [N, 3], uniform over a surface, and the scene's.
 
-    accuracy: mean distance from them to the truth, exact; what lies lower than LOWEST is left
-    out. completeness: mean distance from the truth to the nearest of them. chamfer: their mean.
-    found_0.02 and so on: part of the true surface that has a point so near.
+    Points below LOWEST are left out. accuracy: mean exact distance from the points to the true
+    surface. completeness: mean distance from the true surface to the nearest point. chamfer: mean
+    of the two. found_0.02, found_0.05: fraction of the true surface with a point within that
+    distance.
     """
     from scipy.spatial import cKDTree
 
@@ -112,6 +119,7 @@ def compare(points: np.ndarray) -> dict[str, float]:
 
 
 def main() -> int:
+    """Print the distances of each file's surface; the process's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="meshes or point clouds, .ply or .obj")
     args = parser.parse_args()
@@ -119,10 +127,14 @@ def main() -> int:
 
     for file in args.files:
         try:
-            loaded = trimesh.load(file, process=False)
+            loaded: Any = trimesh.load(file, process=False)
             points = loaded.vertices
-        except Exception as error:  # a broken file can fail anywhere inside a reader
-            print(f"demo_surface.py: {file} is no mesh or point cloud ({error})", file=sys.stderr)
+        except Exception as error:  # a broken file may raise anything inside trimesh's readers
+            print(
+                f"demo_surface.py: {file}: is not a mesh or point cloud ({error}); give a .ply or "
+                ".obj file",
+                file=sys.stderr,
+            )
             return 2
         if hasattr(loaded, "faces") and len(loaded.faces):
             points = trimesh.sample.sample_surface(loaded, SAMPLES, seed=0)[0]

@@ -4,9 +4,9 @@
     python data/download.py fern            # data/nerf_llff_data/fern
     python data/download.py --list
 
-A download that broke off goes on where it stopped. Every file of an archive is checked against the
-archive's checksums, and the archive against the server's SHA-256 where it states one, or against
---sha256. A scene's folder appears whole or not at all.
+An interrupted download is resumed. Every file of an archive is checked against the archive's
+checksums, and the archive against --sha256, or against the SHA-256 that the server sends, if any.
+A scene's folder is complete or does not exist.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from http.client import HTTPResponse
 from pathlib import Path
 
 EXAMPLE = "http://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip"
 BLENDER = "https://huggingface.co/datasets/jkulhanek/nerfbaselines-data/resolve/main/blender/"
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "materials", "mic", "ship")
 LLFF_SCENES = ("flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
-LLFF_BY_HAND = "https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1"
+LLFF_MANUAL = "https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1"
 
 # scene -> (archive, folder of the scene under data/)
 SCENES = {
@@ -34,18 +35,19 @@ SCENES = {
     **{name: (f"{BLENDER}{name}.zip", f"nerf_synthetic/{name}") for name in BLENDER_SCENES},
 }
 
-
-MAX_MEMBERS, MAX_RATIO = 100_000, 20  # of an archive of pictures, which hardly compress
+# Limits for an archive: number of files, unpacked / packed bytes (pictures hardly compress).
+MAX_MEMBERS, MAX_RATIO = 100_000, 20
 
 
 class DownloadError(Exception):
-    """What went wrong, in one line."""
+    """A message of one line: what went wrong and what to do."""
 
 
 def fetch(url: str, target: Path) -> str | None:
-    """Download ``url`` to ``target``; returns the SHA-256 that the server states, if it does.
+    """Download ``url`` to ``target``; returns the SHA-256 that the server sends, None without.
 
-    Bytes collect in ``target``.part, which a later call continues.
+    Bytes are written to ``target``.part, which a later call resumes. DownloadError if the server
+    cannot be reached or answers with an error.
     """
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
@@ -53,26 +55,30 @@ def fetch(url: str, target: Path) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             if have and response.status != 206:
-                have = 0  # the server does not resume: from the start
+                have = 0  # the server does not support resuming: start over
             stated = response.headers.get("X-Linked-Etag") or response.headers.get("ETag") or ""
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
             _copy(response, part, have, total, url)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to fetch
-            raise DownloadError(f"{url}: the server says {error.code} {error.reason}") from None
+        if error.code != 416:  # 416 (range not satisfiable): the .part file is complete
+            raise DownloadError(
+                f"{url}: the server answers {error.code} {error.reason}; try again later, or give "
+                "a mirror with --url"
+            ) from None
         stated = ""
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DownloadError(
-            f"{url}: not reachable ({reason}); run the same command again to go on"
+            f"{url}: not reachable ({reason}); run the same command again to resume"
         ) from None
     part.replace(target)
     match = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', stated)
     return match[1] if match else None
 
 
-def _copy(response, part: Path, have: int, total: int | None, url: str) -> None:
+def _copy(response: HTTPResponse, part: Path, have: int, total: int | None, url: str) -> None:
+    """Append the response to ``part``. DownloadError if it ends before ``total`` bytes."""
     from tqdm import tqdm
 
     with (
@@ -84,7 +90,8 @@ def _copy(response, part: Path, have: int, total: int | None, url: str) -> None:
             bar.update(len(block))
     if total is not None and part.stat().st_size != total:
         raise DownloadError(
-            f"{url}: broke off at {part.stat().st_size} of {total} bytes; run it again to go on"
+            f"{url}: interrupted at {part.stat().st_size} of {total} bytes; run the same command "
+            "again to resume"
         )
 
 
@@ -95,10 +102,10 @@ def digest(path: Path) -> str:
 
 
 def check_members(infos: list[zipfile.ZipInfo], archive: Path, folder: Path) -> None:
-    """DownloadError unless all are plain files and folders that stay in ``folder`` and fit there.
+    """DownloadError unless all entries are plain files and folders inside ``folder`` and fit there.
 
-    zipfile itself would quietly rename what climbs out; what is no scene had better be said. It
-    writes no more bytes than an entry declares, so that declared sizes can be believed.
+    zipfile would silently rename entries that lead out of the folder; an archive with such entries
+    is no scene. zipfile writes at most the size that an entry declares, so sizes can be trusted.
     """
     for info in infos:
         name = info.orig_filename.replace("\\", "/")  # zipfile cuts names at a zero byte
@@ -110,16 +117,21 @@ def check_members(infos: list[zipfile.ZipInfo], archive: Path, folder: Path) -> 
     total, packed = sum(info.file_size for info in infos), archive.stat().st_size
     if len(infos) > MAX_MEMBERS or total > max(MAX_RATIO * packed, 100 << 20):
         raise DownloadError(
-            f"{archive}: {packed} bytes claim to hold {len(infos)} files of {total} bytes; a scene "
-            f"has at most {MAX_MEMBERS} files and {MAX_RATIO} times the archive's size"
+            f"{archive}: {packed} bytes claim to hold {len(infos)} files of {total} bytes; "
+            f"expected at most {MAX_MEMBERS} files and {MAX_RATIO} times the archive's size"
         )
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise DownloadError(f"{folder.parent}: {free >> 20} MiB free, {total >> 20} MiB needed")
+        raise DownloadError(
+            f"{folder.parent}: {free >> 20} MiB free, {total >> 20} MiB needed; free some space"
+        )
 
 
 def unpack(archive: Path, scene: str, target: Path) -> None:
-    """Put the scene's files from a zip archive at ``target``, checking every file's checksum."""
+    """Unpack the folder of ``scene`` from a zip archive to ``target``, checking all checksums.
+
+    DownloadError if the archive is damaged (it is then removed) or has no such scene.
+    """
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with zipfile.ZipFile(archive) as file:
@@ -131,32 +143,42 @@ def unpack(archive: Path, scene: str, target: Path) -> None:
         found += [path.parent for path in temporary.rglob("poses_bounds.npy")]
         named = [folder for folder in found if folder.name == scene] or found
         if len(named) != 1:
-            raise DownloadError(f"{archive}: holds no scene called {scene}")
+            raise DownloadError(
+                f"{archive}: holds no scene called {scene}; remove it, or give another --url"
+            )
         named[0].rename(target)
     except (zipfile.BadZipFile, EOFError) as error:
         archive.unlink()
-        raise DownloadError(f"{archive}: damaged and removed ({error}); try again") from None
+        raise DownloadError(
+            f"{archive}: damaged and removed ({error}); run the same command again"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def download(scene: str, root: Path, url: str | None = None, sha256: str | None = None) -> Path:
-    """The folder of ``scene`` under ``root``, fetched unless it is there."""
+    """The folder of ``scene`` under ``root``, downloaded unless it exists.
+
+    url: of the archive, instead of that in SCENES. sha256: of the archive. DownloadError if a
+    checksum differs or nothing can be downloaded.
+    """
     source, folder = SCENES[scene]
     url, target = url or source, root / folder
     if target.exists():
-        print(f"{target}: already there")
+        print(f"{target}: exists already")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     archive = root / (Path(url).name or f"{scene}.zip")
     stated = None
     if not archive.exists():
-        print(f"fetching {url}")
+        print(f"downloading {url}")
         stated = fetch(url, archive)
     expected, actual = sha256 or stated, digest(archive)
     if expected and expected.lower() != actual:
         archive.unlink()
-        raise DownloadError(f"{archive}: SHA-256 is {actual}, expected {expected}; removed")
+        raise DownloadError(
+            f"{archive}: SHA-256 is {actual}, expected {expected}; removed, run the command again"
+        )
     print(f"{archive}: SHA-256 {actual}" + (" as expected" if expected else ""))
     unpack(archive, scene, target)
     print(f"{target}: ready; {archive} may be deleted")
@@ -164,12 +186,13 @@ def download(scene: str, root: Path, url: str | None = None, sha256: str | None 
 
 
 def main() -> int:
+    """Parse the command line and download; the process's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scene", nargs="?", help="name of a scene, see --list")
-    parser.add_argument("--list", action="store_true", help="name the scenes and their sources")
+    parser.add_argument("--list", action="store_true", help="list the scenes and their sources")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent, help="data folder")
-    parser.add_argument("--url", help="take the archive from here (a mirror)")
-    parser.add_argument("--sha256", help="what the archive's checksum must be")
+    parser.add_argument("--url", help="address of the archive, e.g. a mirror")
+    parser.add_argument("--sha256", help="expected checksum of the archive")
     args = parser.parse_args()
     if args.list:
         for name, (url, folder) in SCENES.items():
@@ -178,8 +201,8 @@ def main() -> int:
     try:
         if args.scene in LLFF_SCENES and not args.url:
             raise DownloadError(
-                f"{args.scene}: has no direct link; get nerf_llff_data.zip by hand from "
-                f"{LLFF_BY_HAND} and unpack it into {args.root}/nerf_llff_data"
+                f"{args.scene}: has no direct link; download nerf_llff_data.zip in a browser from "
+                f"{LLFF_MANUAL} and unpack it into {args.root}/nerf_llff_data"
             )
         if args.scene in LLFF_SCENES:
             SCENES[args.scene] = (args.url, f"nerf_llff_data/{args.scene}")

@@ -1,11 +1,11 @@
-"""Photos or a video to a scene that run_nerf.py trains: poses, checks, a report and a config.
+"""Photos or a video -> a scene for run_nerf.py: camera poses, a report and a config.
 
     python data/from_photos.py my_photos/ --out data/mine
     python data/from_photos.py walk_around.mp4 --out data/mine --frames 80
     python run_nerf.py --config data/mine/config.txt
 
-The folder --out appears whole or not at all: images/ (upright), sparse/0/ (COLMAP's model, z up,
-the cameras' mean distance 1), report.txt, cameras.png, config.txt.
+The folder --out is complete or does not exist. It holds images/ (upright), sparse/0/ (COLMAP's
+model, z up, root mean square camera distance 1), report.txt, cameras.png and config.txt.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from PIL import Image, ImageDraw
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
 
-FEWEST = 3  # photos with which there is anything to reconstruct
-POOR = 150  # features below which a photo is plain or blurred
-TRAINED_SIDE = 400  # pixels of the longer side that the config asks for, at most
+FEWEST = 3  # registered photos without which there is no scene
+POOR = 150  # features; a photo with fewer is plain or blurred
+TRAINED_SIDE = 400  # pixels; the config's --factor reduces the longer side to at most this
+Log = Callable[[str], object]
 ADVICE = (
-    "Photos that work: 30 to 100 of a scene that keeps still, in even light, from all around; each "
-    "overlaps the next by two thirds; sharp, one zoom, not turned on the spot, nothing mirrored."
+    "take 30 to 100 sharp photos of a static scene in even light, from all around, with one zoom; "
+    "each should overlap the next by two thirds; move between photos instead of turning on the "
+    "spot, and avoid mirrors"
 )
 SETTINGS = """use_viewdirs = True
 pixel_center = True
@@ -55,17 +58,17 @@ lambda_tv = 0.003
 """
 
 
-def gather(source: Path, images: Path, args, log) -> list[Photo]:
-    """Upright pictures in ``images``; ValueError if they cannot make a scene."""
+def gather(source: Path, images: Path, args: argparse.Namespace, log: Log) -> list[Photo]:
+    """Write upright pictures of a folder or a video to ``images``. ValueError if too few."""
     if not source.exists():
-        raise ValueError(f"{source}: no such file; give a folder of photos or a video")
+        raise ValueError(f"{source}: does not exist; give a folder of photos or a video")
     if source.is_dir():
         photos = take_photos(source, images, args.max_side, log)
     elif source.suffix.lower() in VIDEOS:
         photos = take_frames(source, images, args.frames, args.max_side)
     else:
         raise ValueError(
-            f"{source}: is neither a folder nor a video ({', '.join(VIDEOS)}); give one of them"
+            f"{source}: is neither a folder of photos nor a video ({', '.join(VIDEOS)}); give one"
         )
     if len(photos) < FEWEST:
         raise ValueError(
@@ -76,7 +79,10 @@ def gather(source: Path, images: Path, args, log) -> list[Photo]:
 
 
 def verdicts(found: sfm.Reconstruction, fuzzy: list[str]) -> list[str]:
-    """Why each photo that was not registered was not, one line each."""
+    """One line for each photo that was not registered, with the likely reason.
+
+    fuzzy: names of blurred photos.
+    """
     lines = []
     for name, inside, features, partners in zip(
         found.names, found.registered, found.features, found.partners, strict=True
@@ -86,17 +92,17 @@ def verdicts(found: sfm.Reconstruction, fuzzy: list[str]) -> list[str]:
         if features < POOR:
             why = f"only {features} features: too plain, too dark or blurred"
         elif name in fuzzy:
-            why = "blurred beside the others"
+            why = "much less sharp than the others"
         elif not partners:
             why = "overlaps no other photo"
         else:
-            why = f"overlaps {partners} others, but too little or from the same place"
+            why = f"overlaps {partners} others, but too little or taken from the same place"
         lines.append(f"{name}: {why}")
     return lines
 
 
-def refuse_or_accept(source: Path, found: sfm.Reconstruction, fuzzy: list[str]) -> None:
-    """ValueError if too few photos found their place."""
+def check_registered(source: Path, found: sfm.Reconstruction) -> None:
+    """ValueError, with the likely reason, if fewer than FEWEST photos were registered."""
     count, total = sum(found.registered), len(found.names)
     if count >= FEWEST:
         return
@@ -104,37 +110,40 @@ def refuse_or_accept(source: Path, found: sfm.Reconstruction, fuzzy: list[str]) 
     if 2 * len(poor) >= total:
         why = f"{len(poor)} of {total} are blurred, dark or plain ({some(poor, 3)})"
     elif not any(found.partners):
-        why = "no two of them show the same things"
+        why = "no two of them overlap"
     else:
         pairs = sum(found.partners) // 2
-        why = f"{pairs} pairs overlap, too little or taken from the same place"
-    raise ValueError(f"{source}: no scene comes out of these photos: {why}; {ADVICE}")
+        why = f"{pairs} pairs overlap, but too little or taken from the same place"
+    raise ValueError(
+        f"{source}: {count} of {total} photos could be registered, expected {FEWEST} or more: "
+        f"{why}; {ADVICE}"
+    )
 
 
 def report(found: sfm.Reconstruction, photos: list[Photo], model: Model, seconds: float) -> str:
-    """What a person should know about the poses."""
+    """The text of report.txt: what was registered, how well, and what to improve."""
     fuzzy, failed = blurred(photos), verdicts(found, blurred(photos))
     lengths = np.bincount(model.tracks[:, 0]) if len(model.tracks) else np.zeros(1)
     count = sum(found.registered)
     lines = [
         f"registered {count} of {len(found.names)} pictures in {seconds:.0f} s; reprojection error "
-        f"{found.error:.2f} pixels; {len(model.points)} points, each seen by {lengths.mean():.1f}"
+        f"{found.error:.2f} pixels; {len(model.points)} points of {lengths.mean():.1f} views each"
     ]
     lines += [f"not registered: {line}" for line in failed]
     if failed and found.num_models > 1:
         lines.append(
-            f"the pictures fell into {found.num_models} parts that do not overlap; the largest is "
-            "kept: take more between them"
+            f"the pictures form {found.num_models} groups that do not overlap; only the largest is "
+            "kept: take more photos between the groups"
         )
     if found.distrusted:
         lines.append(
-            f"{found.distrusted} pairs of pictures agree on a small part only, as things do that "
-            "look alike from two sides; they were left aside (--all_pairs to use them)"
+            f"{found.distrusted} pairs of pictures match on a small area only, as happens with "
+            "objects that look alike from two sides; they were not used (--all_pairs uses them)"
         )
     if fuzzy:
         lines.append(f"much less sharp than the others: {some(fuzzy)}")
     if found.error > 1.5:
-        lines.append("the reprojection error is high: did something move, or the zoom change?")
+        lines.append("the reprojection error is high: keep the scene still and the zoom fixed")
     if count < 20:
         lines.append(f"{count} pictures are few; 30 to 100 make a better scene")
     if failed:
@@ -143,27 +152,32 @@ def report(found: sfm.Reconstruction, photos: list[Photo], model: Model, seconds
 
 
 def draw(model: Model, path: Path, side: int = 480) -> None:
-    """The points and cameras from above and from the side, as a picture."""
+    """Write a picture of the points and cameras from above and from the side to ``path``.
+
+    side: pixels of each of its two square panels.
+    """
     around = capture.around(model.c2w)
     inverse = np.linalg.inv(around.to_world)
     points = model.points @ inverse[:3, :3].T + inverse[:3, 3]
-    places, ahead = around.c2w[:, :, 3], -around.c2w[:, :, 2]
-    reach = 1.3 * np.abs(places).max()
+    positions, forward = around.c2w[:, :, 3], -around.c2w[:, :, 2]
+    reach = 1.3 * np.abs(positions).max()
     near = (np.abs(points) < reach).all(-1)
     sheet = Image.new("RGB", (2 * side, side), "white")
     pen = ImageDraw.Draw(sheet)
     for panel, (right, up) in enumerate(((0, 1), (0, 2))):
 
-        def place(xyz, panel=panel, right=right, up=up):  # fmt: skip
+        def project(
+            xyz: np.ndarray, panel: int = panel, right: int = right, up: int = up
+        ) -> tuple[float, float]:
             scaled = xyz / reach * side / 2
             return (panel * side + side / 2 + scaled[right], side / 2 - scaled[up])
 
         for xyz, color in zip(points[near], model.colors[near], strict=True):
-            x, y = place(xyz)
+            x, y = project(xyz)
             pen.rectangle((x, y, x + 1, y + 1), fill=tuple(int(level) for level in color))
-        for xyz, direction in zip(places, ahead, strict=True):
-            pen.line((place(xyz), place(xyz + 0.15 * direction)), fill=(200, 60, 40), width=1)
-            x, y = place(xyz)
+        for xyz, direction in zip(positions, forward, strict=True):
+            pen.line((project(xyz), project(xyz + 0.15 * direction)), fill=(200, 60, 40), width=1)
+            x, y = project(xyz)
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(200, 60, 40))
         pen.text((panel * side + 8, 8), ("from above", "from the side")[panel], fill="black")
     pen.line((side, 0, side, side), fill=(180, 180, 180))
@@ -171,23 +185,26 @@ def draw(model: Model, path: Path, side: int = 480) -> None:
 
 
 def config(out: Path, photos: list[Photo], model: Model) -> str:
-    """A config for run_nerf.py that suits the capture."""
+    """The text of config.txt, for run_nerf.py: NDC or a contracted scene, and a --factor."""
     longest = max(max(photo.width, photo.height) for photo in photos)
     factor = max(1, -(-longest // TRAINED_SIDE))
     facing = capture.faces_forward(model.c2w) and colmap.depth_bounds(model) is not None
-    kind = "Cameras that face one way: NDC." if facing else "Cameras around something: contracted."
+    kind = "Forward-facing cameras: NDC." if facing else "Cameras around a scene: contracted."
     return (
-        f"# Made by data/from_photos.py. {kind} Pictures {factor} times smaller than in images/:\n"
-        "# with a GPU lower factor and raise grid_res and N_iters.\n"
+        f"# Made by data/from_photos.py. {kind}\n"
+        f"# Pictures {factor} times smaller; with a GPU lower it and raise grid_res, N_iters.\n"
         f"expname = {out.name}\nbasedir = ./logs\ndatadir = {out}\ndataset_type = colmap\n"
         f"factor = {factor}\nllffhold = 8\n\n" + SETTINGS.format(space="" if facing else AROUND)
     )
 
 
-def make(source: Path, out: Path, args, log) -> None:
-    """Everything, in a folder that is renamed to ``out`` at the end."""
+def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
+    """Make the scene of ``source`` in a temporary folder, and rename that to ``out`` at the end.
+
+    ValueError if ``out`` exists, pycolmap is missing, or no scene can be made of the photos.
+    """
     if out.exists():
-        raise ValueError(f"{out}: already there; remove it first, or give another --out")
+        raise ValueError(f"{out}: exists already; remove it first, or give another --out")
     sfm.require()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -204,7 +221,7 @@ def make(source: Path, out: Path, args, log) -> None:
             all_pairs=args.all_pairs,
             threads=args.threads,
         )
-        refuse_or_accept(source, found, blurred(photos))
+        check_registered(source, found)
         (work / "sfm" / "sparse").rename(work / "sparse")
         shutil.rmtree(work / "sfm")
         model = read_model(work / "sparse" / "0")
@@ -221,6 +238,7 @@ def make(source: Path, out: Path, args, log) -> None:
 
 
 def positive(text: str) -> int:
+    """A flag's value as an integer of 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
@@ -228,14 +246,15 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
+    """Parse the command line and make the scene; the process's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", type=Path, help="folder of photos, or a video file")
     add("--out", type=Path, required=True, help="folder to make")
-    add("--frames", type=positive, default=80, help="frames to take from a video")
-    add("--max_side", type=positive, default=1600, help="photos are kept no larger, in pixels")
+    add("--frames", type=positive, default=80, help="number of frames to take from a video")
+    add("--max_side", type=positive, default=1600, help="longest side of saved photos, in pixels")
     add("--camera_model", default="OPENCV", help="COLMAP's lens model", choices=CAMERA_MODELS)
-    add("--all_pairs", action="store_true", help="trust pairs that agree on little, too")
+    add("--all_pairs", action="store_true", help="use pairs that match on a small area, too")
     add("--threads", type=positive, default=os.cpu_count() or 1, help="processor threads")
     args = parser.parse_args()
     try:

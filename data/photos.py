@@ -1,5 +1,6 @@
-"""Photos and videos as they come, to upright pictures that structure from motion can use."""
+"""Any photos or a video -> upright, distinct JPEG pictures for structure from motion."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,12 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
 HEIC = (".heic", ".heif")
 MEASURED_SIDE = 640  # pixels of the longer side at which sharpness is measured
-SAME = 1.5  # mean difference of 32x32 thumbnails, gray levels, up to which pictures are one
-BLURRED = 0.2  # of the median sharpness
+SAME = 1.5  # gray levels; thumbnails with a smaller mean difference are duplicates
+BLURRED = 0.2  # fraction of the median sharpness below which a picture is blurred
 
 
 class Photo(NamedTuple):
-    """One picture that was kept."""
+    """One kept picture; width and height are those of the saved file."""
 
     name: str
     width: int
@@ -25,14 +26,14 @@ class Photo(NamedTuple):
 
 
 def sharpness(gray: np.ndarray) -> float:
-    """Variance of the Laplacian of [H, W] gray levels: low where a picture is blurred or plain."""
+    """Variance of the Laplacian of gray levels [H, W]; low for blurred or plain pictures."""
     gray = gray.astype(np.float32)
     laplacian = gray[1:-1, :-2] + gray[1:-1, 2:] + gray[:-2, 1:-1] + gray[2:, 1:-1]
     return float((laplacian - 4 * gray[1:-1, 1:-1]).var())
 
 
 def measured(name: str, image: Image.Image) -> Photo:
-    """What is compared between pictures."""
+    """The Photo of an upright picture, with sharpness and thumbnail measured."""
     gray = image.convert("L")
     small = gray.copy()
     small.thumbnail((MEASURED_SIDE, MEASURED_SIDE), Image.Resampling.BOX)
@@ -41,7 +42,10 @@ def measured(name: str, image: Image.Image) -> Photo:
 
 
 def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder by name, and the other files. ValueError on HEIC, or without any."""
+    """The pictures of a folder, sorted by name, and its other files.
+
+    ValueError if it has HEIC files, or no pictures.
+    """
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     heic = [path for path in files if path.suffix.lower() in HEIC]
     if heic:
@@ -53,19 +57,21 @@ def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     if not pictures:
         videos = [path.name for path in files if path.suffix.lower() in VIDEOS]
-        hint = f"; for the video give its own path: {folder / videos[0]}" if videos else ""
-        raise ValueError(f"{folder}: holds no photo ({', '.join(PICTURES)}){hint}")
+        hint = f"; for a video, give its path: {folder / videos[0]}" if videos else ""
+        raise ValueError(f"{folder}: holds no photo; expected {', '.join(PICTURES)}{hint}")
     return pictures, [path for path in files if path not in set(pictures)]
 
 
-def take_photos(folder: Path, out: Path, max_side: int, log) -> list[Photo]:
-    """Copy the photos of ``folder`` upright into ``out``, none larger than max_side.
+def take_photos(
+    folder: Path, out: Path, max_side: int, log: Callable[[str], object]
+) -> list[Photo]:
+    """Copy the photos of ``folder`` to ``out``, upright, with sides of at most max_side pixels.
 
-    Files that are no pictures, and photos that repeat another, are named and left out.
+    Other files, unreadable pictures and duplicates are left out, and ``log`` names them.
     """
     pictures, others = list_photos(folder)
     if others:
-        log(f"left out, no pictures: {some([path.name for path in others])}")
+        log(f"left out, not pictures: {some([path.name for path in others])}")
     photos: list[Photo] = []
     broken, repeated = [], []
     for path in pictures:
@@ -84,12 +90,12 @@ def take_photos(folder: Path, out: Path, max_side: int, log) -> list[Photo]:
     if broken:
         log(f"left out, cannot be read: {some(broken)}")
     if repeated:
-        log(f"left out, the same picture as another: {some(repeated)}")
+        log(f"left out, duplicates of another picture: {some(repeated)}")
     return photos
 
 
 def _unused(stem: str, photos: list[Photo]) -> str:
-    """``stem``, with a number after it where another photo (a.png beside a.jpg) has it."""
+    """``stem``, or with a number if another photo has it already (a.png beside a.jpg)."""
     names, number, found = {photo.name for photo in photos}, 2, stem
     while found + ".jpg" in names:
         found, number = f"{stem}_{number}", number + 1
@@ -97,7 +103,8 @@ def _unused(stem: str, photos: list[Photo]) -> str:
 
 
 def _save(image: Image.Image, out: Path, photo: Photo, max_side: int) -> Photo:
-    exif = image.getexif()  # holds the focal length; the rotation is gone from it
+    """Write an upright picture as JPEG; its Photo with the width and height of the file."""
+    exif = image.getexif()  # holds the focal length; exif_transpose removed the rotation
     image = image.convert("RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +113,11 @@ def _save(image: Image.Image, out: Path, photo: Photo, max_side: int) -> Photo:
 
 
 def take_frames(video: Path, out: Path, count: int, max_side: int) -> list[Photo]:
-    """The sharpest frame of each of ``count`` equal parts of a video, into ``out``."""
+    """Write the sharpest frame of each of ``count`` equal parts of a video to ``out``.
+
+    A frame that repeats the previous one (the camera stood still) is left out. ValueError if ffmpeg
+    cannot read the file.
+    """
     import imageio_ffmpeg
 
     try:
@@ -115,7 +126,7 @@ def take_frames(video: Path, out: Path, count: int, max_side: int) -> list[Photo
         size = next(frames)["size"]
     except (OSError, RuntimeError, StopIteration, ValueError):
         raise ValueError(
-            f"{video}: holds no video that ffmpeg can read; give an MP4 or MOV"
+            f"{video}: holds no video that ffmpeg can read; give an MP4 or MOV file"
         ) from None
     if total < 1:
         raise ValueError(f"{video}: holds no frames; is the recording complete?")
@@ -124,7 +135,7 @@ def take_frames(video: Path, out: Path, count: int, max_side: int) -> list[Photo
 
     def keep() -> None:
         repeats = best and photos and np.abs(best[0].thumbnail - photos[-1].thumbnail).mean() < SAME
-        if best and not repeats:  # the camera moved
+        if best and not repeats:
             photos.append(_save(best[1], out, best[0], max_side))
 
     part = -1
@@ -141,12 +152,12 @@ def take_frames(video: Path, out: Path, count: int, max_side: int) -> list[Photo
 
 
 def blurred(photos: list[Photo]) -> list[str]:
-    """Names of photos much less sharp than the others."""
-    middle = float(np.median([photo.sharpness for photo in photos]))
-    return [photo.name for photo in photos if photo.sharpness < BLURRED * middle]
+    """Names of photos much less sharp than the median."""
+    median = float(np.median([photo.sharpness for photo in photos]))
+    return [photo.name for photo in photos if photo.sharpness < BLURRED * median]
 
 
 def some(names: list[str], count: int = 6) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and how many more it has."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

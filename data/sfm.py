@@ -1,12 +1,12 @@
-"""Structure from motion: photos to camera poses. The only file that touches pycolmap.
+"""Structure from motion: photos -> camera poses. The only file that imports pycolmap.
 
-Pictures of one size share one camera. Matching is exhaustive up to EXHAUSTIVE pictures; video
-frames beyond that are matched with their neighbors in time.
+Pictures of one size share one camera. Matching is exhaustive up to EXHAUSTIVE pictures; frames of a
+longer video are matched with their neighbors in time.
 
-What looks alike from two sides (a label printed twice around a can, a table with two equal ends)
-folds a walk around it into half of one: such pairs agree on the thing itself and on nothing around
-it. So pairs that are not neighbors by name count only if they agree over a good part of what
-either picture shares with any other.
+An object that looks alike from two sides (a label printed twice around a can, a table with two
+equal ends) folds a walk around it into half a walk: pictures from opposite sides match on the
+object and on nothing around it. Therefore pairs that are not neighbors by name are used only if
+their matches cover WIDE of the largest area that either picture shares with any other.
 """
 
 import importlib.util
@@ -14,8 +14,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,41 +26,44 @@ import numpy as np
 from nerf.datasets import capture
 from nerf.datasets.colmap_model import read_model
 
-EXHAUSTIVE = 200  # pictures; pairs grow with the square
-NEIGHBOURS = 12  # frames before and after, for longer videos
-FEATURE_SIDE = 1600  # pixels of the longer side at which features are looked for
+EXHAUSTIVE = 200  # pictures up to which all pairs are matched
+NEIGHBORS = 12  # frames before and after that are matched in longer videos
+FEATURE_SIDE = 1600  # pixels of the longer side at which features are extracted
 MAX_FEATURES = 4096  # per picture
-WIDE = 0.3  # of a picture's widest overlap: what a pair must agree over
-ADJACENT = 6  # by name: these may agree on less, their order speaks for them
-ENOUGH = 0.95  # of the pictures, or the distrusted pairs are tried as well
+WIDE = 0.3  # fraction of a picture's largest matched area that a pair's matches must cover
+ADJACENT = 6  # pairs at most this far apart in order of names are always used
+ENOUGH = 0.95  # fraction of registered pictures below which the distrusted pairs are used too
 INSTALL = "data/from_photos.py needs pycolmap: pip install pycolmap==4.2.1"
 
 
 class Reconstruction(NamedTuple):
-    """What became of N pictures; lists go by their order."""
+    """The result for N pictures; the lists have one entry per picture."""
 
-    folder: Path | None  # of the sparse model; None: no picture found its place
+    folder: Path | None  # of the sparse model; None: no picture was registered
     names: list[str]
     registered: list[bool]
     features: list[int]
-    partners: list[int]  # other pictures that each verifiably overlaps with
+    partners: list[int]  # number of other pictures with verified matches
     error: float  # mean reprojection error, pixels
-    num_models: int  # parts that the pictures fell into
-    distrusted: int  # pairs left aside because they agree on too little
+    num_models: int  # separate reconstructions; only the largest is kept
+    distrusted: int  # pairs not used because their matches cover too small an area
 
 
 def require() -> None:
-    """ValueError with the line that installs pycolmap, if it is missing."""
+    """ValueError with the command that installs pycolmap, if it is missing."""
     try:
         found = importlib.util.find_spec("pycolmap")
-    except ValueError:  # what stands for a module that is blocked
+    except ValueError:  # raised if sys.modules holds None, or a module without __spec__
         found = None
     if found is None:
         raise ValueError(INSTALL)
 
 
-def run(images: Path, work: Path, **settings) -> Reconstruction:
-    """``reconstruct`` in a process of its own: should COLMAP crash, that is all that is lost."""
+def run(images: Path, work: Path, **settings: Any) -> Reconstruction:
+    """``reconstruct`` in a process of its own, so that a crash of COLMAP is a ValueError here.
+
+    settings: the keyword arguments of ``reconstruct`` except log.
+    """
     work.mkdir(parents=True)
     job = {"images": str(images), "work": str(work), **settings}
     (work / "job.json").write_text(json.dumps(job))
@@ -68,7 +73,7 @@ def run(images: Path, work: Path, **settings) -> Reconstruction:
         lines = (work / "log.txt").read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no message")
         raise ValueError(
-            f"structure from motion broke off (exit code {done.returncode}: {last.strip()[:200]}); "
+            f"structure from motion failed (exit code {done.returncode}: {last.strip()[:200]}); "
             "try fewer or smaller photos (--max_side 1000), or --threads 1"
         )
     result = json.loads((work / "result.json").read_text())
@@ -85,20 +90,20 @@ def reconstruct(
     in_order: bool,
     all_pairs: bool,
     threads: int,
-    log,
+    log: Callable[[str], object],
 ) -> Reconstruction:
-    """Find the cameras of the pictures in ``images``; the best model is written to work/sparse/0.
+    """Find the cameras of the pictures in ``images``; writes the best model to work/sparse/0.
 
     sizes: name -> width and height, for every picture. in_order: they are frames of a video.
-    all_pairs: trust all overlaps.
+    all_pairs: use all pairs with verified matches, also those on a small area.
     """
     import pycolmap
 
-    pycolmap.logging.minloglevel = int(pycolmap.logging.FATAL)  # its log is not for the user
+    pycolmap.logging.minloglevel = int(pycolmap.logging.FATAL)  # hide its log from the user
     pycolmap.set_random_seed(0)
-    sizes = {name: tuple(size) for name, size in sizes.items()}
+    sizes = {name: (width, height) for name, (width, height) in sizes.items()}
     database, names = work / "database.db", sorted(sizes)
-    _features(pycolmap, database, images, sizes, camera_model, threads)
+    _extract_features(pycolmap, database, images, sizes, camera_model, threads)
     log(f"features of {len(names)} pictures: done")
     _match(pycolmap, database, len(names), in_order, threads)
     features, partners = _counts(pycolmap, database, names)
@@ -112,10 +117,10 @@ def reconstruct(
     attempts = [database]
     if distrusted:
         attempts = [trusted, database]
-        log(f"{distrusted} pairs agree on a small part of their pictures only: left aside")
+        log(f"{distrusted} pairs match on a small area of their pictures only: not used")
     best, found = None, {}
     for number, attempt in enumerate(attempts):
-        log("placing the cameras ...")
+        log("estimating the camera poses ...")
         models = _map(pycolmap, attempt, images, work / f"models_{number}", threads)
         largest = max(models.values(), key=_quality, default=None)
         if largest is not None and (best is None or _quality(largest) > _quality(best)):
@@ -124,7 +129,7 @@ def reconstruct(
             break
     if best is None:
         return Reconstruction(None, names, *empty)
-    inside = {best.image(number).name for number in best.reg_image_ids()}
+    registered = {best.image(number).name for number in best.reg_image_ids()}
     folder = work / "sparse" / "0"
     folder.mkdir(parents=True)
     best.write_binary(folder)
@@ -133,7 +138,7 @@ def reconstruct(
     return Reconstruction(
         folder,
         names,
-        [name in inside for name in names],
+        [name in registered for name in names],
         features,
         partners,
         best.compute_mean_reprojection_error(),
@@ -142,38 +147,43 @@ def reconstruct(
     )
 
 
-def _quality(model) -> tuple[int, int]:
+def _quality(model: Any) -> tuple[int, int]:
+    """Registered images, then points: the larger, the better."""
     return model.num_reg_images(), model.num_points3D()
 
 
-def _map(pycolmap, database: Path, images: Path, folder: Path, threads: int) -> dict:
+def _map(
+    pycolmap: ModuleType, database: Path, images: Path, folder: Path, threads: int
+) -> dict[int, Any]:
+    """Incremental mapping: number -> reconstruction, also written to ``folder``."""
     options = pycolmap.IncrementalPipelineOptions()
     options.num_threads, options.random_seed, options.min_model_size = threads, 0, 3
     folder.mkdir()
     return pycolmap.incremental_mapping(database, images, folder, options)
 
 
-def _drop_narrow(pycolmap, database: Path, trusted: Path, names: list[str]) -> int:
-    """Copy the database to ``trusted`` without pairs that agree on little; how many those are."""
+def _drop_narrow(pycolmap: ModuleType, database: Path, trusted: Path, names: list[str]) -> int:
+    """Copy the database to ``trusted`` without pairs that match on a small area; their number."""
     shutil.copyfile(database, trusted)
     opened = pycolmap.Database.open(trusted)
-    place = {name: number for number, name in enumerate(names)}
+    order = {name: number for number, name in enumerate(names)}
     images = {image.image_id: image.name for image in opened.read_all_images()}
     points = {number: np.asarray(opened.read_keypoints(number))[:, :2] for number in images}
-    areas, widest = {}, dict.fromkeys(images, 0.0)
+    areas: dict[tuple[int, int], list[float]] = {}
+    widest = dict.fromkeys(images, 0.0)
     for pair, count in zip(*opened.read_two_view_geometry_num_inliers(), strict=True):
         if count:
             both = pycolmap.pair_id_to_image_pair(pair)
             matches = np.asarray(opened.read_two_view_geometry(*both).inlier_matches)
             for side, number in enumerate(both):
-                seen = points[number][matches[:, side]]
-                area = float(np.prod(np.diff(np.percentile(seen, [5, 95], axis=0), axis=0)))
-                areas.setdefault(tuple(both), []).append(area)
+                matched = points[number][matches[:, side]]
+                area = float(np.prod(np.diff(np.percentile(matched, [5, 95], axis=0), axis=0)))
+                areas.setdefault((both[0], both[1]), []).append(area)
                 widest[number] = max(widest[number], area)
     dropped = 0
     for both, (first, second) in areas.items():
         narrow = min(first / max(widest[both[0]], 1.0), second / max(widest[both[1]], 1.0)) < WIDE
-        if narrow and abs(place[images[both[0]]] - place[images[both[1]]]) > ADJACENT:
+        if narrow and abs(order[images[both[0]]] - order[images[both[1]]]) > ADJACENT:
             opened.delete_two_view_geometry(*both)
             opened.delete_matches(*both)
             dropped += 1
@@ -182,11 +192,19 @@ def _drop_narrow(pycolmap, database: Path, trusted: Path, names: list[str]) -> i
 
 
 def _upright(c2w: np.ndarray) -> np.ndarray:
-    """The similarity [4, 4] from COLMAP's world to one with z up and the cameras at distance 1."""
+    """The similarity [4, 4] from COLMAP's world to the layout ``capture.around``."""
     return np.linalg.inv(capture.around(c2w).to_world)
 
 
-def _features(pycolmap, database: Path, images: Path, sizes, camera_model: str, threads) -> None:
+def _extract_features(
+    pycolmap: ModuleType,
+    database: Path,
+    images: Path,
+    sizes: dict[str, tuple[int, int]],
+    camera_model: str,
+    threads: int,
+) -> None:
+    """Write SIFT features of all pictures to the database, with one camera for each size."""
     extraction = pycolmap.FeatureExtractionOptions()
     extraction.max_image_size, extraction.num_threads = FEATURE_SIDE, threads
     extraction.sift.max_num_features = MAX_FEATURES
@@ -204,20 +222,21 @@ def _features(pycolmap, database: Path, images: Path, sizes, camera_model: str, 
         )
 
 
-def _match(pycolmap, database: Path, count: int, in_order: bool, threads: int) -> None:
+def _match(pycolmap: ModuleType, database: Path, count: int, in_order: bool, threads: int) -> None:
+    """Match the ``count`` pictures' features, in all pairs or in a video's neighboring frames."""
     matching = pycolmap.FeatureMatchingOptions()
     matching.num_threads = threads
     common = {"matching_options": matching, "device": pycolmap.Device.cpu}
     if in_order and count > EXHAUSTIVE:
         pairing = pycolmap.SequentialPairingOptions()
-        pairing.overlap = NEIGHBOURS
+        pairing.overlap = NEIGHBORS
         pycolmap.match_sequential(database, pairing_options=pairing, **common)
     else:
         pycolmap.match_exhaustive(database, **common)
 
 
-def _counts(pycolmap, database: Path, names: list[str]) -> tuple[list[int], list[int]]:
-    """Features of each picture, and with how many others it shares verified matches."""
+def _counts(pycolmap: ModuleType, database: Path, names: list[str]) -> tuple[list[int], list[int]]:
+    """For each picture: its features, and the other pictures with verified matches."""
     opened = pycolmap.Database.open(database)
     try:
         numbers = {image.image_id: image.name for image in opened.read_all_images()}
@@ -237,5 +256,6 @@ if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     images, work = Path(job.pop("images")), Path(job.pop("work"))
     outcome = reconstruct(images, work, **job, log=lambda line: print(line, flush=True))
-    result = outcome._replace(folder=str(outcome.folder) if outcome.folder else None)._asdict()
+    folder = str(outcome.folder) if outcome.folder else None
+    result = {**outcome._asdict(), "folder": folder}
     (work / "result.json").write_text(json.dumps(result))

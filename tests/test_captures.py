@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import demo_scene
 import make_demo
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from PIL import Image
 from nerf.build import load_scene
 from nerf.cameras import orbit_path
 from nerf.datasets import capture, colmap, llff, recognize
-from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, quaternion, read_model, write_model
+from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, read_model
+from nerf.datasets.colmap_write import quaternion, write_model
 from nerf.flags import nerf as nerf_flags
 from nerf.lenses import from_colmap
-from nerf.rays import Rays
+from nerf.rays import Rays, pixels_to_rays
 from nerf.scene_bounds import scene_space
 
 NUM_VIEWS = sum(DEMO_COUNTS.values())
@@ -79,7 +81,7 @@ def seen(scene, view, shift=0.0, samples=3):
     for dy in steps:
         for dx in steps:
             places = (x.flatten() + dx + shift, y.flatten() + dy + shift)
-            rgba, _ = make_demo.cast(world_rays(scene, *places, view))
+            rgba, _ = demo_scene.cast(world_rays(scene, *places, view))
             total += rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]
     return (total / samples**2).view(height, width, 3)
 
@@ -111,9 +113,7 @@ def test_rays_are_the_exporters_own(demo_colmap, demo_transforms):
     ):
         found = world_rays(scene, x, y, view)
         row = lenses[which].float()
-        expected = make_demo.pixels_to_rays(
-            x, y, row, torch.tensor(c2w).float(), (0, 1), pixel_center=True
-        )
+        expected = pixels_to_rays(x, y, row, torch.tensor(c2w).float(), (0, 1), pixel_center=True)
         torch.testing.assert_close(found.origins, expected.origins, rtol=0, atol=1e-4)
         torch.testing.assert_close(found.viewdirs, expected.viewdirs, rtol=0, atol=1e-5)
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 
+import demo_scene
 import make_demo
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def demo(request, tmp_path):
 # ------------------------------------------------ pose axes, intrinsics, pixels: against the caster
 
 
-def seen(scene, view, shift=0.0, solids=make_demo.SOLIDS, samples=3):
+def seen(scene, view, shift=0.0, solids=demo_scene.SOLIDS, samples=3):
     """What the caster sees through ``scene``'s own rays: area averages [H, W, 3] over white."""
     y, x = (g.flatten() for g in torch.meshgrid(*[torch.arange(DEMO_SIZE)] * 2, indexing="ij"))
     total = torch.zeros(len(x), 3)
@@ -63,7 +64,7 @@ def seen(scene, view, shift=0.0, solids=make_demo.SOLIDS, samples=3):
             rays = scene.rays(
                 x + dx + shift, y + dy + shift, scene.c2w[view], scene.intrinsics[view]
             )
-            rgba, _ = make_demo.cast(rays, solids)
+            rgba, _ = demo_scene.cast(rays, solids)
             total += rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]
     return (total / samples**2).view(DEMO_SIZE, DEMO_SIZE, 3)
 
@@ -169,10 +170,10 @@ def test_llff_points_of_known_depth_project_to_their_pixels(demo_llff, flags):
     before, focal, _ = original_cameras(demo_llff)
     after = scene.c2w.double().numpy()
     scale, rotation, shift = similarity(before, after)
-    solids = (*make_demo.SOLIDS, *make_demo.BACKDROP)
+    solids = (*demo_scene.SOLIDS, *demo_scene.BACKDROP)
     x, y = np.array([3, 16, 20, 29]), np.array([5, 12, 25, 8])
     for view in (0, 7):
-        depth = make_demo.render_view(before[view], DEMO_SIZE, solids)[1][y, x]
+        depth = demo_scene.render_view(before[view], DEMO_SIZE, solids)[1][y, x]
         middle = DEMO_SIZE / 2
         local = np.stack([(x + 0.5 - middle) / focal, -(y + 0.5 - middle) / focal, -np.ones(4)], -1)
         points = (depth[:, None] * local) @ before[view, :, :3].T + before[view, :, 3]
@@ -190,9 +191,9 @@ def test_llff_points_of_known_depth_project_to_their_pixels(demo_llff, flags):
 def test_llff_pictures_match_their_poses(demo_llff):
     scene = load(demo_llff, "llff")
     before, _, _ = original_cameras(demo_llff)
-    solids = (*make_demo.SOLIDS, *make_demo.BACKDROP)
+    solids = (*demo_scene.SOLIDS, *demo_scene.BACKDROP)
     for view in (1, 8):
-        picture, _ = make_demo.render_view(before[view], DEMO_SIZE, solids)
+        picture, _ = demo_scene.render_view(before[view], DEMO_SIZE, solids)
         np.testing.assert_allclose(scene.picture(view), picture[..., :3], rtol=0, atol=0.003)
 
 

@@ -2,8 +2,8 @@
 
 import math
 
+import demo_scene
 import demo_surface
-import make_demo
 import numpy as np
 import pytest
 import torch
@@ -263,7 +263,7 @@ def test_exact_surface_of_the_demo_scene():
     """Its samples are on it; a known distance away they are that far; rays meet it."""
     points = demo_surface.sample(20_000)
     assert demo_surface.distance(points).max() < 1e-6
-    sphere = make_demo.Solid("sphere", (0, 0, 0), (0.5,), ((1, 1, 1), (1, 1, 1)))
+    sphere = demo_scene.Solid("sphere", (0, 0, 0), (0.5,), ((1, 1, 1), (1, 1, 1)))
     solids = [
         sphere,
         sphere._replace(shape="box", size=(0.2, 0.3, 0.4), yaw_deg=20.0),
@@ -273,7 +273,7 @@ def test_exact_surface_of_the_demo_scene():
     random = np.random.default_rng(1)
     for solid in solids:
         on, area = demo_surface._on_solid(solid, 200_000, random)
-        frame = make_demo._frame(solid).numpy().astype(np.float64)
+        frame = demo_scene.rotation_of(solid).numpy().astype(np.float64)
         some = random.uniform(-0.9, 0.9, (2000, 3))
         nearest = np.linalg.norm(some[:, None] - (on @ frame)[None, :4000], axis=-1).min(1)
         signed = demo_surface.signed_distance(solid, some)
@@ -293,11 +293,11 @@ def test_exact_surface_of_the_demo_scene():
         assert area == pytest.approx(areas[solid.shape])
     picture_rays = pixels_to_rays(
         *(128 * torch.rand(2, 500, generator=torch.Generator().manual_seed(0))),
-        make_demo.intrinsics_of(128),
+        demo_scene.intrinsics_of(128),
         torch.tensor(orbit_path(1)[0], dtype=torch.float32),
         (0.0, 10.0),
     )
-    _, t = make_demo.cast(picture_rays)
+    _, t = demo_scene.cast(picture_rays)
     hit = t.isfinite()
     met = picture_rays.origins[hit] + picture_rays.directions[hit] * t[hit, None]
     assert demo_surface.distance(met.double().numpy()).max() < 1e-4

@@ -194,7 +194,7 @@ def test_photos_become_a_scene_with_the_true_poses(synthetic, tmp_path, monkeypa
     model = read_model(out / "sparse" / "0")
     np.testing.assert_allclose(capture.around(model.c2w).to_world, np.eye(4), rtol=0, atol=1e-6)
     code, _, errors = run(monkeypatch, capsys, *words)
-    assert code == 2 and "already there" in errors[0]
+    assert code == 2 and "exists already" in errors[0]
 
 
 @pytest.mark.slow
@@ -268,14 +268,14 @@ def test_every_photo_that_failed_is_named_with_the_reason():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({}, "no two of them show the same things"),
+        ({}, "no two of them overlap"),
         ({"features": [10, 20, 30, 900]}, "3 of 4 are blurred, dark or plain"),
         ({"partners": [1, 1, 0, 0]}, "1 pairs overlap"),
     ],
 )
 def test_no_scene_is_answered_with_the_likeliest_reason(tmp_path, changes, why):
     with pytest.raises(ValueError, match=why) as caught:
-        from_photos.refuse_or_accept(tmp_path, found(**changes), [])
+        from_photos.check_registered(tmp_path, found(**changes))
     assert "\n" not in str(caught.value) and "30 to 100" in str(caught.value)
 
 
@@ -312,19 +312,19 @@ def plain(folder):
 
 
 BAD = {
-    "no such folder": (lambda folder: folder, "no such file"),
+    "no such folder": (lambda folder: folder, "does not exist"),
     "text only": (written("notes.txt"), "holds no photo"),
     "a video in the folder": (
         lambda folder: written("clip.mp4")(folder).parent,
-        "for the video give its own path",
+        "for a video, give its path",
     ),
-    "neither folder nor video": (written("notes"), "neither a folder nor a video"),
+    "neither folder nor video": (written("notes"), "neither a folder of photos nor a video"),
     "video without frames": (written("clip.mp4", b""), "holds no video"),
     "one photo": (lambda folder: fill(folder, 1), "1 different picture;"),
     "two photos": (lambda folder: fill(folder, 2), "2 different pictures;"),
     "identical photos": (same, "1 different picture;"),
     "HEIC": (heic, "convert them to JPEG"),
-    "nothing in common": (lambda folder: fill(folder, 4), "no scene comes out of these photos"),
+    "nothing in common": (lambda folder: fill(folder, 4), "0 of 4 photos could be registered"),
     "nothing to see": (plain, "4 of 4 are blurred, dark or plain"),
 }
 

@@ -123,7 +123,7 @@ def refusal(path) -> str:
 
 
 def test_missing_picture_is_named(tmp_path):
-    assert "no such image" in refusal(tmp_path / "absent.png")
+    assert "no such picture" in refusal(tmp_path / "absent.png")
 
 
 def test_text_named_png_is_refused(tmp_path):

@@ -1,13 +1,15 @@
-"""What loaders of real captures share: pictures of any sizes and lenses, and where the scene is.
+"""Shared by the loaders of real captures: pictures of any size and lens, and the scene's frame.
 
-A capture's world has any place, turn and scale. Three layouts make it fit for training:
-facing (``forward_facing``): all cameras look the same way; LLFF's, for NDC.
-around (``around``): the origin is what the cameras look at, z is up, the cameras' root mean square
-distance is 1. as given: only a scale and a shift, where the file states them.
+A capture's world may have any origin, rotation and scale. One of three layouts moves its cameras to
+coordinates fit for training:
+* ``forward_facing``: all cameras look about the same way; LLFF's layout, for NDC.
+* ``around``: the origin is the point that the cameras look at, z is up, and the cameras' root mean
+  square distance from the origin is 1.
+* the file's own scale and shift, where it states them (``nerf.datasets.transforms``).
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,43 +27,43 @@ from nerf.cameras import (
 )
 from nerf.datasets.images import padded, read_image, read_sized, store_sized
 from nerf.datasets.scene import Scene
-from nerf.datasets.store import as_tensor
+from nerf.datasets.store import Store, as_tensor
 
-FACING_DEG = 30.0  # no camera of a forward-facing capture looks farther from the mean direction
-NEAR, FAR = 0.05, 20.0  # of a capture around something without points, in its camera distances
+FACING_DEG = 30.0  # largest angle to the mean viewing direction in a forward-facing capture
+NEAR, FAR = 0.05, 20.0  # of a capture without points, in units of the cameras' mean distance
 BOUND_FACTOR = 0.75  # LLFF: the nearest depth is scaled to 1 / 0.75
 
 
 class Views(NamedTuple):
-    """V posed pictures as a file describes them, in the file's world."""
+    """V pictures with cameras as a file describes them, in the file's world."""
 
     files: list[Path]
     names: list[str]
     c2w: np.ndarray  # [V, 3, 4]
-    intrinsics: np.ndarray  # [V, 4 + LENS], for pictures of ``sizes``
+    intrinsics: np.ndarray  # [V, 4 + LENS], in pixels of pictures of ``sizes``
     sizes: np.ndarray  # [V, 2] height and width
-    masks: list[Path | None]  # white where a picture counts; None: everywhere
+    masks: list[Path | None]  # pictures, white where pixels are usable; None: all are
 
 
 class Layout(NamedTuple):
-    """Cameras moved to where the scene is trained."""
+    """Cameras in the coordinates in which the scene is trained."""
 
     c2w: np.ndarray  # [V, 3, 4]
-    path: np.ndarray  # [P, 3, 4] preview
+    path: np.ndarray  # [P, 3, 4] camera path for previews
     to_world: np.ndarray  # [4, 4] similarity back to the file's world
     ndc: bool = False
 
     @property
     def scale(self) -> float:
-        """Units of the file's world in one of the scene."""
+        """How many units of the file's world one unit of the scene is."""
         return float(np.cbrt(np.linalg.det(self.to_world[:3, :3])))
 
 
 # ----------------------------------------------------------------------------------- pictures
 
 
-def pictures_of(views: Views, factor: int, store=None) -> dict:
-    """Members of a Scene: images, intrinsics, sizes, usable, all ``factor`` times smaller.
+def pictures_of(views: Views, factor: int, store: Store | None = None) -> dict[str, Any]:
+    """The Scene's images, stored, intrinsics, sizes and usable, ``factor`` times smaller.
 
     ValueError names the first picture that does not fit its camera.
     """
@@ -71,9 +73,9 @@ def pictures_of(views: Views, factor: int, store=None) -> dict:
                 f"{name}: focal length {row[0]:g}, {row[1]:g}, principal point {row[2]:g}, "
                 f"{row[3]:g}; expected finite numbers and focal lengths > 0"
             )
-    images = store and store_sized(views.files, views.sizes, factor, store)
+    images = store_sized(views.files, views.sizes, factor, store) if store is not None else None
     stored = images is not None
-    if stored:
+    if images is not None:
         sizes = np.tile(images.shape[1:3], (len(images), 1))
     else:
         images, sizes = padded(read_sized(views.files, views.sizes, factor))
@@ -84,10 +86,12 @@ def pictures_of(views: Views, factor: int, store=None) -> dict:
     if lenses.is_ideal(cameras):
         cameras = cameras[:, :4]
     same = bool((sizes == sizes[0]).all())
+    height, width = images.shape[1:3]
+    usable = None
     if stored:
-        usable = _all_usable(views, cameras, images.shape[1:3])
+        _check_all_usable(views, cameras, height, width)
     else:
-        usable = _usable(views, cameras, images.shape[1:3], sizes)
+        usable = _usable(views, cameras, height, width, sizes)
     return {
         "images": as_tensor(images),
         "stored": stored,
@@ -97,36 +101,41 @@ def pictures_of(views: Views, factor: int, store=None) -> dict:
     }
 
 
-def _all_usable(views: Views, cameras: torch.Tensor, shape) -> None:
-    """ValueError unless every pixel may be trained on, which is all that a store can draw."""
-    blind = cameras.shape[-1] > 4 and not all(bool(_seen(row, *shape).all()) for row in cameras)
-    if blind or any(mask is not None for mask in views.masks):
+def _check_all_usable(views: Views, cameras: torch.Tensor, height: int, width: int) -> None:
+    """ValueError unless every pixel is usable: a mapped file is drawn from without exceptions."""
+    invalid = cameras.shape[-1] > 4 and not all(
+        bool(_in_lens_domain(row, height, width).all()) for row in cameras
+    )
+    if invalid or any(mask is not None for mask in views.masks):
         raise ValueError(
-            f"{views.files[0].parent}: has masks, or corners that its lens does not see; "
-            "a store of pictures cannot leave pixels out, use --data_store memory"
+            f"{views.files[0].parent}: has masks, or corners outside its lens model's valid "
+            "range; a mapped picture file cannot leave pixels out, use --data_store memory"
         )
 
 
-def _usable(views: Views, cameras: torch.Tensor, shape, sizes: np.ndarray) -> torch.Tensor | None:
-    """bool [V, H, W]: inside the picture, not masked, seen through the lens. None: all are."""
-    usable = torch.zeros(len(sizes), *shape, dtype=torch.bool)
-    for view, (height, width) in enumerate(sizes.tolist()):
-        inside = usable[view, :height, :width]
+def _usable(
+    views: Views, cameras: torch.Tensor, height: int, width: int, sizes: np.ndarray
+) -> torch.Tensor | None:
+    """bool [V, height, width]: in the picture, not masked, valid for the lens. None: all are."""
+    usable = torch.zeros(len(sizes), height, width, dtype=torch.bool)
+    for view, (own_height, own_width) in enumerate(sizes.tolist()):
+        inside = usable[view, :own_height, :own_width]
         inside.fill_(True)
-        if views.masks[view] is not None:
-            inside &= torch.from_numpy(_read_mask(views.masks[view], (height, width)))
+        mask = views.masks[view]
+        if mask is not None:
+            inside &= torch.from_numpy(_read_mask(mask, (own_height, own_width)))
         if cameras.shape[-1] > 4:
-            inside &= _seen(cameras[view], height, width)
+            inside &= _in_lens_domain(cameras[view], own_height, own_width)
         if not inside.any():
             raise ValueError(
-                f"{views.masks[view] or views.files[view]}: leaves no pixel of its picture; change "
+                f"{mask or views.files[view]}: leaves no pixel of its picture; change "
                 "the mask (or lens), or leave the picture out"
             )
     return None if bool(usable.all()) else usable
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W]: where the mask is white, also after it was reduced to ``size``."""
+    """bool [H, W]: where the mask is white, after reduction to ``size`` (height, width)."""
     gray = Image.fromarray(read_image(path, size[::-1])[..., 0])
     if abs(gray.width * size[0] / size[1] - gray.height) > 1 + 0.02 * gray.height:
         raise ValueError(
@@ -138,36 +147,36 @@ def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(gray) > 127
 
 
-def _seen(camera: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """bool [H, W]: pixels that the lens' model gives a direction."""
+def _in_lens_domain(camera: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """bool [H, W]: pixels for which the lens model has a ray direction."""
 
-    def seen(x, y):
+    def valid(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         plane = (torch.stack([x, y], dim=-1) + 0.5 - camera[2:4]) / camera[:2]
         return lenses.sees(plane, camera[4:].expand(*plane.shape[:-1], -1))
 
     y, x = torch.arange(height).float(), torch.arange(width).float()
-    # Models fail outwards of some radius: a border without a gap needs no closer look.
-    ends = [seen(x, torch.full_like(x, float(row))) for row in (0, height - 1)]
-    ends += [seen(torch.full_like(y, float(column)), y) for column in (0, width - 1)]
-    if all(bool(end.all()) for end in ends):
+    # Lens models fail beyond some radius: if the whole border is valid, so is the inside.
+    borders = [valid(x, torch.full_like(x, float(row))) for row in (0, height - 1)]
+    borders += [valid(torch.full_like(y, float(column)), y) for column in (0, width - 1)]
+    if all(bool(border.all()) for border in borders):
         return torch.ones(height, width, dtype=torch.bool)
     y, x = torch.meshgrid(y, x, indexing="ij")
-    return seen(x, y)
+    return valid(x, y)
 
 
 # ------------------------------------------------------------------------------------- layout
 
 
 def faces_forward(c2w: np.ndarray) -> bool:
-    """Whether cameras [V, 3, 4] look about the same way."""
+    """Whether all cameras [V, 3, 4] look within FACING_DEG of their mean direction."""
     away = c2w[:, :, 2] @ normalize(c2w[:, :, 2].sum(0) + 1e-12)
     return bool(away.min() > np.cos(np.radians(FACING_DEG)))
 
 
 def forward_facing(c2w: np.ndarray, bounds: np.ndarray) -> Layout:
-    """The frame of the average camera, nearest depth at 1 / 0.75; a spiral as preview (LLFF).
+    """LLFF's layout: the average camera's frame, the nearest depth at 1 / 0.75, a spiral path.
 
-    bounds: depths in the file's units.
+    c2w: [V, 3, 4]. bounds: depths in the file's units.
     """
     scale = 1.0 / (bounds.min() * BOUND_FACTOR)
     scaled = np.concatenate([c2w[:, :, :3], scale * c2w[:, :, 3:]], axis=-1)
@@ -178,14 +187,14 @@ def forward_facing(c2w: np.ndarray, bounds: np.ndarray) -> Layout:
 
 
 def around(c2w: np.ndarray) -> Layout:
-    """Upright, and centered on what the cameras look at; an arc through them as preview."""
+    """Z up, the origin at the point that the cameras [V, 3, 4] look at, an arc as camera path."""
     center, found = _focus(c2w)
     up = up_direction(c2w)
     back = (c2w[:, :, 3] - center).mean(0) if found else c2w[:, :, 2].sum(0)
     back = back - (back @ up) * up
-    if np.linalg.norm(back) < 1e-9:  # straight from above: any side will do
+    if np.linalg.norm(back) < 1e-9:  # cameras look straight down: any horizontal axis will do
         back = np.eye(3)[np.abs(up).argmin()] - up[np.abs(up).argmin()] * up
-    y = -normalize(back)  # the capture's middle looks along +y
+    y = -normalize(back)  # the cameras' mean horizontal direction becomes +y
     frame = np.stack([np.cross(y, up), y, up, center], axis=1)
     radius = float(np.sqrt(((c2w[:, :, 3] - center) ** 2).sum(-1).mean())) or 1.0
     to_world = homogeneous(frame) @ np.diag([radius] * 3 + [1.0])
@@ -194,19 +203,22 @@ def around(c2w: np.ndarray) -> Layout:
 
 
 def to_scene(c2w: np.ndarray, to_world: np.ndarray) -> np.ndarray:
-    """Cameras [V, 3, 4] of the file's world in the scene's coordinates."""
+    """Cameras [V, 3, 4] of the file's world in the scene's coordinates.
+
+    to_world: [4, 4] similarity from the scene's coordinates to the file's world.
+    """
     inverse = np.linalg.inv(to_world)
-    turn = inverse[:3, :3] / np.cbrt(np.linalg.det(inverse[:3, :3]))
-    places = c2w[:, :, 3] @ inverse[:3, :3].T + inverse[:3, 3]
-    return np.concatenate([turn @ c2w[:, :, :3], places[..., None]], axis=-1)
+    rotation = inverse[:3, :3] / np.cbrt(np.linalg.det(inverse[:3, :3]))
+    positions = c2w[:, :, 3] @ inverse[:3, :3].T + inverse[:3, 3]
+    return np.concatenate([rotation @ c2w[:, :, :3], positions[..., None]], axis=-1)
 
 
 def _focus(c2w: np.ndarray) -> tuple[np.ndarray, bool]:
-    """What the cameras look at [3], and whether there is such a point (else their middle)."""
+    """The point [3] that the cameras look at, and True; their mean position, and False if none."""
     middle = c2w[:, :, 3].mean(0)
     try:
         point = nearest_point_to_axes(c2w)
-    except np.linalg.LinAlgError:  # all look exactly the same way
+    except np.linalg.LinAlgError:  # all axes are exactly parallel
         return middle, False
     offset = point - c2w[:, :, 3]
     along = (-c2w[:, :, 2] * offset).sum(-1)
@@ -220,9 +232,9 @@ def _focus(c2w: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def up_direction(c2w: np.ndarray) -> np.ndarray:
-    """The vertical [3]: what the cameras' horizontal axes are all at right angles to.
+    """The unit vector [3] that is most nearly perpendicular to all cameras' horizontal axes.
 
-    Their mean upwards axis instead where they do not turn enough to tell.
+    If the cameras' rotations are too similar to define it: the mean of their up axes.
     """
     mean = normalize(c2w[:, :, 1].sum(0) + 1e-12)
     values, vectors = np.linalg.eigh((c2w[:, :, :1] @ c2w[:, :, :1].transpose(0, 2, 1)).mean(0))
@@ -232,21 +244,21 @@ def up_direction(c2w: np.ndarray) -> np.ndarray:
 
 
 def arc_path(c2w: np.ndarray, inward: bool, num_views: int = 60) -> np.ndarray:
-    """Preview [P, 3, 4] at the cameras' mean height and distance, over the azimuths they cover.
+    """A camera path [P, 3, 4] at the cameras' mean height and distance, facing the origin.
 
-    A closed circle where they go around, else there and back. Not inward: a small circle about the
-    middle camera.
+    It is a closed circle if the cameras surround the origin, else an arc over the azimuths that
+    they cover, forward and back. With ``inward`` False: a small circle around the average camera.
     """
-    place = c2w[:, :, 3]
+    position = c2w[:, :, 3]
     if not inward:
         average = average_pose(c2w)
-        size = 0.5 * place.std(0).mean()
+        size = 0.5 * position.std(0).mean()
         turn = np.linspace(0, 2 * np.pi, num_views, endpoint=False)
         offsets = size * np.stack([np.cos(turn), np.sin(turn), 0 * turn], axis=-1)
         path = np.repeat(average[None], num_views, axis=0)
         path[:, :, 3] += offsets @ average[:, :3].T
         return path
-    azimuth = np.sort(np.arctan2(place[:, 1], place[:, 0]))
+    azimuth = np.sort(np.arctan2(position[:, 1], position[:, 0]))
     gaps = np.diff(np.append(azimuth, azimuth[0] + 2 * np.pi))
     if gaps.max() < np.radians(75):
         turns = np.linspace(0, 2 * np.pi, num_views, endpoint=False)
@@ -254,9 +266,9 @@ def arc_path(c2w: np.ndarray, inward: bool, num_views: int = 60) -> np.ndarray:
         start = azimuth[(gaps.argmax() + 1) % len(azimuth)]
         half = (2 * np.pi - gaps.max()) / 2
         turns = start + half * (1 - np.cos(np.linspace(0, 2 * np.pi, num_views, endpoint=False)))
-    flat, height = np.linalg.norm(place[:, :2], axis=-1).mean(), place[:, 2].mean()
+    radius, height = np.linalg.norm(position[:, :2], axis=-1).mean(), position[:, 2].mean()
     return np.stack(
-        [look_at([flat * np.cos(a), flat * np.sin(a), height], np.zeros(3)) for a in turns]
+        [look_at([radius * np.cos(a), radius * np.sin(a), height], np.zeros(3)) for a in turns]
     )
 
 
@@ -264,7 +276,7 @@ def arc_path(c2w: np.ndarray, inward: bool, num_views: int = 60) -> np.ndarray:
 
 
 def hold_out(num_views: int, every: int) -> dict[str, list[int]]:
-    """Splits of views in order: every n-th for validation and testing; 0: the middle one only."""
+    """Splits of views in order: every n-th for val and test; 0: only the middle one."""
     test = list(range(0, num_views, every)) if every else [num_views // 2]
     train = [view for view in range(num_views) if view not in set(test)]
     return {"train": train, "val": test, "test": test}
@@ -278,10 +290,13 @@ def scene_of(
     *,
     factor: int,
     background: float,
-    store=None,
-    **members,
+    box: torch.Tensor | None = None,
+    store: Store | None = None,
 ) -> Scene:
-    """The Scene of ``views`` in ``layout``; bounds: near and far in its units."""
+    """The Scene of ``views`` in ``layout``, its pictures ``factor`` times smaller.
+
+    bounds: near and far in the layout's units, unused with NDC. box: see ``Scene``.
+    """
     return Scene(
         **pictures_of(views, factor, store),
         c2w=torch.tensor(layout.c2w, dtype=torch.float32),
@@ -292,6 +307,6 @@ def scene_of(
         render_poses=torch.tensor(layout.path, dtype=torch.float32),
         background=background,
         ndc=layout.ndc,
+        box=box,
         to_world=torch.tensor(layout.to_world, dtype=torch.float64),
-        **members,
     )

@@ -1,5 +1,6 @@
-"""COLMAP captures: images/ and a sparse model, text or binary, in sparse/0 or thereabouts."""
+"""COLMAP captures: images/ and a sparse model, text or binary (``colmap_model.find_model``)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from nerf.datasets import capture
 from nerf.datasets.colmap_model import Model, find_model, read_model
 from nerf.datasets.images import IMAGE_SUFFIXES, inside
 from nerf.datasets.scene import Scene, check_pose
+from nerf.datasets.store import Store
 
-PERCENTILES = (0.1, 99.9)  # of a view's depths, as LLFF takes them: single points may be wrong
+PERCENTILES = (0.1, 99.9)  # of a view's depths, as in LLFF: single points may be wrong
 
 
 def load(
@@ -23,53 +25,59 @@ def load(
     near: float,
     far: float,
     background: float,
-    warn=print,
-    store=None,
+    warn: Callable[[str], object] = print,
+    store: Store | None = None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
-    Cameras that all look one way are laid out for normalized device coordinates if ``ndc``, others
-    around what they look at. spherical: around in any case. near, far: in scene units, 0: from the
-    points. llffhold: every n-th view by name is for validation and testing.
+    ndc: use normalized device coordinates if all cameras look about the same way; otherwise the
+    layout is ``capture.around``. spherical: always use ``capture.around``. near, far: in scene
+    units; 0: from the depths of the points. llffhold: every n-th view by name is held out for val
+    and test. background: gray level in [0, 1] behind transparent pixels. store: see
+    ``images.read_images``.
     """
     folder = find_model(datadir)
     if folder is None:
         raise ValueError(
-            f"{datadir}: has no COLMAP model (cameras.bin or .txt in sparse/0); make one from the "
-            f"photos with: python data/from_photos.py {datadir}/images --out data/mine"
+            f"{datadir}: has no COLMAP model (cameras.bin or .txt in sparse/0); create one with: "
+            f"python data/from_photos.py {datadir}/images --out data/mine"
         )
     model = read_model(folder)
     views = views_of(datadir, folder, model, factor, warn)
-    for name, pose in zip(views.names, views.c2w, strict=True):  # before one spoils the average
+    for name, pose in zip(views.names, views.c2w, strict=True):  # a bad one would spoil the layout
         check_pose(pose, f"{folder}: {name}")
     bounds = depth_bounds(model)
-    facing = bounds is not None and not spherical and capture.faces_forward(views.c2w)
-    if facing and ndc:
+    if bounds is not None and ndc and not spherical and capture.faces_forward(views.c2w):
         layout = capture.forward_facing(views.c2w, bounds)
-        warn("all cameras look one way: normalized device coordinates (--no_ndc for the world's)")
+        warn("all cameras look the same way: using NDC (--no_ndc for world coordinates)")
     else:
         layout = capture.around(views.c2w)
-    limits = (capture.NEAR, capture.FAR)
+    limits = capture.NEAR, capture.FAR
     if bounds is not None:
         limits = bounds[:, 0].min() * 0.9 / layout.scale, bounds[:, 1].max() / layout.scale
     limits = near or float(limits[0]), far or float(limits[1])
     splits = capture.hold_out(len(views.names), llffhold)
-    # Pictures of images_N/ are that much smaller already.
-    reduced = 1 if views.files[0].is_relative_to(datadir / f"images_{factor}") else factor
+    # Pictures in images_N/ are N times smaller already.
+    remaining = 1 if views.files[0].is_relative_to(datadir / f"images_{factor}") else factor
     return capture.scene_of(
-        views, layout, splits, limits, factor=reduced, background=background, store=store
+        views, layout, splits, limits, factor=remaining, background=background, store=store
     )
 
 
-def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> capture.Views:
-    """The registered pictures. Others beside them are named and left out."""
+def views_of(
+    datadir: Path, folder: Path, model: Model, factor: int, warn: Callable[[str], object]
+) -> capture.Views:
+    """The registered pictures and their cameras; ``warn`` names pictures without a pose.
+
+    folder: of the model, for messages. factor: see ``picture_folder``.
+    """
     images = picture_folder(datadir, model.names, factor)
     files = [inside(images, name, f"{folder}: image name") for name in model.names]
     missing = [name for name, file in zip(model.names, files, strict=True) if not file.is_file()]
     if missing:
         raise ValueError(
             f"{images}: {len(missing)} of {len(files)} registered pictures are missing "
-            f"({_some(missing)}); put them there under the names that COLMAP saw"
+            f"({_some(missing)}); put them there under the names that COLMAP recorded"
         )
     others = {
         str(path.relative_to(images))
@@ -81,7 +89,7 @@ def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> ca
             f"{len(others)} of {len(files) + len(others)} pictures have no pose in {folder} and "
             f"are left out: {_some(sorted(others))}"
         )
-    intrinsics = {}
+    intrinsics: dict[int, list[float]] = {}
     for number, camera in model.cameras.items():
         if number in set(model.camera_ids):
             try:
@@ -89,7 +97,10 @@ def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> ca
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}") from None
             if camera.width < 1 or camera.height < 1:
-                raise ValueError(f"{folder}: camera {number} is {camera.width}x{camera.height}")
+                raise ValueError(
+                    f"{folder}: camera {number} is for pictures of {camera.width}x{camera.height}; "
+                    "expected 1x1 or more"
+                )
     cameras = [model.cameras[number] for number in model.camera_ids]
     return capture.Views(
         files=files,
@@ -102,25 +113,26 @@ def views_of(datadir: Path, folder: Path, model: Model, factor: int, warn) -> ca
 
 
 def picture_folder(datadir: Path, names: list[str], factor: int) -> Path:
-    """images_N/ if it holds every picture ``factor`` = N times smaller, else images/."""
+    """images_N/ with N = ``factor`` if it holds every picture, else images/."""
     reduced = datadir / f"images_{factor}"
     if factor > 1 and all(inside(reduced, name, "image name").is_file() for name in names):
         return reduced
     images = datadir / "images"
     if not images.is_dir():
-        raise ValueError(f"{images}: no such folder; expected the pictures that COLMAP saw")
+        raise ValueError(f"{images}: no such folder; put the pictures given to COLMAP there")
     return images
 
 
 def _some(names: list[str], count: int = 5) -> str:
+    """The first names of a list, and how many more it has."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def depth_bounds(model: Model) -> np.ndarray | None:
-    """Nearest and farthest depth [V, 2] of the points that each view shows; None without points.
+    """Nearest and farthest depth [V, 2] of each view's points, in the model's units.
 
-    Views that show too few points have those of all.
+    A view with fewer than 10 points gets the bounds of all views' points. None without points.
     """
     if not len(model.tracks):
         return None
@@ -133,6 +145,6 @@ def depth_bounds(model: Model) -> np.ndarray | None:
     depth, view = depth[good], view[good]
     rows = []
     for number in range(len(model.c2w)):
-        mine = depth[view == number]
-        rows.append(np.percentile(mine if len(mine) >= 10 else depth, PERCENTILES))
+        own = depth[view == number]
+        rows.append(np.percentile(own if len(own) >= 10 else depth, PERCENTILES))
     return np.array(rows)

@@ -1,7 +1,7 @@
 """DeepVoxels scenes: {train,validation,test}/<shape>/{intrinsics.txt, pose/*.txt, rgb/*.png}.
 
-Poses are camera-to-world in OpenCV axes (x right, y down, z forward). As in nerf-pytorch the
-principal point is taken to be the picture's center.
+Poses are camera-to-world in OpenCV axes (x right, y down, z forward). As in nerf-pytorch, the
+picture's center is used as principal point.
 """
 
 from pathlib import Path
@@ -11,15 +11,28 @@ import torch
 
 from nerf.datasets.images import list_images, read_images
 from nerf.datasets.scene import Scene
-from nerf.datasets.store import as_tensor
+from nerf.datasets.store import Store, as_tensor
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def load(datadir: Path, *, shape: str, testskip: int, background: float, store=None) -> Scene:
-    """The object ``shape`` under ``datadir``; every ``testskip``-th val and test view is kept."""
-    files, poses, numbers = [], [], {}
+def load(
+    datadir: Path,
+    *,
+    shape: str,
+    testskip: int,
+    background: float,
+    store: Store | None = None,
+) -> Scene:
+    """The object ``shape`` under ``datadir``; its validation and test splits may be missing.
+
+    testskip: keep every n-th val and test view (0 or 1: all). background: gray level in [0, 1] of
+    rays that hit nothing. store: see ``read_images``.
+    """
+    files: list[Path] = []
+    poses: list[np.ndarray] = []
+    numbers: dict[str, list[int]] = {}
     for split, folder in FOLDERS.items():
         base = datadir / folder / shape
         if split != "train" and not base.is_dir():
@@ -28,12 +41,15 @@ def load(datadir: Path, *, shape: str, testskip: int, background: float, store=N
         pictures = list_images(base / "rgb")
         pose_files = sorted((base / "pose").glob("*.txt"))
         if len(pictures) != len(pose_files) or not pictures:
-            raise ValueError(f"{base}: {len(pictures)} pictures but {len(pose_files)} pose files")
+            raise ValueError(
+                f"{base}: {len(pictures)} pictures but {len(pose_files)} pose files; expected one "
+                "pose file per picture"
+            )
         for picture, pose_file in zip(pictures, pose_files, strict=True):
             if picture.stem != pose_file.stem:
                 raise ValueError(
-                    f"{base}: picture {picture.name} meets pose {pose_file.name}; "
-                    "their names must agree"
+                    f"{base}: picture {picture.name} has no pose of its name (found "
+                    f"{pose_file.name}); pictures and pose files must have the same names"
                 )
         numbers[split] = list(range(len(files), len(files) + len(pictures[::skip])))
         files += pictures[::skip]
@@ -59,7 +75,7 @@ def load(datadir: Path, *, shape: str, testskip: int, background: float, store=N
 
 
 def read_numbers(path: Path) -> list[list[float]]:
-    """The numbers of a text file, line by line."""
+    """The numbers of a text file, by line. ValueError if it holds anything else."""
     try:
         return [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -67,7 +83,7 @@ def read_numbers(path: Path) -> list[list[float]]:
 
 
 def read_pose(path: Path) -> np.ndarray:
-    """One 4x4 pose file -> c2w [3, 4] in our axes."""
+    """A pose file of 16 numbers -> c2w [3, 4] in the axes of ``nerf.rays``."""
     values = np.array([value for line in read_numbers(path) for value in line])
     if values.size != 16:
         raise ValueError(f"{path}: holds {values.size} numbers; expected a 4x4 matrix")
@@ -75,9 +91,9 @@ def read_pose(path: Path) -> np.ndarray:
 
 
 def read_focal(path: Path, height: int) -> float:
-    """Focal length for pictures of ``height`` pixels.
+    """Focal length in pixels, for pictures of ``height`` pixels.
 
-    The file's lines: "f cx cy 0", grid center, near plane, scale, "height width".
+    The lines of the file: "f cx cy 0", grid center, near plane, scale, "height width".
     """
     lines = read_numbers(path)
     if len(lines) < 5 or len(lines[0]) < 3 or len(lines[4]) < 2:

@@ -2,8 +2,8 @@
 
 Gray becomes RGB; palette and CMYK become RGB (RGBA where transparent); gray with alpha becomes
 RGBA; 16-bit gray is scaled to 8 bits, 16-bit RGB keeps its high byte. Alpha stays straight (not
-multiplied in). A rotation noted in a photo's EXIF data is carried out, unless its camera is known
-to be that of the picture as stored. Anything else is refused by name.
+premultiplied). A rotation in a photo's EXIF data is applied, unless its camera was estimated from
+the picture as stored. Any other kind of file is a ValueError.
 """
 
 import os
@@ -16,19 +16,20 @@ from PIL import Image, ImageOps
 from nerf.datasets.store import Store
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-EXIF_ORIENTATION = 0x0112  # 1: as stored; 2 to 4 keep width and height, 5 to 8 swap them
+EXIF_ORIENTATION = 0x0112  # tag; values 1 to 4 keep width and height, 5 to 8 swap them
+Size = tuple[float, float]  # width, height
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The path that ``name``, from a data file, means in ``folder``; it never leaves it.
+    """The path of ``name``, read from a data file, which must lie inside ``folder``.
 
-    Slashes may be backward; an absolute name must begin with the folder's. By name only: a link
-    that lies in the folder is followed, whoever put it there may read what it points to.
-    ValueError begins with ``where``.
+    Slashes may be backward; an absolute name must begin with the folder's. Only names are checked:
+    a symbolic link inside the folder is followed, since whoever put it there may read its target.
+    ValueError, beginning with ``where``, if the path leads out of the folder.
     """
     if not name.isprintable() or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
         if "\0" not in name:
-            raise ValueError(f"{where}: {name[:80]!r} is no file name; correct it")
+            raise ValueError(f"{where}: {name[:80]!r} is not a valid file name; correct it")
     root = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(root, name.replace("\\", "/")))
     if "\0" in name or not Path(path).is_relative_to(root):
@@ -42,9 +43,11 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The picture files of a folder, sorted by name; hidden files are left out."""
+    """The picture files of a folder, sorted by name, without hidden files."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected one with {'/'.join(IMAGE_SUFFIXES)}")
+        raise ValueError(
+            f"{folder}: no such folder; expected one with {'/'.join(IMAGE_SUFFIXES)} files"
+        )
     return sorted(
         path
         for path in folder.iterdir()
@@ -52,21 +55,23 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def read_image(path: Path, size: tuple[float, float] | None = None) -> np.ndarray:
-    """One picture as uint8 [H, W, 3] or, when it has transparency, [H, W, 4].
+def read_image(path: Path, size: Size | None = None) -> np.ndarray:
+    """One picture as uint8 [H, W, 3], or [H, W, 4] if it has transparency.
 
-    size: width and height, or multiples of them, of the picture that its camera was estimated from;
-    they tell whether that was the rotated one or the one as stored.
+    size: proportions of the picture that its camera was estimated from. They decide whether that
+    was the picture as stored or as rotated by its EXIF data; None: as rotated.
+    ValueError if the file cannot be read, or its orientation stays ambiguous.
     """
     try:
-        with Image.open(path) as image:
-            # A photo may carry a small copy of itself (MPO); that is no animation.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise ValueError(f"it is an animation of {image.n_frames} frames, expected one")
-            image.load()
-            image = _oriented(image, path, size)
+        with Image.open(path) as opened:
+            # An MPO photo carries a small copy of itself as a second frame; it is no animation.
+            if getattr(opened, "is_animated", False) and opened.format != "MPO":
+                count = getattr(opened, "n_frames", "several")
+                raise ValueError(f"it is an animation of {count} frames, expected one")
+            opened.load()
+            image = _oriented(opened, path, size)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image; is the data folder complete?") from None
+        raise ValueError(f"{path}: no such picture; is the data folder complete?") from None
     except _Ambiguous:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -81,8 +86,8 @@ def read_image(path: Path, size: tuple[float, float] | None = None) -> np.ndarra
     return np.array(image.convert("RGBA" if transparent else "RGB"))
 
 
-def _oriented(image: Image.Image, path: Path, size) -> Image.Image:
-    """The picture as its camera saw it, by its EXIF orientation and what the camera's size says."""
+def _oriented(image: Image.Image, path: Path, size: Size | None) -> Image.Image:
+    """The picture in the orientation of its camera, from EXIF data and the camera's proportions."""
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     if orientation not in range(2, 9):
         return image
@@ -90,33 +95,34 @@ def _oriented(image: Image.Image, path: Path, size) -> Image.Image:
     if size is None:
         return upright
     ratio, stored = size[0] / size[1], image.width / image.height
-    as_stored, turned = (abs(one / ratio - 1) < 0.02 for one in (stored, 1 / stored))
-    if orientation < 5 or (as_stored and turned):
+    fits_stored, fits_rotated = (abs(one / ratio - 1) < 0.02 for one in (stored, 1 / stored))
+    if orientation < 5 or (fits_stored and fits_rotated):
         raise _Ambiguous(
             f"{path}: its EXIF data asks for a rotation (orientation {orientation}), and its pose "
-            "may be that of the rotated or of the stored picture; save all pictures upright, "
-            "without EXIF data, and make the poses again (data/from_photos.py does both)"
+            "may be for the rotated or for the stored picture; save all pictures upright, without "
+            "EXIF data, and estimate the poses again (data/from_photos.py does both)"
         )
-    return image if as_stored else upright
+    return image if fits_stored else upright
 
 
 class _Ambiguous(ValueError):
-    """A rotation that may or may not have been carried out already."""
+    """It is unknown whether the pose is for the stored or for the rotated picture."""
 
 
 def read_images(
     paths: list[Path],
-    size: tuple[float, float] | None = None,
+    size: Size | None = None,
     *,
     factor: int = 1,
     store: Store | None = None,
 ) -> np.ndarray:
-    """Pictures of one common size as uint8 [V, H, W, C], ``factor`` times smaller (``shrink``).
+    """Pictures of one size as uint8 [V, H, W, C], made ``factor`` times smaller by ``shrink``.
 
-    C is 4 if any has alpha; pictures without alpha are opaque then. size: as in ``read_image``.
-    store: keeps them on the disk instead of in memory, if they are too many.
+    C is 4 if any has alpha; then pictures without alpha become opaque. size: as in ``read_image``.
+    store: if it wants pictures of this total size, the result is mapped from its file.
+    ValueError if sizes differ or a file cannot be read.
     """
-    first = read_image(paths[0], size) if paths else None
+    first = read_image(paths[0], size)
 
     def read(number: int) -> np.ndarray:
         picture = read_image(paths[number], size) if number else first
@@ -128,7 +134,7 @@ def read_images(
             )
         return shrink(picture, factor, str(paths[number]))
 
-    if store is not None and paths and store.wanted(len(paths) * first.size // factor**2):
+    if store is not None and store.wanted(len(paths) * first.size // factor**2):
         return store.keep(paths, read, {"factor": factor, "size": size and list(map(float, size))})
     pictures = [read(number) for number in range(len(paths))]
     if any(picture.shape[-1] == 4 for picture in pictures):
@@ -139,8 +145,8 @@ def read_images(
 def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.ndarray]:
     """Pictures of any sizes, ``factor`` times smaller by area averaging: uint8 [H, W, C] each.
 
-    sizes [V, 2]: height and width that their cameras are for. C is 4 for all if any has alpha.
-    ValueError if a picture has other proportions.
+    sizes: [V, 2] height and width that their cameras are for. C is 4 for all if any has alpha.
+    ValueError if a picture's proportions differ from its camera's.
     """
     pictures = [_sized(path, size, factor) for path, size in zip(paths, sizes, strict=True)]
     if any(picture.shape[-1] == 4 for picture in pictures):
@@ -151,9 +157,9 @@ def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.nda
 def store_sized(
     paths: list[Path], sizes: np.ndarray, factor: int, store: Store
 ) -> np.ndarray | None:
-    """What ``read_sized`` reads, in a store: uint8 [V, H, W, C]. None: they fit into memory.
+    """The pictures of ``read_sized`` in a mapped file, uint8 [V, H, W, C]; None if not wanted.
 
-    ValueError if they are of different sizes.
+    ValueError if their sizes differ.
     """
     if not store.wanted(int(sizes.prod(-1).sum()) * 3 // factor**2):
         return None
@@ -161,15 +167,16 @@ def store_sized(
     return store.keep(paths, lambda number: _sized(paths[number], sizes[number], factor), how)
 
 
-def _sized(path: Path, size, factor: int) -> np.ndarray:
+def _sized(path: Path, size: np.ndarray, factor: int) -> np.ndarray:
+    """One picture for a camera of ``size`` (height, width), ``factor`` times smaller."""
     height, width = size
     picture = read_image(path, (width, height))
     h, w = picture.shape[:2]
-    # A pixel more or less may come from rounding when pictures were reduced.
+    # One pixel of difference may come from rounding when pictures were reduced.
     if abs(w * height / width - h) > 1 and abs(h * width / height - w) > 1:
         raise ValueError(
             f"{path}: is {w}x{h} pixels but its camera is for {width:g}x{height:g}; "
-            "give the picture that the camera was made for, or one of its proportions"
+            "use the picture that the camera was estimated from, or one of the same proportions"
         )
     if factor > 1:
         target = (max(1, round(w / factor)), max(1, round(h / factor)))
@@ -178,7 +185,7 @@ def _sized(path: Path, size, factor: int) -> np.ndarray:
 
 
 def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [H, W, C] at the top left of one array [V, H, W, C]; their sizes [V, 2]."""
+    """One array uint8 [V, H, W, C] with each picture at its top left, and the sizes [V, 2]."""
     sizes = np.array([picture.shape[:2] for picture in pictures])
     height, width = sizes.max(0)
     images = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
@@ -188,17 +195,17 @@ def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_alpha(picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3|4] -> [H, W, 4]; a picture without alpha becomes opaque."""
+    """The picture, uint8 [H, W, 3|4], as [H, W, 4]; without alpha it becomes opaque."""
     if picture.shape[-1] == 4:
         return picture
     return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
 
 
 def shrink(picture: np.ndarray, factor: int, name: str = "picture") -> np.ndarray:
-    """Area average over factor x factor pixels: uint8 [H, W, C] -> [H / factor, W / factor, C].
+    """The average over blocks of factor x factor pixels: uint8 [H / factor, W / factor, C].
 
-    Colors are weighted by alpha while averaging, so a transparent pixel's color never bleeds
-    into an edge.
+    picture: uint8 [H, W, C]. Colors are weighted by alpha, so a transparent pixel's color never
+    bleeds into an edge. ValueError, beginning with ``name``, if factor does not divide both sides.
     """
     height, width, channels = picture.shape
     if factor == 1:

@@ -9,29 +9,41 @@ from nerf.cameras import orbit_path
 from nerf.datasets.blender import number, read_splits, table
 from nerf.datasets.images import inside, read_images
 from nerf.datasets.scene import Scene
-from nerf.datasets.store import as_tensor
+from nerf.datasets.store import Store, as_tensor
 
 
-def load(datadir: Path, *, testskip: int, downscale: int, background: float, store=None) -> Scene:
-    """The scene at ``datadir``; its file paths, absolute or not, must lie in it.
+def load(
+    datadir: Path,
+    *,
+    testskip: int,
+    downscale: int,
+    background: float,
+    store: Store | None = None,
+) -> Scene:
+    """The scene at ``datadir``; its pictures, named by absolute or relative paths, must lie in it.
 
-    One intrinsic matrix serves all views, as in nerf-pytorch (the last split's first); unlike
-    there it is scaled along when pictures are reduced.
+    One intrinsic matrix is used for all views, as in nerf-pytorch: that of the last split's first
+    frame. Unlike in nerf-pytorch it is scaled when pictures are reduced.
+    testskip: keep every n-th val and test view (0 or 1: all). downscale: make pictures this many
+    times smaller. background: gray level in [0, 1] of rays that hit nothing. store: see
+    ``read_images``.
     """
     splits = read_splits(datadir, testskip)
-    files, poses, numbers = [], [], {}
+    files: list[Path] = []
+    poses: list[np.ndarray] = []
+    numbers: dict[str, list[int]] = {}
     for split, (_, frames, split_poses) in splits.items():
         numbers[split] = list(range(len(files), len(files) + len(frames)))
         files += [_picture_path(datadir, frame["file_path"]) for frame in frames]
         poses += split_poses
     last_split = list(splits)[-1]
     where = f"{datadir}/transforms_{last_split}.json"
-    matrix = table(splits[last_split][1][0].get("intrinsic_matrix"))
+    matrix = table(splits[last_split].frames[0].get("intrinsic_matrix"))
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise ValueError(f'{where}: frame 0 needs "intrinsic_matrix", a 3x3 table of numbers')
     bounded = [name for name in ("train", "test") if name in splits]
     near, far = (
-        [number(splits[name][0], key, f"{datadir}/transforms_{name}.json") for name in bounded]
+        [number(splits[name].content, key, f"{datadir}/transforms_{name}.json") for name in bounded]
         for key in ("near", "far")
     )
     images = read_images(files, factor=downscale, store=store)
@@ -51,7 +63,10 @@ def load(datadir: Path, *, testskip: int, downscale: int, background: float, sto
 
 
 def _picture_path(datadir: Path, file_path: str) -> Path:
-    """Named from the folder, or from where the program runs, as in nerf-pytorch's; inside it."""
+    """The picture of a frame, inside ``datadir``.
+
+    ``file_path`` is relative to the working directory, as in nerf-pytorch, or to ``datadir``.
+    """
     if not Path(file_path).is_absolute() and Path(file_path).exists():
         file_path = str(Path(file_path).absolute())
     return inside(datadir, file_path, f"{datadir}: file_path")

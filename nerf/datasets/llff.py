@@ -1,14 +1,15 @@
-"""LLFF captures: poses_bounds.npy and images/, with images_N/ as a cache of N-times smaller ones.
+"""LLFF captures: poses_bounds.npy and images/; images_N/ caches pictures N times smaller.
 
-Row layout of poses_bounds.npy [V, 17]: a 3x5 matrix, row by row, whose columns are the camera's
+A row of poses_bounds.npy [V, 17] holds a 3x5 matrix, row by row, whose columns are the camera's
 down, right and backward axis, its position, and (height, width, focal) in pixels; then the nearest
-and farthest depth.
+and the farthest depth.
 """
 
 import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from PIL import Image
 
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
-from nerf.datasets.images import IMAGE_SUFFIXES, list_images, read_image, read_images
+from nerf.datasets.images import IMAGE_SUFFIXES, Size, list_images, read_image, read_images
 from nerf.datasets.scene import Scene, check_pose
-from nerf.datasets.store import as_tensor
+from nerf.datasets.store import Store, as_tensor
 
-BOUND_FACTOR = 0.75  # the nearest depth is scaled to 1 / 0.75: NDC's near plane at 1 is in front
+# The nearest depth is scaled to 1 / 0.75, so that NDC's near plane at 1 lies in front of it.
+BOUND_FACTOR = 0.75
 
 
 def load(
@@ -31,22 +33,24 @@ def load(
     ndc: bool,
     spherical: bool,
     background: float,
-    warn=print,
-    store=None,
+    warn: Callable[[str], object] = print,
+    store: Store | None = None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
 
-    llffhold: every n-th view is for testing (0: the most central one); val is the same views.
-    ndc: forward-facing rays. spherical: 360 degrees, camera centers scaled to a unit sphere.
+    llffhold: every n-th view is held out (0: only the most central one); the val and test splits
+    are the same views. ndc: normalized device coordinates, for forward-facing captures. spherical:
+    a capture all around something; camera centers are scaled to a unit sphere. background: gray
+    level in [0, 1] of rays that hit nothing. store: see ``read_images``.
     """
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
     images, names = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
     if len(images) != len(poses):
         raise ValueError(
             f"{datadir}: {len(images)} pictures but {len(poses)} poses in poses_bounds.npy; "
-            "remove the pictures that were not registered, or make the poses again"
+            "remove the pictures that were not registered, or estimate the poses again"
         )
-    for name, pose in zip(names, poses, strict=True):  # before one bad pose spoils the average
+    for name, pose in zip(names, poses, strict=True):  # a bad pose would spoil the average below
         check_pose(pose, f"{datadir}/poses_bounds.npy: {name}")
     scale = 1.0 / (bounds.min() * BOUND_FACTOR)
     poses[:, :, 3] *= scale
@@ -56,35 +60,13 @@ def load(
         poses, path, bounds = spherify(poses, bounds)
     else:
         path = spiral_path(poses, bounds.min(), bounds.max())
-    numbers = np.arange(len(poses))
-    if llffhold > 0:
-        test = numbers[::llffhold]
-    else:
-        center = average_pose(poses)[:, 3]
-        test = [int(np.argmin(((poses[:, :, 3] - center) ** 2).sum(-1)))]
-    height, width = images.shape[1:3]
-    # A pixel more or less comes from rounding when pictures are reduced.
-    off = np.abs(sizes[:, 0] * width / sizes[:, 1] - height) > 1.0
-    off &= np.abs(sizes[:, 1] * height / sizes[:, 0] - width) > 1.0
-    if off.any():
-        row = int(np.argmax(off))
-        raise ValueError(
-            f"{datadir}/poses_bounds.npy: row {row} is for pictures of {sizes[row, 1]:g}x"
-            f"{sizes[row, 0]:g}, {names[row]} is {width}x{height}; expected the same proportions"
-        )
-    focal = sizes[:, 2] * width / sizes[:, 1]
-    center = np.broadcast_to([0.5 * width, 0.5 * height], (len(poses), 2))
-    intrinsics = np.concatenate([np.stack([focal, focal], -1), center], axis=-1)
+    intrinsics = _intrinsics(sizes, images.shape[1:3], names, f"{datadir}/poses_bounds.npy")
     return Scene(
         images=as_tensor(images),
         stored=isinstance(images, np.memmap),
         c2w=torch.tensor(poses, dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32),
-        splits={
-            "train": [int(i) for i in numbers if i not in test],
-            "val": [int(i) for i in test],
-            "test": [int(i) for i in test],
-        },
+        splits=_splits(poses, llffhold),
         names=names,
         near=0.0 if ndc else float(bounds.min()) * 0.9,
         far=1.0 if ndc else float(bounds.max()),
@@ -94,8 +76,41 @@ def load(
     )
 
 
+def _splits(poses: np.ndarray, llffhold: int) -> dict[str, list[int]]:
+    """Every llffhold-th view for val and test (0: the most central one), the others for train."""
+    if llffhold > 0:
+        test = list(range(0, len(poses), llffhold))
+    else:
+        center = average_pose(poses)[:, 3]
+        test = [int(np.argmin(((poses[:, :, 3] - center) ** 2).sum(-1)))]
+    train = [view for view in range(len(poses)) if view not in set(test)]
+    return {"train": train, "val": list(test), "test": list(test)}
+
+
+def _intrinsics(
+    sizes: np.ndarray, shape: tuple[int, ...], names: list[str], where: str
+) -> np.ndarray:
+    """fx fy cx cy [V, 4] for pictures of ``shape`` (height, width), from rows of the pose file.
+
+    sizes: [V, 3] height, width, focal. ValueError if the proportions of any row differ.
+    """
+    height, width = shape
+    # One pixel of difference comes from rounding when pictures are reduced.
+    wrong = np.abs(sizes[:, 0] * width / sizes[:, 1] - height) > 1.0
+    wrong &= np.abs(sizes[:, 1] * height / sizes[:, 0] - width) > 1.0
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{where}: row {row} is for pictures of {sizes[row, 1]:g}x"
+            f"{sizes[row, 0]:g}, {names[row]} is {width}x{height}; expected the same proportions"
+        )
+    focal = sizes[:, 2] * width / sizes[:, 1]
+    center = np.broadcast_to([0.5 * width, 0.5 * height], (len(sizes), 2))
+    return np.concatenate([np.stack([focal, focal], -1), center], axis=-1)
+
+
 def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """c2w [V, 3, 4] in our axes, (height, width, focal) [V, 3], depth bounds [V, 2]."""
+    """c2w [V, 3, 4] in the axes of ``nerf.rays``, (height, width, focal) [V, 3], bounds [V, 2]."""
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -121,76 +136,92 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def read_pictures(
-    datadir, factor, count, full_size, warn, store=None
+    datadir: Path,
+    factor: int,
+    count: int,
+    full_size: np.ndarray,
+    warn: Callable[[str], object],
+    store: Store | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """uint8 [V, H, W, 3] at 1 / factor of their size, and their names.
+    """The pictures, uint8 [V, H, W, 3], ``factor`` = N times smaller, and their names.
 
-    images_N/ is used when it holds ``count`` pictures of the size that ``full_size`` (height,
-    width) of the pose file asks for. Otherwise pictures are made from images/ and cached there.
+    images_N/ is used if it holds ``count`` pictures whose size is ``full_size`` (height and width
+    in the pose file) divided by N. Otherwise pictures are reduced from images/, and cached in
+    images_N/ if that does not exist.
     """
     if factor < 1:
         raise ValueError(f"--factor {factor}; expected 1 (full size) or more")
     originals = datadir / "images"
-    size = (full_size[1], full_size[0])  # a rotation in EXIF data may be in the poses, or not
+    size = (full_size[1], full_size[0])  # decides whether poses include the EXIF rotation
     if factor == 1:
         files = _originals(originals)
         return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
     cache, complaint = datadir / f"images_{factor}", None
     if cache.is_dir():
         files = list_images(cache)
-        complaint = _unusable(files, count, full_size / factor)
+        complaint = _why_unusable(files, count, full_size / factor)
         if not complaint:
             return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
         if not originals.is_dir():
-            raise ValueError(f"{cache}: {complaint}, and there is no images/ to make it from")
-        warn(f"{cache} is ignored: {complaint}; delete it and it will be made again")
+            raise ValueError(f"{cache}: {complaint}, and {originals} does not exist to rebuild it")
+        warn(f"{cache} is ignored: {complaint}; delete the folder to have it rebuilt")
     if store is not None and store.kind == "mmap":
         raise ValueError(
-            f"{cache}: not there yet, and --data_store mmap reads it; make it once with "
-            "--data_store memory where memory is large enough, or use --factor 1"
+            f"{cache}: does not exist, and --data_store mmap needs it; create it by one run with "
+            "--data_store memory on a machine with enough memory, or use --factor 1"
         )
     files = _originals(originals)
     pictures = [_reduced(file, factor, size) for file in files]
     if len({picture.size for picture in pictures}) > 1:
-        read_images(files, size)  # says which file differs
+        read_images(files, size)  # raises ValueError with the name of the file that differs
     if not complaint and len(files) == count:
         _write_cache(cache, files, pictures, warn)
     return np.stack([np.asarray(picture) for picture in pictures]), [file.stem for file in files]
 
 
 def _originals(folder: Path) -> list[Path]:
+    """The pictures at full size. ValueError if there are none."""
     files = list_images(folder)
     if not files:
         raise ValueError(
-            f"{folder}: holds no pictures; put the capture's {'/'.join(IMAGE_SUFFIXES)}"
+            f"{folder}: holds no pictures; put the capture's {'/'.join(IMAGE_SUFFIXES)} files there"
         )
     return files
 
 
-def _unusable(files: list[Path], count: int, expected_size: np.ndarray) -> str | None:
+def _why_unusable(files: list[Path], count: int, expected_size: np.ndarray) -> str | None:
+    """Why cached pictures do not fit the poses (number, height and width); None if they do."""
     if len(files) != count:
         return f"it holds {len(files)} pictures for {count} poses"
-    height, width = read_image(files[0], tuple(expected_size[::-1])).shape[:2]
+    height, width = read_image(files[0], (expected_size[1], expected_size[0])).shape[:2]
     if np.abs(np.array([height, width]) - expected_size).max() > 1.0:
         want = f"{expected_size[1]:g}x{expected_size[0]:g}"
         return f"its pictures are {width}x{height} where the poses expect {want}"
     return None
 
 
-def _reduced(file: Path, factor: int, size: tuple[float, float]) -> Image.Image:
+def _reduced(file: Path, factor: int, size: Size) -> Image.Image:
+    """One RGB picture, ``factor`` times smaller by area averaging. size: as in ``read_image``."""
     picture = Image.fromarray(read_image(file, size)[..., :3])
-    size = (round(picture.width / factor), round(picture.height / factor))
-    if min(size) < 1:
-        raise ValueError(f"{file}: {picture.width}x{picture.height} is too small for --factor")
-    return picture.resize(size, Image.Resampling.BOX, reducing_gap=None)
+    small = (round(picture.width / factor), round(picture.height / factor))
+    if min(small) < 1:
+        raise ValueError(
+            f"{file}: {picture.width}x{picture.height} is too small for --factor {factor}; lower it"
+        )
+    return picture.resize(small, Image.Resampling.BOX, reducing_gap=None)
 
 
-def _write_cache(cache: Path, files, pictures, warn) -> None:
-    """All pictures under a temporary name, then one rename: a cache is whole or not there."""
+def _write_cache(
+    cache: Path,
+    files: Sequence[Path],
+    pictures: Sequence[Image.Image],
+    warn: Callable[[str], object],
+) -> None:
+    """Write the pictures to a temporary folder and rename it, so a cache is never half-written."""
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
     except OSError as error:
-        warn(f"{cache} is not cached ({error.strerror}); pictures are reduced at every start")
+        warn(f"{cache} cannot be written ({error.strerror}); pictures are reduced in every run")
         return
     try:
         for file, picture in zip(files, pictures, strict=True):
@@ -198,7 +229,7 @@ def _write_cache(cache: Path, files, pictures, warn) -> None:
         os.chmod(temporary, 0o755)
         os.rename(temporary, cache)
     except OSError as error:
-        if not cache.is_dir():  # another process may have been quicker
-            warn(f"{cache} is not cached ({error.strerror})")
+        if not cache.is_dir():  # else another process wrote it first
+            warn(f"{cache} cannot be written ({error.strerror}); pictures are reduced in every run")
     finally:  # also when interrupted
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,12 @@
-"""A scene: posed pictures that validate themselves and give out rays.
+"""A scene: validated pictures with their cameras, from which training rays are drawn.
 
-Pictures stay uint8 on the training device; a ray is made when it is drawn. Conventions of axes,
-pixels and distance are those of ``nerf.rays``.
+Pictures stay uint8 on the training device; a ray is computed only when it is drawn. Conventions of
+axes, pixels and distance are those of ``nerf.rays``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +17,27 @@ from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
 SPLITS = ("train", "val", "test")
-FARTHEST = 1e8  # in units of the scene; maps in meters reach 1e7
+FARTHEST = 1e8  # scene units; maps in meters reach 1e7
 
 
 @dataclass
 class Scene:
-    """Posed pictures of one scene.
+    """Pictures of one scene with their cameras. ValueError if the data is not usable.
 
     images: uint8 [V, H, W, 3|4], straight alpha. c2w: [V, 3, 4]. intrinsics: [V, 4] fx fy cx cy in
-    pixels, or [V, 4 + LENS] with a lens each (``nerf.lenses``). splits: split name -> view numbers.
-    names: one per view. near, far: in units of t. render_poses: [P, 3, 4] camera path for previews.
-    background: gray level shown behind transparent pixels. ndc: rays are handed out in normalized
-    device coordinates.
-    sizes: [V, 2] height and width of each picture, at the top left of ``images``; None: they fill
-    it. usable: bool [V, H, W] pixels that training and metrics look at; None: all. box: [2, 3] low
-    and high corner of what the data says the scene fills. to_world: [4, 4] similarity from the
-    scene's coordinates to those of the data; None: they are the same, or not known.
-    stored: ``images`` is a mapped file (``nerf.datasets.store``), which stays where it is.
+    pixels, or [V, 4 + LENS] with a lens per view (``nerf.lenses``).
+    splits: split name -> view numbers. names: one per view.
+    near, far: in units of t. render_poses: [P, 3, 4] camera path for previews.
+    background: gray level in [0, 1] behind transparent pixels.
+    ndc: rays are in normalized device coordinates.
+    pixel_center: rays pass through pixel centers; False: through pixel corners, as in nerf-pytorch.
+    sizes: [V, 2] height and width of each picture, which lies at the top left of its ``images``
+    row; None: all have the size of ``images``.
+    usable: bool [V, H, W], the pixels used for training and metrics; None: all.
+    box: [2, 3] low and high corner of the scene as its files state it; None: not stated.
+    to_world: [4, 4] similarity from the scene's coordinates to those of its files; None: they are
+    the same, or unknown.
+    stored: ``images`` is a memory-mapped file (``nerf.datasets.store``) and stays on the CPU.
     """
 
     images: Tensor
@@ -51,9 +57,11 @@ class Scene:
     to_world: Tensor | None = None
     stored: bool = False
     _train: Tensor = field(init=False, repr=False)
-    _pools: dict = field(init=False, repr=False, default_factory=dict)
+    _pools: dict[tuple[str, float], tuple[Tensor, list[int]]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._validate()
         self._train = torch.tensor(self.splits["train"], device=self.c2w.device)
 
@@ -62,10 +70,12 @@ class Scene:
         assert self.images.dtype == torch.uint8 and self.images.dim() == 4
         assert self.images.shape[-1] in (3, 4)
         if len(self.c2w) != num_views:
-            raise ValueError(f"{num_views} pictures but {len(self.c2w)} poses; one pose a picture")
+            raise ValueError(
+                f"{num_views} pictures but {len(self.c2w)} poses; expected one pose per picture"
+            )
         assert len(self.names) == num_views
         assert self.intrinsics.shape in ((num_views, 4), (num_views, 4 + LENS))
-        # Padding must never be trained on.
+        # With padding (sizes), ``usable`` must exclude it from training.
         assert self.sizes is None or self.usable is not None
         for number, (name, pose) in enumerate(zip(self.names, self.c2w, strict=True)):
             check_pose(pose.cpu().numpy(), f"view {number} ({name})")
@@ -94,32 +104,38 @@ class Scene:
 
     @property
     def height(self) -> int:
+        """Pixels; of the tallest picture if sizes differ."""
         return self.images.shape[1]
 
     @property
     def width(self) -> int:
+        """Pixels; of the widest picture if sizes differ."""
         return self.images.shape[2]
 
-    def to(self, device) -> "Scene":
+    def to(self, device: torch.device | str) -> "Scene":
         """The same scene with its tensors on ``device``; a mapped file stays a mapped file."""
-        names = ("c2w", "intrinsics", "render_poses", "sizes", "usable", "box")
-        names += () if self.stored else ("images",)
-        moved = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: t if t is None else t.to(device) for n, t in moved.items()})
+        names = ["c2w", "intrinsics", "render_poses", "sizes", "usable", "box"]
+        names += [] if self.stored else ["images"]
+        moved: dict[str, Any] = {}
+        for name in names:
+            tensor = getattr(self, name)
+            moved[name] = tensor if tensor is None else tensor.to(device)
+        return replace(self, **moved)
 
     def view_size(self, view: int) -> tuple[int, int]:
-        """Height and width of one picture."""
+        """Height and width of one picture, in pixels."""
         if self.sizes is None:
             return self.height, self.width
         height, width = self.sizes[view].tolist()
         return height, width
 
     def resized(self, factor: int) -> "Scene":
-        """Cameras for pictures ``factor`` times smaller; only for rendering, pictures are dropped.
+        """The scene with cameras for pictures ``factor`` times smaller, for rendering only.
 
-        A small pixel stands for a block of ``factor`` x ``factor``, and its ray passes through the
-        middle of what those pixels' rays pass through; incomplete blocks at the right and bottom
-        are left out. (nerf-pytorch scales the focal length but renders with the old matrix.)
+        ``images`` becomes black and must not be used. A small pixel covers a block of ``factor`` x
+        ``factor`` pixels, and its ray passes through the middle of theirs; incomplete blocks at the
+        right and bottom are dropped. (nerf-pytorch scales the focal length but renders with the old
+        matrix.)
         """
         if factor <= 1:
             return self
@@ -129,7 +145,7 @@ class Scene:
         if not self.pixel_center:
             intrinsics[:, 2:4] += 0.5 / factor - 0.5
         images = self.images.new_zeros(1, 1, 1, 3).expand(len(self.images), height, width, 3)
-        small = {"images": images, "intrinsics": intrinsics}
+        small: dict[str, Any] = {"images": images, "intrinsics": intrinsics}
         if self.usable is not None:
             small["usable"] = self.usable[:, :1, :1].expand(len(images), height, width)
         if self.sizes is not None:
@@ -137,19 +153,21 @@ class Scene:
         return replace(self, **small)
 
     def rays(self, x: Tensor, y: Tensor, c2w: Tensor, intrinsics: Tensor) -> Rays:
-        """Rays through pixels x, y [B] of cameras c2w [B, 3, 4] or [3, 4] with their intrinsics.
+        """Rays through pixels x, y [B] of cameras c2w [B, 3, 4] or [3, 4].
 
-        intrinsics [..., 4], or with the lens' numbers too: without them a camera is a pinhole.
+        intrinsics: [..., 4] for pinhole cameras, [..., 4 + LENS] with lenses.
         """
         rays = pixels_to_rays(
             x, y, intrinsics, c2w, (self.near, self.far), pixel_center=self.pixel_center
         )
         if self.ndc:
-            # One camera for all: cameras of other focal lengths must meet in the same space.
+            # One camera's intrinsics for all rays: NDC must be the same space for every view.
             rays = rays_to_ndc(rays, self.height, self.width, self.intrinsics[0])
         return rays
 
-    def view_rays(self, c2w: Tensor, intrinsics: Tensor, width: int | None = None):
+    def view_rays(
+        self, c2w: Tensor, intrinsics: Tensor, width: int | None = None
+    ) -> Callable[[Tensor], Rays]:
         """A function from flat pixel numbers [B] to rays of one camera, ``width`` pixels wide."""
         width = width or self.width
 
@@ -161,12 +179,12 @@ class Scene:
 
     def over_background(self, pixels: Tensor, background: Tensor | None = None) -> Tensor:
         """uint8 pixels [..., 3|4] -> float32 [..., 3] in [0, 1], blended over the background."""
-        background = self.background if background is None else background
+        behind = self.background if background is None else background
         pixels = pixels.float() / 255.0
         if pixels.shape[-1] == 3:
             return pixels
         rgb, alpha = pixels[..., :3], pixels[..., 3:]
-        return rgb * alpha + background * (1.0 - alpha)
+        return rgb * alpha + behind * (1.0 - alpha)
 
     def picture(self, view: int) -> Tensor:
         """View ``view`` as float32 [H, W, 3], at its own size, over the background, on the CPU."""
@@ -174,7 +192,7 @@ class Scene:
         return self.over_background(self.images[view, :height, :width].cpu())
 
     def mask(self, view: int) -> Tensor | None:
-        """Which pixels of ``view`` count, bool [H, W] on the CPU at its own size; None: all."""
+        """The usable pixels of ``view``, bool [H, W] at its own size, on the CPU; None: all."""
         if self.usable is None:
             return None
         height, width = self.view_size(view)
@@ -184,7 +202,7 @@ class Scene:
     def pick(
         self, views: Tensor, x: Tensor, y: Tensor, background: Tensor | None = None
     ) -> tuple[Rays, Tensor]:
-        """Rays and colors [B, 3] of pixels x, y [B] (integers) in views [B]."""
+        """Rays and colors [B, 3] in [0, 1] of pixels x, y [B] (integers) in views [B]."""
         return self._rays_of(views, x, y), self.over_background(
             self.pixels(views, x, y), background
         )
@@ -199,7 +217,7 @@ class Scene:
         return self.rays(x.float(), y.float(), self.c2w[views], self.intrinsics[views])
 
     def block_order(self, seed: int) -> BlockOrder | None:
-        """How rays are drawn from a mapped file, for ``sample_rays``; None: they are in memory."""
+        """The order for ``sample_rays`` from a mapped file; None if pictures are in memory."""
         if not self.stored:
             return None
         return BlockOrder(self.images, self.splits["train"], seed, self.c2w.device)
@@ -216,13 +234,14 @@ class Scene:
         order: BlockOrder | None = None,
         position: int = 0,
     ) -> tuple[Rays, Tensor]:
-        """Random training rays [B] and their colors [B, 3] in [0, 1], or this process' part.
+        """Random training rays [B] and their colors [B, 3] in [0, 1].
 
-        one_image: all from one random picture (``--no_batching``). crop: fraction of the height
-        and width around the center to draw from (``--precrop_frac``). background [B, 3]: behind
-        transparent pixels, instead of the scene's; as many as there are rays. share: which of the
-        ``num_rays`` to make, by default all. order: of ``block_order``: instead of random ones,
-        those after the first ``position`` rays of the run (not for one_image and crop).
+        one_image: all rays from one random picture (``--no_batching``).
+        crop: fraction of the height and width around the center to draw from (``--precrop_frac``).
+        background: [B, 3] behind transparent pixels; None: the scene's.
+        shard: the slice of the ``num_rays`` rays to return, this process' part; None: all.
+        order, position: with a ``block_order``, the next rays of that order after ``position`` rays
+        of the run, instead of random ones (not with one_image or crop).
         """
         device, shard = self.c2w.device, shard or slice(0, num_rays)
         if order is not None and not one_image and crop == 1.0:
@@ -248,11 +267,11 @@ class Scene:
         return self.pick(views[shard], x[shard], y[shard], background)
 
     def usable_pixels(self, split: str, crop: float = 1.0) -> tuple[Tensor, list[int]]:
-        """Flat numbers [N] of the usable pixels of a split, and where each of its views begins.
+        """Flat numbers [N] of a split's usable pixels, and where each of its views begins in them.
 
-        Each counts the same when rays are drawn. crop: as in ``sample_rays``. Kept once made: 4
-        bytes a pixel.
+        crop: as in ``sample_rays``. The result is cached: 4 bytes per pixel.
         """
+        assert self.usable is not None
         if (split, crop) not in self._pools:
             parts, starts = [], [0]
             for view in self.splits[split]:
@@ -266,7 +285,7 @@ class Scene:
                 starts.append(starts[-1] + len(y))
                 if not len(y):
                     raise ValueError(
-                        f"view {view} ({self.names[view]}): its mask leaves no pixel"
+                        f"view {view} ({self.names[view]}): its mask leaves no usable pixel"
                         + (f" in the middle (--precrop_frac {crop:g})" if crop < 1 else "")
                         + "; remove the picture, or change the mask"
                     )
@@ -276,13 +295,13 @@ class Scene:
         return self._pools[split, crop]
 
     def place(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat numbers [B] -> view, x and y [B]."""
+        """Flat pixel numbers [B] -> view, x and y [B]."""
         pixels = pixels.long()
         per_view = self.height * self.width
         return pixels // per_view, pixels % self.width, pixels // self.width % self.height
 
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for the log: views per split, picture size, focal length and ray bounds."""
         counts = ", ".join(f"{len(self.splits.get(name, []))} {name}" for name in SPLITS)
         kind = "RGBA" if self.images.shape[-1] == 4 else "RGB"
         space = "NDC" if self.ndc else "world"
@@ -299,11 +318,13 @@ class Scene:
 def check_pose(c2w: np.ndarray, name: str) -> None:
     """Raise ValueError unless c2w [3, 4] is finite and its first three columns are a rotation."""
     if c2w.shape != (3, 4) or not np.isfinite(c2w).all():
-        raise ValueError(f"{name}: its pose holds NaN, infinity or not 3x4 numbers; re-export it")
+        raise ValueError(
+            f"{name}: its pose is not 3x4 finite numbers (shape {c2w.shape}); re-export it"
+        )
     if np.abs(c2w[:, 3]).max() > FARTHEST:
         raise ValueError(
             f"{name}: its camera stands {np.abs(c2w[:, 3]).max():.3g} units from the origin; "
-            f"expected less than {FARTHEST:.0e}, float32 has no digits left there"
+            f"expected less than {FARTHEST:.0e}, beyond which float32 is too coarse"
         )
     rotation = c2w[:, :3].astype(np.float64)
     error = np.abs(rotation.T @ rotation - np.eye(3)).max()
