@@ -92,7 +92,7 @@ def verdicts(found: sfm.Reconstruction, fuzzy: list[str]) -> list[str]:
         if features < POOR:
             why = f"only {features} features: too plain, too dark or blurred"
         elif name in fuzzy:
-            why = "much less sharp than the others"
+            why = "blurred, much less sharp than the others"
         elif not partners:
             why = "overlaps no other photo"
         else:

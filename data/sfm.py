@@ -131,10 +131,7 @@ def reconstruct(
         return Reconstruction(None, names, *empty)
     registered = {best.image(number).name for number in best.reg_image_ids()}
     folder = work / "sparse" / "0"
-    folder.mkdir(parents=True)
-    best.write_binary(folder)
-    best.transform(pycolmap.Sim3d(_upright(read_model(folder).c2w)[:3]))
-    best.write_binary(folder)
+    _write_upright(pycolmap, best, folder)
     return Reconstruction(
         folder,
         names,
@@ -191,9 +188,13 @@ def _drop_narrow(pycolmap: ModuleType, database: Path, trusted: Path, names: lis
     return dropped
 
 
-def _upright(c2w: np.ndarray) -> np.ndarray:
-    """The similarity [4, 4] from COLMAP's world to the layout ``capture.around``."""
-    return np.linalg.inv(capture.around(c2w).to_world)
+def _write_upright(pycolmap: ModuleType, model: Any, folder: Path) -> None:
+    """Write a reconstruction to ``folder``, moved to the layout ``capture.around``."""
+    folder.mkdir(parents=True)
+    model.write_binary(folder)
+    to_scene = np.linalg.inv(capture.around(read_model(folder).c2w).to_world)
+    model.transform(pycolmap.Sim3d(to_scene[:3]))
+    model.write_binary(folder)
 
 
 def _extract_features(
