@@ -1,13 +1,16 @@
-"""nerf.flags: nerf-pytorch's flags, where values come from, refusals, and config files."""
+"""nerf.flags: nerf-pytorch's flags, where values come from, help, refusals, and config files."""
 
-import argparse
 import re
+import shlex
 
 import pytest
 from conftest import REPOSITORY
 
-from nerf import build
+from nerf import __version__, build
 from nerf.flags import common as common_flags
+from nerf.flags import dreamfusion as dream_flags
+from nerf.flags import help as help_pages
+from nerf.flags import mistakes
 from nerf.flags import nerf as nerf_flags
 
 CONFIGS = sorted(
@@ -16,6 +19,10 @@ CONFIGS = sorted(
     if "sd_model" not in path.read_text(encoding="utf-8")
 )
 
+PARSERS = {
+    "run_nerf.py": nerf_flags.nerf_parser(),
+    "run_dreamfusion.py": dream_flags.dream_parser(),
+}
 # nerf-pytorch's config_parser, by hand: flag, type, default.
 NERF_PYTORCH = [
     ("expname", str, None),
@@ -74,11 +81,13 @@ def config(folder, text, name="some.txt"):
 
 
 def refusal(capsys, *argv) -> str:
-    """What is printed as these flags end the program."""
+    """The one line that is printed as these flags end the program."""
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
-    assert caught.value.code not in (0, None)
-    return capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and printed.out == ""
+    assert re.fullmatch(r"run_nerf\.py: [^\n]+\n", printed.err), printed.err
+    return printed.err
 
 
 # ------------------------------------------------------------------------- names, types, defaults
@@ -97,19 +106,6 @@ def test_flag_of_nerf_pytorch_is_here_with_its_default_and_type(name, kind, defa
     given = [f"--{name}"] if kind is bool else [f"--{name}", str(other)]
     found = getattr(parse(*given), name)
     assert found == other and type(found) is kind
-
-
-def test_every_flag_has_a_help_text():
-    for action in nerf_flags.nerf_parser()._actions:
-        assert action.help and action.help is not argparse.SUPPRESS, action.dest
-
-
-def test_help_prints_every_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse("--help")
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name, _, _ in NERF_PYTORCH)
 
 
 def test_name_of_the_run_is_the_configs_or_the_data_folders(tmp_path):
@@ -160,6 +156,47 @@ def test_switches_follow_the_same_order(
     assert parse(*argv).white_bkgd is expected
 
 
+TWO_NAMES = [
+    # file, environment, command line -> no_ndc
+    ("", "", "--ndc", False),
+    ("", "", "--no-ndc", True),
+    ("", "", "--no_ndc", True),
+    ("", "", "--no-no_ndc", False),
+    ("", "", "--no_ndc --ndc", False),
+    ("", "", "--ndc --no_ndc", True),
+    ("ndc = False", "", "", True),
+    ("ndc = True", "", "", False),
+    ("no_ndc = True", "", "--ndc", False),
+    ("ndc = True", "", "--no_ndc", True),
+    ("ndc = False", "", "--ndc", False),
+    ("", "NERF_NDC=False", "", True),
+    ("", "NERF_NO_NDC=True", "--ndc", False),
+    ("ndc = True", "NERF_NO_NDC=True", "", True),
+    ("no_ndc = True", "NERF_NDC=True", "", False),
+    ("no_ndc = True\nndc = False", "", "", True),
+]
+
+
+@pytest.mark.parametrize(("file", "environment", "command_line", "expected"), TWO_NAMES)
+def test_positive_names_mean_the_opposite(
+    tmp_path, monkeypatch, file, environment, command_line, expected
+):
+    if environment:
+        monkeypatch.setenv(*environment.split("="))
+    path = config(tmp_path, file + "\n")
+    args = parse("--N_rand", "8", *command_line.split(), "--config", path)
+    assert args.no_ndc is expected and not hasattr(args, "ndc")
+    text = common_flags.as_config(args, nerf_flags.nerf_parser())
+    assert f"\nno_ndc = {expected}\n" in text and "\nndc" not in text
+
+
+def test_batching_and_reload_are_positive_names_too():
+    args = parse("--no-batching", "--no-reload")
+    assert args.no_batching and args.no_reload
+    args = parse("--no_batching", "--batching", "--no_reload", "--reload")
+    assert not args.no_batching and not args.no_reload
+
+
 def test_a_config_named_by_the_environment_is_not_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("NERF_CONFIG", str(config(tmp_path, "N_rand = 10\n")))
     try:
@@ -169,29 +206,23 @@ def test_a_config_named_by_the_environment_is_not_ignored(tmp_path, monkeypatch)
     assert (args.N_rand, args.expname) == (10, "some")
 
 
-@pytest.mark.parametrize("name", ["NERF_HELP", "NERF_NO_WHITE_BKGD", "NERF_white_bkgd", "NERF_"])
-def test_variables_that_no_flag_reads_are_refused(monkeypatch, capsys, name):
-    monkeypatch.setenv(name, "1")
-    assert name in refusal(capsys)
-
-
-# -------------------------------------------------------------------------------- unknown names
+# -------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
-    ("typed", "nearest"),
+    ("typed", "nearest", "section"),
     [
-        ("N_sample", "N_samples"),
-        ("N_samp", "N_samples"),
-        ("n_samples", "N_samples"),
-        ("white_bkg", "white_bkgd"),
-        ("use_viewdir", "use_viewdirs"),
-        ("learning_rate_decay", "lrate_decay"),
+        ("N_sample", "N_samples", "sampling"),
+        ("N_samp", "N_samples", "sampling"),
+        ("n_samples", "N_samples", "sampling"),
+        ("white_bkg", "white_bkgd", "scene"),
+        ("use_viewdir", "use_viewdirs", "network"),
+        ("learning_rate_decay", "lrate_decay", "optimization"),
     ],
 )
 @pytest.mark.parametrize("where", ["command line", "command line with =", "file", "environment"])
 def test_unknown_and_shortened_names_are_refused_with_the_nearest(
-    tmp_path, monkeypatch, capsys, typed, nearest, where
+    tmp_path, monkeypatch, capsys, typed, nearest, section, where
 ):
     argv = {
         "command line": [f"--{typed}", "3"],
@@ -199,50 +230,244 @@ def test_unknown_and_shortened_names_are_refused_with_the_nearest(
         "file": ["--config", config(tmp_path, f"{typed} = 3\n")],
         "environment": [],
     }[where]
+    written = {"file": nearest, "environment": f"NERF_{nearest.upper()}"}.get(where, f"--{nearest}")
     if where == "environment":
         if typed.upper() == nearest.upper():
             pytest.skip("variables are in upper case: this name is a known one")
         monkeypatch.setenv(f"NERF_{typed.upper()}", "3")
     message = refusal(capsys, *argv)
-    assert f"did you mean '{nearest}'" in message
+    assert f"; did you mean {written}? (--help {section})" in message
     assert (typed.upper() if where == "environment" else typed) in message
     if where == "file":
-        assert "some.txt" in message
+        assert "some.txt: " in message
 
 
-def test_unknown_switches_are_refused(tmp_path, capsys):
-    assert "'white_bkgd'" in refusal(capsys, "--white_bkg")
-    assert "white_bkgd'" in refusal(capsys, "--no-white_bkg")
-    path = config(tmp_path, "white_bkg = True\n")
-    assert "'white_bkgd'" in refusal(capsys, "--config", path)
+TYPED = [
+    ("lego", "'lego' is not a flag; flags start with --"),
+    ("configs/lego.txt", "write --config configs/lego.txt"),
+    ("N_iters 5", "write --N_iters"),
+    ("-N_iters 5", "-N_iters: flags start with two dashes, --N_iters"),
+    ("-half_res", "flags start with two dashes, --half_res"),
+    ("--N_rand 10 N_iters 5", "'N_iters' is not a flag; write --N_iters"),
+    ("--N_rand 10 20", "--N_rand 10 20: takes one value; leave out '20'"),
+    ("--datadir my photos", '--datadir my photos: quote the datadir: --datadir "my photos"'),
+    ("--white_bkg", "unknown flag --white_bkg; did you mean --white_bkgd?"),
+    ("--no-white_bkg", "did you mean --no-white_bkgd?"),
+    ("--zzzqqq 1", "unknown flag --zzzqqq; --help all prints every flag"),
+    ("--con x.txt", "unknown flag --con"),
+    ("-- --N_iters 5", "-- stands alone"),
+    (
+        "--white_bkgd false",
+        "--white_bkgd false: a switch takes no value; use --white_bkgd or --no-",
+    ),
+    ("--white_bkgd True", "use --white_bkgd or --no-white_bkgd"),
+    ("--white_bkgd=False", "use --white_bkgd or --no-white_bkgd"),
+    ("--expname false --white_bkgd false", "--white_bkgd false: a switch"),
+    ("--no_ndc False", "use --no_ndc or --ndc"),
+    ("--ndc no", "use --ndc or --no-ndc"),
+    ("--prompt 'a cat'", "--prompt is a flag of run_dreamfusion.py"),
+    ("--config absent.txt", "--config absent.txt: cannot be read (No such file"),
+    ("--config .", "--config .: cannot be read (Is a directory"),
+    ("--config ''", "--config is empty"),
+    ("--config", "--config: the value is missing: --config FILE"),
+    ("--N_rand", "--N_rand: the value is missing: --N_rand N"),
+    ("--N_rand --N_iters 5", "--N_rand: the value is missing"),
+    ("--lrate -1e-3", "--lrate=-1e-3"),
+    ("--N_rand 0", "--N_rand 0: expected a whole number, 1 or more"),
+    ("--N_rand abc", "--N_rand abc: expected a whole number, 1 or more"),
+    ("--N_rand ''", "--N_rand '': expected a whole number, 1 or more"),
+    ("--N_rand 'a\nb'", "--N_rand 'a\\nb': expected a whole number, 1 or more"),
+    ("--N_rand 1.5", "--N_rand 1.5: expected a whole number, 1 or more"),
+    ("--N_iters 1e5", "expected a whole number, 1 or more (written as 100000)"),
+    ("--N_importance -1", "--N_importance -1: expected a whole number, 0 or more"),
+    ("--seed inf", "--seed inf: expected a whole number from 0 to 2^62"),
+    ("--multires 33", "--multires 33: expected a whole number from 1 to 32"),
+    ("--grid_res 15", "--grid_res 15: expected a whole number, 16 or more"),
+    ("--keep_ckpts 1", "--keep_ckpts 1: expected 0 (keep all) or at least 2"),
+    ("--keep_ckpts -3", "--keep_ckpts -3: expected 0 (keep all) or at least 2"),
+    ("--keep_ckpts few", "--keep_ckpts few: expected 0 (keep all) or at least 2"),
+    ("--lrate 0", "--lrate 0: expected a number above 0, at most 1e30"),
+    ("--lrate nan", "--lrate nan: expected a number above 0, at most 1e30"),
+    ("--lrate fast", "--lrate fast: expected a number above 0, at most 1e30"),
+    ("--raw_noise_std nan", "--raw_noise_std nan: expected a finite number, 0 or more"),
+    ("--grad_clip inf", "--grad_clip inf: expected a finite number, 0 or more"),
+    ("--precrop_frac 0", "--precrop_frac 0: expected a number above 0, at most 1"),
+    ("--ema_decay 1", "--ema_decay 1: expected a number from 0 to below 1"),
+    ("--render_factor 0.5", "expected a whole number N: pictures are rendered N times smaller"),
+    ("--factor 0.5", "expected a whole number N, 1 or more: pictures become N times smaller"),
+    ("--dataset_type kolmap", "--dataset_type kolmap: expected one of LINEMOD, auto, blender"),
+    ("--i_embed 1", "--i_embed 1: expected one of 0, -1"),
+    ("--amp fp8", "--amp fp8: expected one of off, bf16, fp16"),
+    ("--help sampl", "--help sampl: no such section; did you mean --help sampling?"),
+    ("--help N_rand", "--N_rand is in section training; use --help training"),
+]
 
 
-def test_words_that_are_no_flags_are_refused(tmp_path, capsys):
-    assert "'lego'" in refusal(capsys, "lego")
-    assert "absent.txt" in refusal(capsys, "--config", tmp_path / "absent.txt")
+@pytest.mark.parametrize(("words", "cure"), TYPED, ids=[words for words, _ in TYPED])
+def test_a_mistake_on_the_command_line_is_one_line_with_the_cure(capsys, words, cure):
+    assert cure in refusal(capsys, *shlex.split(words))
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        ("--N_rand", "0"),
-        ("--N_rand", "many"),
-        ("--N_rand", "1.5"),
-        ("--N_importance", "-1"),
-        ("--raw_noise_std", "-1"),
-        ("--raw_noise_std", "nan"),
-        ("--grad_clip", "inf"),
-        ("--precrop_frac", "0"),
-        ("--precrop_frac", "1.1"),
-        ("--ema_decay", "1"),
-        ("--dataset_type", "kolmap"),
-        ("--i_embed", "1"),
-        ("--amp", "fp8"),
-    ],
-    ids=" ".join,
-)
-def test_impossible_values_are_refused_by_name(capsys, given):
-    assert given[0] in refusal(capsys, *given)
+IN_FILES = [
+    ("N_rand = many", "some.txt: N_rand = many: expected a whole number, 1 or more"),
+    ("N_rand =", "some.txt: N_rand = '': expected a whole number, 1 or more"),
+    ("N_rand = [1, 2]", "some.txt: N_rand = [1, 2]: expected one value, not a list"),
+    ("amp = half", "some.txt: amp = half: expected one of off, bf16, fp16"),
+    ("white_bkgd = maybe", "some.txt: white_bkgd = maybe: expected True or False"),
+    ("white_bkgd = [True]", "white_bkgd = ['True']: expected True or False"),
+    ("no-white_bkgd = True", "some.txt: no-white_bkgd: write white_bkgd = False"),
+    ("white_bkg = True", "did you mean white_bkgd? (--help scene)"),
+    ("no-white_bkg = True", "did you mean white_bkgd? (--help scene)"),
+    ("help = True", "some.txt: unknown flag help"),
+    ("fast = True", "fast is for the command line"),
+    ("ndc = True\nno_ndc = True", "ndc = True and no_ndc = True contradict each other"),
+    ("lrate = 1\nlrate = 2", "lrate is set twice, to 1 and 2; leave one out"),
+    ("lrate = 1e-3\n(N_rand) = 2", "line 2 is '(N_rand) = 2'; expected flag = value"),
+    ('{"lrate": 1}', "line 1 is '{\"lrate\": 1}'; expected flag = value"),
+    ("chunk = 8\nactivation = relu\nsd_model = x", "some.txt is a config of run_dreamfusion.py"),
+]
+
+
+@pytest.mark.parametrize(("text", "cure"), IN_FILES, ids=[text for text, _ in IN_FILES])
+def test_a_mistake_in_a_config_is_one_line_with_the_cure(tmp_path, capsys, text, cure):
+    assert cure in refusal(capsys, "--config", config(tmp_path, text + "\n"))
+
+
+VARIABLES = [
+    ("NERF_HELP=1", "environment variable NERF_HELP: no flag has this name"),
+    ("NERF_VERSION=1", "environment variable NERF_VERSION: no flag has this name"),
+    ("NERF_NO_WHITE_BKGD=1", "NERF_NO_WHITE_BKGD: no flag has this name"),
+    ("NERF_white_bkgd=1", "did you mean NERF_WHITE_BKGD?"),
+    ("NERF_=1", "environment variable NERF_: no flag has this name"),
+    ("NERF_N_RAND=many", "environment variable NERF_N_RAND = many: expected a whole number"),
+    ("NERF_N_RAND=[1,2]", "environment variable NERF_N_RAND = [1,2]: expected a whole number"),
+    ("NERF_WHITE_BKGD=maybe", "environment variable NERF_WHITE_BKGD = maybe: expected True or"),
+    ("NERF_CONFIG=absent.txt", "absent.txt: cannot be read"),
+    ("NERF_NDC=1 NERF_NO_NDC=1", "ndc = 1 and no_ndc = 1 contradict each other"),
+]
+
+
+@pytest.mark.parametrize(("variables", "cure"), VARIABLES, ids=[name for name, _ in VARIABLES])
+def test_a_mistake_in_the_environment_is_one_line_with_the_cure(
+    monkeypatch, capsys, variables, cure
+):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert cure in refusal(capsys)
+
+
+def test_flags_that_tell_the_scripts_apart_are_flags_of_one_alone():
+    for script, names in mistakes.ONLY_IN.items():
+        for name in names:
+            known = [key for key in PARSERS if f"--{name}" in PARSERS[key]._option_string_actions]
+            assert known == [script], name
+
+
+def test_values_that_begin_with_a_dash_or_hold_spaces_are_values():
+    args = parse("--expname", "-a run", "--lrate=1e-3", "--i_embed", "-1", "--no_ndc")
+    assert (args.expname, args.lrate, args.i_embed) == ("-a run", 1e-3, -1)
+
+
+# ------------------------------------------------------------------------------------------ help
+
+SCRIPTS = {"run_nerf.py": nerf_flags, "run_dreamfusion.py": dream_flags}
+SECTIONS = [
+    (script, name) for script, parser in PARSERS.items() for name in help_pages.sections(parser)
+]
+
+
+def printed(capsys, script, *argv) -> str:
+    """What these flags print as they end the program with success."""
+    with pytest.raises(SystemExit) as caught:
+        SCRIPTS[script].parse(list(argv))
+    captured = capsys.readouterr()
+    assert caught.value.code == 0 and captured.err == ""
+    return captured.out
+
+
+def flags_on(page: str) -> list[str]:
+    """The flags that a page explains, one for each line that begins with one."""
+    return re.findall(r"^  (?:-h, )?--(?:no-)?(\w+)", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_short_page_has_two_examples_15_flags_and_the_sections(capsys, script):
+    page = printed(capsys, script, "--help")
+    lines = page.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert lines[0] == f"usage: python {script} --config FILE [--flag value ...]"
+    parse, main_flags = SCRIPTS[script].parse, SCRIPTS[script].MAIN_FLAGS
+    shown = flags_on(page)
+    assert len(main_flags) == 15
+    assert [name.replace("reload", "no_reload") for name in shown] == list(main_flags)
+    examples = [shlex.split(line, comments=True) for line in lines if "  python run_" in line]
+    assert len(examples) == 2
+    for words in examples:
+        assert words[:2] == ["python", script] and (REPOSITORY / words[3]).is_file()
+        parse(
+            [str(REPOSITORY / word) if word.startswith("configs/") else word for word in words[2:]]
+        )
+    for known, name in SECTIONS:
+        assert known != script or re.search(rf"\b{name}[,.]", page)
+    assert "NERF_N_ITERS" in page and "--help SECTION" in page and "--help all" in page
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_exactly_one_section(capsys, script):
+    page = printed(capsys, script, "--help", "all")
+    flags = flags_on(page)
+    actions = [action for action in PARSERS[script]._actions if "--no-no_" not in str(action)]
+    names = {action.option_strings[0].removeprefix("--") for action in actions}
+    assert len(names) > 90
+    assert sorted(flags) == sorted(names - {"-h"} | {"help"})
+    assert max(map(len, page.splitlines())) <= 100
+    if script == "run_nerf.py":
+        assert all(f"--{name}" in page for name, _, _ in NERF_PYTORCH)
+
+
+@pytest.mark.parametrize(("script", "section"), SECTIONS)
+def test_each_section_is_a_page(capsys, script, section):
+    page = printed(capsys, script, "--help", section)
+    assert re.match(rf"{section}: [A-Z][^\n]+\.", page) and flags_on(page)
+    assert page == printed(capsys, script, f"--help={section.upper()}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_texts_stand_on_their_own(script):
+    for group in help_pages.sections(PARSERS[script]).values():
+        for action in help_pages.entries(group):
+            text = " ".join(line.strip() for line in help_pages.entry(action)[-9:])
+            assert action.help and not action.help[0].isspace()
+            assert not re.search(r"\b(there|that file|then|such|these|so)\b", action.help), text
+            assert "None" not in text and "SUPPRESS" not in text
+            switch = isinstance(action.default, bool) or getattr(action, "inverted", False)
+            assert ("(default: " in text) == (
+                not switch and action.default not in (None, "", "==SUPPRESS==")
+            ), text
+
+
+HELP_ANYWHERE = [
+    "-h",
+    "--help --config absent.txt",
+    "--config absent.txt --help",
+    "--N_rand many -h",
+    "--zzz 1 --help",
+    "word --help --N_rand",
+    "--prompt --help",
+]
+
+
+@pytest.mark.parametrize("words", HELP_ANYWHERE)
+def test_help_is_printed_wherever_it_stands(capsys, monkeypatch, words):
+    short = printed(capsys, "run_nerf.py", "--help")
+    monkeypatch.setenv("NERF_WRONG", "1")
+    assert printed(capsys, "run_nerf.py", *words.split()) == short
+    assert nerf_flags.nerf_parser().format_help() == short
+
+
+def test_version_is_one_line(capsys):
+    line = printed(capsys, "run_nerf.py", "--config", "absent.txt", "--version")
+    assert re.fullmatch(rf"nerf-dreamfusion {re.escape(__version__)} \(torch \d+\.\S+\)\n", line)
 
 
 # ----------------------------------------------------------------------------------- config files
@@ -320,45 +545,48 @@ def test_none_in_a_file_means_unset(tmp_path):
 
 # --------------------------------------------------------------------------------- contradictions
 
+CONTRADICTIONS = [
+    # flags, processes, what the line names
+    ("--N_rand 1000", 3, "--N_rand 1000 does not divide by 3 processes"),
+    ("--no_reload --render_only", 1, "--render_only"),
+    ("--no-reload --ft_path a.tar", 1, "--ft_path"),
+    ("--half_res --downscale 2", 1, "--downscale"),
+    ("--occ_grid --lambda_tv 0.1", 1, "--lambda_tv"),
+    ("--spherify", 1, "--no_ndc"),
+    ("--lindisp", 1, "--no_ndc"),
+    ("--N_importance 8 --N_samples 2", 1, "--N_samples 2"),
+    ("--field triplane", 1, "--occ_grid"),
+    ("--contract", 1, "--contract needs --occ_grid"),
+    ("--hull_init on", 1, "--hull_init on needs --occ_grid"),
+    ("--occ_grid --hull_init on --contract", 1, "bounded scene"),
+    ("--export a.stl", 1, "--export a.stl"),
+    ("--export_points a.glb", 1, "--export_points a.glb"),
+    ("--expname ../a", 1, "leads out"),
+    ("--expname 'a\nb'", 1, "--expname"),
+]
 
-@pytest.mark.parametrize(
-    ("given", "ranks", "named"),
-    [
-        (["--N_rand", "1000"], 3, "N_rand 1000"),
-        (["--no_reload", "--render_only"], 1, "render_only"),
-        (["--no_reload", "--ft_path", "a.tar"], 1, "ft_path"),
-        (["--half_res", "--downscale", "2"], 1, "downscale"),
-        (["--occ_grid", "--lambda_tv", "0.1"], 1, "lambda_tv"),
-        (["--spherify"], 1, "no_ndc"),
-        (["--lindisp"], 1, "no_ndc"),
-        (["--N_importance", "8", "--N_samples", "2"], 1, "N_samples 2"),
-        (["--keep_ckpts", "1"], 1, "keep_ckpts 1"),
-        (["--keep_ckpts", "-3"], 1, "keep_ckpts"),
-        (["--lrate", "0"], 1, "lrate"),
-        (["--lrate", "nan"], 1, "lrate"),
-        (["--lrate", "inf"], 1, "lrate"),
-    ],
-)
+
+@pytest.mark.parametrize(("given", "ranks", "named"), CONTRADICTIONS)
 def test_contradictions_are_refused_by_name(given, ranks, named):
-    with pytest.raises(ValueError, match=named) as caught:
-        nerf_flags.check_nerf_flags(parse(*given), ranks)
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        nerf_flags.check_nerf_flags(parse(*shlex.split(given)), ranks)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "ranks"),
-    [
-        ([], 4),
-        (["--N_rand", "999"], 3),
-        (["--spherify", "--no_ndc", "--lindisp"], 1),
-        (["--lindisp", "--dataset_type", "blender"], 1),
-        (["--N_importance", "8", "--N_samples", "3"], 1),
-        (["--keep_ckpts", "0"], 1),
-        (["--render_only", "--ft_path", "a.tar"], 1),
-    ],
-)
+FITTING = [
+    ("", 4),
+    ("--N_rand 999", 3),
+    ("--spherify --no_ndc --lindisp", 1),
+    ("--lindisp --dataset_type blender", 1),
+    ("--N_importance 8 --N_samples 3", 1),
+    ("--keep_ckpts 0", 1),
+    ("--render_only --ft_path a.tar", 1),
+]
+
+
+@pytest.mark.parametrize(("given", "ranks"), FITTING)
 def test_what_fits_together_passes(given, ranks):
-    nerf_flags.check_nerf_flags(parse(*given), ranks)
+    nerf_flags.check_nerf_flags(parse(*given.split()), ranks)
 
 
 # ----------------------------------------------------------------------------------- what they do
@@ -408,16 +636,24 @@ def test_changes_since_a_checkpoint_are_sorted_by_weight():
     assert common_flags.structural_changes(before, coarse_only, structural) == [
         "N_importance: 64 -> 0"
     ]
-    # nerf-pytorch's checkpoints say nothing
+    # nerf-pytorch's checkpoints hold no flags
     assert common_flags.structural_changes({}, present, structural) == []
 
 
-def test_fast_is_weaker_than_typed_flags_and_stronger_than_the_file(tmp_path, capsys):
+def test_a_checkpoint_of_other_structure_is_refused_with_every_difference():
+    before = vars(parse("--netwidth", "128", "--lrate", "1e-3"))
+    present, structural = parse("--netwidth", "64"), nerf_flags.STRUCTURAL
+    with pytest.raises(ValueError) as caught:
+        common_flags.check_same_run("a/1.tar", before, present, structural, ["the model: x -> y"])
+    assert str(caught.value) == (
+        "a/1.tar was made with other flags (netwidth: 128 -> 64; the model: x -> y); "
+        "use those, or another --expname"
+    )
+    common_flags.check_same_run("a/1.tar", before, parse("--netwidth", "128"), structural)
+
+
+def test_fast_is_weaker_than_typed_flags_and_stronger_than_the_file(tmp_path):
     config = tmp_path / "scene.txt"
     config.write_text("lrate = 1e-4\nno_batching = True\n")
     args = parse("--config", str(config), "--field", "mlp", "--fast")
     assert args.occ_grid and args.field == "mlp" and args.lrate == 2e-3 and not args.no_batching
-    config.write_text("fast = True\n")
-    with pytest.raises(SystemExit):
-        parse("--config", str(config))
-    assert "command line" in capsys.readouterr().err

@@ -1,169 +1,216 @@
-"""Flags that both scripts know, and how flags are read.
+"""Flags that both scripts know, how flags are read, and which may differ from a checkpoint's.
 
 Sources, strongest first: command line, environment (``NERF_<FLAG>``), config file, default.
 """
 
 import argparse
-import contextlib
-import difflib
-import io
 import os
 import re
 import sys
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-
-import configargparse
+from typing import Any
 
 from nerf.encodings import ENCODINGS
+from nerf.flags import mistakes
+from nerf.flags.config_file import as_config as as_config  # part of this module's interface
+from nerf.flags.parser import Parser, Section, add_help_flags
 from nerf.flags.types import (
+    checkpoints_kept,
     decay,
     frequencies,
     grid_resolution,
+    learning_rate,
     non_negative,
     non_negative_int,
     positive_int,
     seed,
 )
 
-ENV_PREFIX = "NERF_"
+# For the sentence of a section with schedules.
+SCHEDULE = "SCHEDULE is a number, or step:value,step:value with straight lines between."
+
+# fmt: off
 
 
-class ConfigFile(configargparse.DefaultConfigFileParser):
-    """``flag = value`` lines; text only, and no flag twice with different values."""
+def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> None:
+    """Flags of any training script: where it writes, on what it runs, when it stops and saves.
 
-    def parse(self, stream):
-        name = getattr(stream, "name", "the config file")
-        try:
-            lines = io.StringIO(stream.read())
-        except UnicodeDecodeError:
-            raise configargparse.ConfigFileParserException(
-                f"{name}: is no text file; expected lines of flag = value, in UTF-8"
-            ) from None
-        lines.name = name
-        seen = {}
-        for line in lines:
-            if match := re.match(r"\s*(?:--)?(\w+)\s*[=:\s]\s*(.*?)\s*$", line):
-                key, value = match.groups()
-                if seen.setdefault(key, value) != value:
-                    raise configargparse.ConfigFileParserException(
-                        f"{name}: {key} is there twice, {seen[key]} and {value}; leave one out"
-                    )
-        lines.seek(0)
-        return super().parse(lines)
-
-
-def new_parser(description: str) -> configargparse.ArgumentParser:
-    """A parser that reads ``--config`` files and NERF_* variables and never guesses a name."""
-    return configargparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        config_file_parser_class=ConfigFile,
-        config_file_open_func=partial(open, encoding="utf-8-sig"),  # with or without a BOM
-        auto_env_var_prefix=ENV_PREFIX,
-        allow_abbrev=False,
-        add_env_var_help=False,
+    unnamed: what names a run without --expname. images, videos: the help of --i_img, --i_video.
+    """
+    section = parser.section(
+        "run", "Where a run writes, on which device it computes, where it starts and when it ends."
     )
+    flag, switch = section.flag, section.switch
+    add_help_flags(section)
+    flag("config", "FILE", None,
+        "text file with flags, one flag = value per line",
+        is_config_file=True, env_var="NERF_CONFIG")
+    flag("expname", "NAME", None, f"name of the run folder; not given: {unnamed}")
+    flag("basedir", "FOLDER", "./logs/", "folder that holds the run folders")
+    flag("seed", seed, 0, "seed of the initial weights and every random draw")
+    flag("device", "NAME", "auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    flag("N_iters", positive_int, 200000, "total number of updates, those before a resume included")
+    flag("max_minutes", non_negative, 0.0,
+        "minutes of training after which a run stops, those before a resume included; 0: no limit")
+    switch("no_reload",
+        "--no-reload (nerf-pytorch: --no_reload): set old checkpoints aside and start anew; "
+        "--reload: resume (the default)", positive="reload")
+    flag("ft_path", "FILE", None,
+        "checkpoint (.tar, also nerf-pytorch's) to start a new run from, or to render or export")
+    add_optimization_flags(parser)
+    add_saving_flags(parser, images, videos)
 
 
-def add_switch(group, name: str, help: str) -> None:
-    """An on/off flag that a config file can set and the command line can unset (--no-NAME)."""
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=help)
-
-
-def add_run_flags(parser) -> None:
-    """Flags of any training script: where it writes, on what it runs, when it stops and saves."""
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add(
-        "--config",
-        is_config_file=True,
-        env_var="NERF_CONFIG",
-        help="flat text file of flag = value lines",
+def add_optimization_flags(parser: Parser) -> None:
+    """Flags of the optimizer."""
+    section = parser.section(
+        "optimization", "Learning rates, precision and averaging of the weights."
     )
-    add("--expname", help="name of the run; default: the config's or the data folder's name")
-    add("--basedir", default="./logs/", help="folder that holds run folders")
-    add("--seed", type=seed, default=0, help="decides weights and every random draw")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--N_iters", type=positive_int, default=200000, help="train up to this many updates in all")
-    add(
-        "--max_minutes",
-        type=non_negative,
-        default=0.0,
-        help="stop training after so long; 0: no limit",
+    flag = section.flag
+    flag("lrate", learning_rate, 5e-4, "learning rate of Adam at the start")
+    flag("lrate_decay", positive_int, 250,
+        "--lr_schedule exp: thousands of updates in which the learning rate falls to a tenth")
+    flag("lr_schedule", ("exp", "cosine"), "exp",
+        "exp: exponential decay by --lrate_decay; cosine: half a cosine, down to 0.02 of --lrate "
+        "at --N_iters")
+    flag("lrate_grid", non_negative, 8e-2,
+        "learning rate of the features on grids (--field triplane or hashgrid)")
+    flag("lrate_warmup", non_negative_int, 0,
+        "number of first updates in which the learning rate rises linearly; 0: none")
+    flag("amp", ("off", "bf16", "fp16"), "off",
+        "half precision in the networks; fp16: with gradient scaling")
+    flag("ema_decay", decay, 0.0,
+        "render and measure with an exponential moving average of the weights; decay per update, "
+        "e.g. 0.999; 0: no average")
+    flag("grad_clip", non_negative, 0.0,
+        "largest norm of the gradient of all weights together; 0: no limit")
+
+
+def add_saving_flags(parser: Parser, images: str, videos: str) -> None:
+    """Flags of what is printed, measured and saved during training."""
+    section = parser.section(
+        "saving", "What is printed, measured and saved during training, and how often."
     )
-    add_switch(group, "no_reload", "start anew, ignoring the checkpoints of the run folder")
-    add("--ft_path", help="checkpoint to start from, ours or nerf-pytorch's (.tar)")
+    flag, switch = section.flag, section.switch
+    flag("i_print", positive_int, 100, "updates between lines of metrics")
+    flag("i_img", non_negative_int, 500, images)
+    flag("i_weights", non_negative_int, 10000,
+        "updates between checkpoints; 0: by --ckpt_secs and at the end only")
+    flag("i_video", non_negative_int, 50000, videos)
+    flag("ckpt_secs", non_negative, 60.0,
+        "seconds between checkpoints; 0: by --i_weights and at the end only")
+    flag("keep_ckpts", checkpoints_kept, 2,
+        "number of newest checkpoints that are kept beside the best one, 2 or more; 0: all")
+    switch("wandb", "log to Weights & Biases as well (pip install wandb)")
 
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
-    add("--lrate", type=float, default=5e-4, help="learning rate")
-    add("--lrate_decay", type=positive_int, default=250, help="thousand steps to a tenth of it")
-    add(
-        "--lr_schedule",
-        choices=("exp", "cosine"),
-        default="exp",
-        help="exp: by --lrate_decay; cosine: to 2 %% at N_iters",
+
+def add_network_flags(parser: Parser) -> Section:
+    """Flags of a field, for any script. Returns their section."""
+    section = parser.section(
+        "network", "The field: the network that maps points to color and density."
     )
-    add("--lrate_grid", type=non_negative, default=8e-2, help="learning rate of features on grids")
-    add("--lrate_warmup", type=non_negative_int, default=0, help="steps to reach it linearly")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="half-precision networks")
-    add("--ema_decay", type=decay, default=0.0, help="average the weights so, e.g. 0.999; 0: off")
-    add("--grad_clip", type=non_negative, default=0.0, help="largest gradient norm; 0: no limit")
-
-    group = parser.add_argument_group("logging and saving")
-    add = group.add_argument
-    add("--i_print", type=positive_int, default=100, help="steps between lines of metrics")
-    add("--i_img", type=non_negative_int, default=500, help="steps between validations; 0: never")
-    add(
-        "--i_weights",
-        type=non_negative_int,
-        default=10000,
-        help="steps between checkpoints; 0: none",
-    )
-    add("--i_video", type=non_negative_int, default=50000, help="steps between videos; 0: never")
-    add(
-        "--ckpt_secs",
-        type=non_negative,
-        default=60.0,
-        help="seconds between checkpoints; 0: by step",
-    )
-    add("--keep_ckpts", type=int, default=2, help="newest checkpoints kept, and the best; 0: all")
-    add_switch(group, "wandb", "log to Weights & Biases as well (pip install wandb)")
+    flag = section.flag
+    flag("field", ("mlp", *sorted(ENCODINGS)), "mlp",
+        "mlp: positional encoding and an MLP; hashgrid, triplane: features on grids and two small "
+        "MLPs")
+    flag("grid_res", grid_resolution, 128,
+        "cells per side of the finest feature grid (--field triplane or hashgrid), 16 or more")
+    flag("netdepth", positive_int, 8, "layers of the MLP (--field mlp)")
+    flag("netwidth", positive_int, 256, "channels per layer of the MLP")
+    flag("i_embed", (0, -1), 0,
+        "0: positional encoding of the MLP's inputs; -1: the coordinates as they are")
+    flag("multires", frequencies, 10, "frequencies in the positional encoding of points, 1 to 32")
+    return section
 
 
-def add_network_flags(parser) -> None:
-    """Flags of a field, for any script."""
-    group = parser.add_argument_group("network")
-    add = group.add_argument
-    add("--netdepth", type=positive_int, default=8, help="layers")
-    add("--netwidth", type=positive_int, default=256, help="channels per layer")
-    add("--i_embed", type=int, choices=(0, -1), default=0, help="0: encode positions, -1: do not")
-    add("--multires", type=frequencies, default=10, help="frequencies of the position")
-    add(
-        "--field",
-        choices=("mlp", *sorted(ENCODINGS)),
-        default="mlp",
-        help="positional-encoding MLP, or features on grids and two small MLPs",
-    )
-    add("--grid_res", type=grid_resolution, default=128, help="finest side of a grid of features")
-
-
-def add_grid_flags(parser) -> None:
+def add_grid_flags(parser: Parser) -> None:
     """Flags of marching through an occupancy grid, for any script."""
-    group = parser.add_argument_group("occupancy grid")
-    add = group.add_argument
-    add("--occ_res", type=positive_int, default=64, help="cells per side of the occupancy grid")
-    add("--march_steps", type=positive_int, default=128, help="samples across the whole scene box")
-    add("--early_stop", type=decay, default=1e-3, help="transmittance that ends a ray; 0: none")
+    section = parser.section(
+        "occupancy", "The occupancy grid: rays are sampled in its occupied cells only."
+    )
+    flag = section.flag
+    flag("occ_res", positive_int, 64, "cells per side of the occupancy grid")
+    flag("march_steps", positive_int, 128,
+        "samples along the diagonal of the scene box if all of its cells were occupied")
+    flag("early_stop", decay, 1e-3,
+        "transmittance below which samples are left out as occluded; 0: keep all samples")
 
 
-def add_export_flags(group) -> None:
-    """Flags of the mesh that a finished run gives, for any script."""
-    add = group.add_argument
-    add("--export", help="write the mesh of the newest checkpoint: out.glb, out.obj or out.ply")
-    add("--mesh_res", type=grid_resolution, default=128, help="cells of the mesh's longer side")
-    add("--mesh_level", type=non_negative, default=0.0, help="density of the surface; 0: auto")
+def add_export_flags(parser: Parser, *, mesh_res: int) -> Section:
+    """Flags of the mesh of a trained run, for any script. Returns their section."""
+    section = parser.section(
+        "export", "A mesh or points of a trained run, from its newest checkpoint or from --ft_path."
+    )
+    flag = section.flag
+    flag("export", "FILE", None, "write a mesh; FILE ends in .glb, .obj or .ply")
+    flag("mesh_res", grid_resolution, mesh_res,
+        "cells of the mesh sampling grid along its longer side, 16 or more")
+    flag("mesh_level", non_negative, 0.0,
+        "density at which the mesh's surface lies, per scene unit; 0: chosen")
+    return section
+
+
+def add_viewer_flags(parser: Parser) -> None:
+    """Flags of the live viewer."""
+    section = parser.section(
+        "viewer", "The viewer in the browser, and the camera paths that it saves."
+    )
+    flag, switch = section.flag, section.switch
+    switch("viewer",
+        "show the scene in a browser while it trains, or with --render_only until Ctrl-C (pip "
+        "install viser)")
+    flag("viewer_port", positive_int, 8080, "port that the viewer listens on")
+    flag("viewer_host", "ADDRESS", "127.0.0.1",
+        "address that the viewer listens on; 0.0.0.0: other machines can connect as well")
+    flag("camera_path", "FILE", None,
+        "with --render_only: render the key frames that the viewer saved (camera_path.json)")
+
+
+# fmt: on
+# --------------------------------------------------------------------------------------- reading
+
+
+def parse(
+    parser: Parser,
+    argv: list[str] | None,
+    name_of: Callable[[argparse.Namespace], str],
+    fast: tuple[str, ...] = (),
+) -> argparse.Namespace:
+    """The flags of this run. A mistake ends the program with one line and exit code 2.
+
+    name_of(args): what a run without ``--expname`` is called. fast: the flags that ``--fast``
+    stands for, as if they stood on the command line before all others.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser.answer_help(argv)
+    parser.refuse(mistakes.check_environment(parser, os.environ))
+    words = argv
+    if "--fast" in argv:
+        place = argv.index("--fast")
+        words = [*fast, *argv[:place], *argv[place:]]
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not a flag; flags start with --")
+    if getattr(args, "fast", False) and "--fast" not in argv:
+        parser.error("fast is for the command line; a file lists the flags that --fast stands for")
+    if args.config == "":
+        parser.error("--config is empty; give a file, or leave it out")
+    if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
+        args.ft_path = None
+    if not args.expname or args.expname == "None":
+        args.expname = name_of(args)
+    return args
+
+
+# -------------------------------------------------------------------------------------- checking
+
+
+def refuse_first(table: Iterable[tuple[object, str]]) -> None:
+    """ValueError with the message of the first (condition, message) whose condition holds."""
+    for wrong, message in table:
+        if wrong:
+            raise ValueError(message)
 
 
 def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> None:
@@ -172,133 +219,67 @@ def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> 
         raise ValueError(f"--{flag} {name}: expected a name that ends in {' '.join(endings)}")
 
 
-def add_viewer_flags(parser) -> None:
-    """Flags of the live viewer."""
-    group = parser.add_argument_group("viewer")
-    add_switch(group, "viewer", "show the scene in the browser while it trains (pip install viser)")
-    group.add_argument("--viewer_port", type=positive_int, default=8080, help="where it is served")
-    group.add_argument("--viewer_host", default="127.0.0.1", help="0.0.0.0: to other machines too")
-    help = "with --render_only: render these key frames, saved by the viewer (camera_path.json)"
-    group.add_argument("--camera_path", help=help)
-
-
-def parse(
-    parser, argv: list[str] | None, name_of, fast: tuple[str, ...] = ()
-) -> argparse.Namespace:
-    """The flags of this run. Unknown names end the program and name the nearest known one.
-
-    name_of(args): what a run without ``--expname`` is called. fast: the flags that ``--fast``
-    stands for, as if they stood on the command line before all others.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    known = sorted(option[2:] for option in parser._option_string_actions if option[:2] == "--")
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX) and name not in {
-            ENV_PREFIX + option.upper()
-            for option in known
-            if option != "help" and not option.startswith("no-")
-        }:
-            parser.error(f"environment variable {name}: " + _nearest(name[5:].lower(), known))
-    if "--fast" in argv:
-        place = argv.index("--fast")
-        argv = [*fast, *argv[:place], *argv[place:]]
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0]
-        name = word.split("=")[0].lstrip("-")
-        typed = any(given.split("=")[0] == word.split("=")[0] for given in argv)
-        where = "" if typed or not args.config else f"{args.config}: "
-        if not word.startswith("-"):
-            parser.error(f"{where}{word!r} is not a flag; flags start with --")
-        parser.error(f"{where}unknown flag {name!r}: " + _nearest(name, known))
-    if getattr(args, "fast", False) and "--fast" not in argv:
-        parser.error("fast is for the command line; a file lists the flags it stands for (FAST)")
-    if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
-        args.ft_path = None
-    if not args.expname or args.expname == "None":
-        args.expname = name_of(args)
-    return args
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    lowered = {option.lower(): option for option in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
-    return f"did you mean {lowered[close[0]]!r}? (--help lists all flags)"
-
-
 def check_run_flags(args: argparse.Namespace) -> None:
     """The part of the checks that any training script needs."""
-    if args.keep_ckpts == 1 or args.keep_ckpts < 0:
-        raise ValueError(
-            f"--keep_ckpts {args.keep_ckpts}; keep at least 2, the last may be damaged (0: all)"
-        )
-    if not 0 < args.lrate <= 1e30:
-        raise ValueError(f"--lrate {args.lrate}; expected a positive number, at most 1e30")
     name = args.expname
-    if Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name)):
-        raise ValueError(
-            f"--expname {name!r} leads out of --basedir; give a name, and the folder by --basedir"
-        )
-    if not name.strip() or not name.isprintable():
-        raise ValueError(f"--expname {name!r}: expected a name of letters, digits, _ and -")
+    leaves = Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name))
+    refuse_first(
+        [
+            (
+                leaves,
+                f"--expname {name!r} leads out of --basedir; give a name, and the folder by "
+                "--basedir",
+            ),
+            (
+                not name.strip() or not name.isprintable(),
+                f"--expname {name!r}: expected a name of letters, digits, _ and -",
+            ),
+        ]
+    )
 
 
-def structural_changes(saved: dict, args: argparse.Namespace, structural) -> list[str]:
+def structural_changes(
+    saved: dict[str, Any], args: argparse.Namespace, structural: Iterable[str]
+) -> list[str]:
     """The structural flags whose saved and present values differ, as "name: saved -> present"."""
     return _changes(saved, args, structural)
 
 
-def other_changes(saved: dict, args: argparse.Namespace, structural) -> list[str]:
+def other_changes(
+    saved: dict[str, Any], args: argparse.Namespace, structural: Collection[str]
+) -> list[str]:
     """Every other flag that differs from the saved run's."""
     return _changes(saved, args, [name for name in vars(args) if name not in structural])
 
 
-def _changes(saved: dict, args: argparse.Namespace, names) -> list[str]:
-    def present(name):
-        return bool(getattr(args, name)) if name == "N_importance" else getattr(args, name)
+def check_same_run(
+    path: Path | str,
+    saved: dict[str, Any],
+    args: argparse.Namespace,
+    structural: Iterable[str],
+    extra: Iterable[str] = (),
+) -> None:
+    """ValueError if the checkpoint at ``path`` was made with other structural flags.
 
-    def before(name):
-        return bool(saved[name]) if name == "N_importance" else saved[name]
-
-    return [
-        f"{name}: {saved[name]} -> {getattr(args, name)}"
-        for name in names
-        if name in saved and before(name) != present(name)
-    ]
-
-
-def as_config(args: argparse.Namespace, parser) -> str:
-    """``args`` as a config file that reads back to the same; unset flags are comments.
-
-    Text that no config file can hold (several lines, some quotes) is named in a comment.
+    saved: the flags in the checkpoint. extra: further differences, as "name: saved -> present".
     """
-    lines = []
-    for name, value in sorted(vars(args).items()):
-        if name in ("config", "fast"):  # what they stand for is written out
-            continue
-        plain = not isinstance(value, str) or re.fullmatch(r"[\w ./:-]*", value)
-        line = f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"  # " #"
-        if value is None:
-            line = f"# {name} is not set"
-        elif not plain and _read_back(line, parser).get(name) != value:
-            line = f"# {name} is in args.json only: a config file cannot hold it"
-        lines.append(line)
-    written = _read_back("\n".join(lines), parser)
-    for name, value in vars(args).items():
-        commented = f"# {name} is in args.json only: a config file cannot hold it" in lines
-        if name not in ("config", "fast") and not commented and written.get(name) != value:
-            raise ValueError(
-                f"--{name} {value!r} cannot be kept in args.txt (it would read back as "
-                f"{written.get(name)!r}); use another value"
-            )
-    return "\n".join(lines) + "\n"
+    changes = [*structural_changes(saved, args, structural), *extra]
+    if changes:
+        raise ValueError(
+            f"{path} was made with other flags ({'; '.join(changes)}); "
+            "use those, or another --expname"
+        )
 
 
-def _read_back(content: str, parser) -> dict:
-    """The flags that a config file of this content gives; none if it is not one."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            given = {"config_file_contents": content + "\n", "env_vars": {}}
-            return vars(parser.parse_known_args([], **given)[0])
-    except (SystemExit, ValueError, configargparse.ConfigFileParserException):
-        return {}
+def _changes(saved: dict[str, Any], args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """ "name: saved -> present" of flags that differ; of N_importance only whether it is 0."""
+
+    def compared(name: str, value: Any) -> Any:
+        return bool(value) if name == "N_importance" else value
+
+    present = vars(args)
+    return [
+        f"{name}: {saved[name]} -> {present[name]}"
+        for name in names
+        if name in saved and compared(name, saved[name]) != compared(name, present[name])
+    ]

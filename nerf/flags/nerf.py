@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import configargparse
-
 from nerf.datasets import DATASETS
 from nerf.flags import common
 from nerf.flags.common import (
@@ -12,13 +10,21 @@ from nerf.flags.common import (
     add_grid_flags,
     add_network_flags,
     add_run_flags,
-    add_switch,
     add_viewer_flags,
     check_export_name,
     check_run_flags,
-    new_parser,
+    refuse_first,
 )
-from nerf.flags.types import fraction, frequencies, non_negative, non_negative_int, positive_int
+from nerf.flags.parser import Parser, Section
+from nerf.flags.types import (
+    fraction,
+    frequencies,
+    non_negative,
+    non_negative_int,
+    positive_int,
+    reduction,
+    render_reduction,
+)
 from nerf.media import MESH_FORMATS
 from nerf.volume import PACKED_WEIGHTS
 
@@ -30,188 +36,207 @@ STRUCTURAL = (
 ).split()
 # What --fast stands for: as if these stood on the command line before your own flags.
 FAST = (
-    "--occ_grid --field triplane --pixel_center --random_bg --hull_init auto --no-no_batching "
+    "--occ_grid --field triplane --pixel_center --random_bg --hull_init auto --batching "
     "--precrop_iters 0 --raw_noise_std 0 --amp bf16 --lrate 2e-3 --lr_schedule cosine "
     "--lrate_warmup 20 --N_iters 6000"
 ).split()
+# The short help page: the flags that one needs, and two commands that work in a fresh clone.
+MAIN_FLAGS = (
+    "config", "datadir", "dataset_type", "expname", "basedir", "device", "N_iters", "no_reload",
+    "factor", "white_bkgd", "fast", "viewer", "render_only", "render_test", "export",
+)  # fmt: skip
+EXAMPLES = (
+    "python run_nerf.py --config configs/demo.txt                     # train and measure",
+    "python run_nerf.py --config configs/demo.txt --export demo.glb   # then: its mesh",
+)
+
+# fmt: off
 
 
-def add_scene_flags(parser) -> None:
+def add_data_flags(parser: Parser) -> None:
     """Flags of the pictures."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--datadir", default="./data/llff/fern", help="folder of the scene")
-    add("--dataset_type", choices=sorted(DATASETS), default="llff", help="format; auto: look")
-    add("--testskip", type=non_negative_int, default=8, help="keep 1/N of val and test views")
-    add(
-        "--data_store",
-        choices=("memory", "mmap", "auto"),
-        default="memory",
-        help="in memory, in a mapped file, or there if they take over half of what is free",
+    section = parser.section(
+        "data", "The pictures: where they are, in which format, which of them, and how large."
     )
-    add("--store_dir", help="folder of that file; default: the data folder")
-    add("--shape", default="greek", help="deepvoxels: armchair, cube, greek or vase")
-    add_switch(group, "white_bkgd", "white behind transparent pixels and rays that hit nothing")
-    add_switch(group, "half_res", "halve the pictures of Blender and LINEMOD scenes")
-    add(
-        "--downscale", type=positive_int, default=1, help="reduce Blender pictures, and transforms'"
-    )
-    add(
-        "--factor",
-        type=positive_int,
-        default=8,
-        help="llff, colmap: pictures this many times smaller",
-    )
-    add_switch(group, "no_ndc", "llff: world coordinates (scenes that do not face forward)")
-    add_switch(group, "lindisp", "space coarse samples evenly in 1 / depth")
-    add_switch(group, "spherify", "llff: 360-degree capture around an object")
-    add("--llffhold", type=non_negative_int, default=8, help="llff: every N-th view is for testing")
-    add(
-        "--near",
-        type=non_negative,
-        default=0.0,
-        help="transforms, colmap: where rays begin; 0: auto",
-    )
-    add("--far", type=non_negative, default=0.0, help="transforms, colmap: where rays end; 0: auto")
-    add_switch(group, "pixel_center", "rays through pixel centers (nerf-pytorch: corners)")
+    flag, switch = section.flag, section.switch
+    flag("datadir", "FOLDER", "./data/llff/fern", "folder of the scene")
+    flag("dataset_type", sorted(DATASETS), "llff",
+        f"format of the scene: {', '.join(sorted(DATASETS))}; auto: by the files in --datadir",
+        metavar="TYPE")
+    flag("testskip", non_negative_int, 8,
+        "keep every N-th validation and test view of formats with splits; 0 or 1: all")
+    flag("llffhold", non_negative_int, 8,
+        "llff, colmap, single transforms.json: every N-th view is for validation and testing; "
+        "0: one view")
+    flag("shape", "NAME", "greek", "deepvoxels: the object, armchair, cube, greek or vase")
+    flag("data_store", ("memory", "mmap", "auto"), "memory",
+        "pictures in memory, or in a memory-mapped file (mmap); auto: mapped where they would "
+        "take more than half of the free memory")
+    flag("store_dir", "FOLDER", None,
+        "folder of the memory-mapped file (--data_store mmap); not given: --datadir")
+    switch("half_res", "blender, LINEMOD, transforms: half the width and height")
+    flag("downscale", reduction, 1, "blender, LINEMOD, transforms: make pictures N times smaller")
+    flag("factor", reduction, 8, "llff, colmap: make pictures N times smaller")
 
 
-def add_field_flags(parser) -> None:
-    """Flags of the networks and of sampling along rays of posed pictures."""
-    add_network_flags(parser)
-    group = parser.add_argument_group("view dependence and fine network")
-    add = group.add_argument
-    add("--netdepth_fine", type=positive_int, default=8, help="layers of the fine network")
-    add("--netwidth_fine", type=positive_int, default=256, help="channels per layer, fine network")
-    add_switch(group, "use_viewdirs", "color depends on the viewing direction (5D input)")
-    add("--multires_views", type=frequencies, default=4, help="frequencies of the direction")
-    add_grid_flags(parser)
-    group = parser.add_argument_group("fast path")
-    add = group.add_argument
-    add_switch(group, "fast", "the recommended set of fast flags, weaker than any other you type")
-    add_switch(group, "occ_grid", "one field, sampled only where an occupancy grid is not empty")
-    add("--target_samples", type=positive_int, default=8192, help="samples per step; rays follow")
-    add(
-        "--scene_bound",
-        type=non_negative,
-        default=0.0,
-        help="half side of the scene's cube; 0: auto",
+def add_space_flags(parser: Parser) -> None:
+    """Flags of the scene's space and of what is behind it."""
+    section = parser.section(
+        "scene", "The scene's coordinates, where its rays run, and what is behind it."
     )
-    add_switch(group, "contract", "unbounded scene: draw everything far away into a ball")
-    add(
-        "--cone_angle",
-        type=non_negative,
-        default=0.01,
-        help="growth of steps with distance (contract)",
-    )
-    add_switch(group, "random_bg", "train over random backgrounds, where pictures have alpha")
-    add(
-        "--hull_init",
-        choices=("off", "on", "auto"),
-        default="off",
-        help="start the grid as the visual hull of the alpha masks; auto: if there are any",
-    )
-    add("--composite", choices=sorted(PACKED_WEIGHTS), default="cumsum", help="packed blending")
-    add(
-        "--near_scaling",
-        type=non_negative,
-        default=0.0,
-        help="scale gradients nearer than this by the distance squared; 0: do not",
-    )
-    add(
-        "--resample",
-        type=non_negative_int,
-        default=0,
-        help="samples a ray, drawn anew where a first look finds density; 0: those of that look",
-    )
-    add(
-        "--lambda_tv",
-        type=non_negative,
-        default=0.0,
-        help="smoothness of tri-planes, e.g. 0.03; 0: off",
-    )
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--N_samples", type=positive_int, default=64, help="coarse samples per ray")
-    add("--N_importance", type=non_negative_int, default=0, help="further, fine samples per ray")
-    add("--perturb", type=non_negative, default=1.0, help="1: jitter training samples, 0: do not")
-    add(
-        "--raw_noise_std",
-        type=non_negative,
-        default=0.0,
-        help="noise on training densities; not with occ_grid",
-    )
-    add("--chunk", type=positive_int, default=1024 * 32, help="most rays processed together")
-    add("--netchunk", type=positive_int, default=1024 * 64, help="most points in one network call")
+    flag, switch = section.flag, section.switch
+    switch("white_bkgd",
+        "white behind transparent pixels and behind rays that hit nothing; off: black")
+    switch("no_ndc",
+        "--ndc: normalized device coordinates, for forward-facing llff and colmap captures (the "
+        "default); --no-ndc (nerf-pytorch: --no_ndc): world coordinates", positive="ndc")
+    switch("spherify", "llff, colmap: 360-degree capture around an object")
+    switch("pixel_center", "rays through pixel centers; off: through corners, as in nerf-pytorch")
+    flag("near", non_negative, 0.0,
+        "transforms, colmap: distance at which rays begin, in scene units; 0: automatic")
+    flag("far", non_negative, 0.0,
+        "transforms, colmap: distance at which rays end, in scene units; 0: automatic")
 
 
-def add_nerf_flags(parser) -> None:
-    """Flags of run_nerf.py alone."""
-    group = parser.add_argument_group("ray batches")
-    add = group.add_argument
-    add(
-        "--N_rand", type=positive_int, default=32 * 32 * 4, help="rays per step, over all processes"
+def add_field_flags(parser: Parser) -> None:
+    """Flags of the coarse and the fine network."""
+    section = add_network_flags(parser)
+    flag, switch = section.flag, section.switch
+    flag("netdepth_fine", positive_int, 8, "layers of the fine network (--N_importance above 0)")
+    flag("netwidth_fine", positive_int, 256,
+        "channels per layer of the fine network (--N_importance above 0)")
+    switch("use_viewdirs", "color depends on the viewing direction")
+    flag("multires_views", frequencies, 4,
+        "frequencies in the positional encoding of viewing directions, 1 to 32")
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """Flags of sampling along rays without an occupancy grid, and of memory."""
+    section = parser.section(
+        "sampling", "Samples along rays without --occ_grid, and how much is computed together."
     )
-    add_switch(group, "no_batching", "all rays of a step from one picture")
-    add(
-        "--precrop_iters",
-        type=non_negative_int,
-        default=0,
-        help="first steps use central crops only",
+    flag, switch = section.flag, section.switch
+    flag("N_samples", positive_int, 64, "coarse samples per ray")
+    flag("N_importance", non_negative_int, 0,
+        "fine samples per ray beside the coarse ones; 0: no fine network")
+    flag("perturb", non_negative, 1.0,
+        "above 0: training samples at random places of their intervals; 0: fixed places")
+    switch("lindisp", "space coarse samples evenly in 1 / depth; off: in depth")
+    flag("raw_noise_std", non_negative, 0.0,
+        "standard deviation of the noise on raw training densities; none with --occ_grid")
+    flag("chunk", positive_int, 1024 * 32, "most rays rendered together; fewer need less memory")
+    flag("netchunk", positive_int, 1024 * 64,
+        "most points in one network call; fewer need less memory")
+
+
+def add_fast_flags(parser: Parser) -> None:
+    """Flags of the fast path: one field with an occupancy grid."""
+    section = parser.section(
+        "fast", "The fast path: one field, sampled through the grid of section occupancy."
     )
-    add("--precrop_frac", type=fraction, default=0.5, help="part of the picture taken for them")
-    group = parser.add_argument_group("training posed pictures")
-    add_switch(
-        group, "compile", "compile the networks with torch.compile; for GPUs, slower on CPUs"
+    flag, switch = section.flag, section.switch
+    switch("fast",
+        "the fast path with recommended flags, each weaker than a flag that you type; on the "
+        "command line only")
+    switch("occ_grid", "one field, sampled only in occupied cells of a grid")
+    flag("target_samples", positive_int, 8192,
+        "samples per update with --occ_grid; the number of rays follows (not --N_rand)")
+    flag("scene_bound", non_negative, 0.0,
+        "half side of the scene's cube, in scene units; 0: from the cameras")
+    switch("contract", "unbounded scene: contract all beyond radius 1 into radius 2")
+    flag("cone_angle", non_negative, 0.01, "with --contract: step length per unit of distance")
+    switch("random_bg", "train over random backgrounds where pictures have alpha")
+    flag("hull_init", ("off", "on", "auto"), "off",
+        "start the occupancy grid as the visual hull of the alpha masks; auto: if pictures have "
+        "masks")
+    add_loss_flags(section)
+
+
+def add_loss_flags(section: Section) -> None:
+    """Flags of the fast path's compositing and regularization."""
+    flag = section.flag
+    flag("composite", sorted(PACKED_WEIGHTS), "cumsum",
+        "transmittance from one running sum over all rays (cumsum) or from a table padded to the "
+        "longest ray (padded); same result")
+    flag("near_scaling", non_negative, 0.0,
+        "scale gradients nearer to the camera than X by (distance / X) squared; 0: do not")
+    flag("resample", non_negative_int, 0,
+        "importance resampling: N samples per ray from the weights of a first no-grad pass; "
+        "0: off")
+    flag("lambda_tv", non_negative, 0.0,
+        "weight of the total variation of tri-planes (smoother), e.g. 0.03; 0: off")
+
+
+def add_training_flags(parser: Parser) -> None:
+    """Flags of the batches of rays."""
+    section = parser.section("training", "Batches of rays, compilation and restarts.")
+    flag, switch = section.flag, section.switch
+    flag("N_rand", positive_int, 32 * 32 * 4, "rays per update, over all processes")
+    switch("no_batching",
+        "--batching: rays of an update from all pictures (the default); --no-batching "
+        "(nerf-pytorch: --no_batching): from one picture", positive="batching")
+    flag("precrop_iters", non_negative_int, 0,
+        "number of first updates that take rays from the middle of the pictures only")
+    flag("precrop_frac", fraction, 0.5,
+        "part of the height and width that --precrop_iters takes, above 0, up to 1")
+    switch("compile", "compile the networks (torch.compile): for GPUs, slower on CPUs")
+    flag("dead_restarts", non_negative_int, 3,
+        "restarts with another seed if a network is stuck from the start; 0: go on with it")
+
+
+def add_output_flags(parser: Parser) -> None:
+    """Flags of what is rendered, measured and exported."""
+    section = parser.section(
+        "rendering", "Test views and the camera path, during training or afterwards."
     )
-    group.add_argument(
-        "--dead_restarts", type=non_negative_int, default=3, help="new seeds if stuck"
-    )
-    group = parser.add_argument_group("rendering")
-    add = group.add_argument
-    add(
-        "--i_testset",
-        type=non_negative_int,
-        default=50000,
-        help="steps between test renders; 0: end",
-    )
-    add_switch(group, "render_only", "render from the newest checkpoint instead of training")
-    add_switch(group, "render_test", "render the test views, with metrics, not the camera path")
-    add("--render_factor", type=non_negative_int, default=0, help="render N times smaller, e.g. 4")
-    add(
-        "--metres_per_unit",
-        type=non_negative,
-        default=0.0,
-        help="scene's scale, for depth; 0: unknown",
-    )
+    flag, switch = section.flag, section.switch
+    switch("render_only", "render the camera path of a trained run; no training")
+    switch("render_test", "with --render_only: render and measure the test views")
+    flag("render_factor", render_reduction, 0,
+        "render pictures N times smaller, e.g. 4; 0 or 1: full size")
+    flag("i_testset", non_negative_int, 50000,
+        "updates between measurements of the test views; 0: at the end only")
+    flag("metres_per_unit", non_negative, 0.0,
+        "meters per scene unit, for depth files in meters; 0: depth in scene units")
     add_viewer_flags(parser)
-    group = parser.add_argument_group("export (reads a finished run)")
-    add_export_flags(group)
-    add = group.add_argument
-    parser.set_defaults(mesh_res=256)
-    add("--export_points", help="write a point cloud with colors and normals: out.ply")
-    add("--num_points", type=positive_int, default=200_000, help="of the point cloud, about")
-    add(
-        "--export_bound",
-        type=non_negative,
-        default=0.0,
-        help="half side of the exported cube; 0: auto",
-    )
+    section = add_export_flags(parser, mesh_res=256)
+    flag = section.flag
+    flag("export_points", "FILE", None,
+        "write a point cloud with colors and normals; FILE ends in .ply")
+    flag("num_points", positive_int, 200_000, "number of points of --export_points, approximately")
+    flag("export_bound", non_negative, 0.0,
+        "half side of the exported cube around the origin, in world units; 0: chosen")
 
 
-def nerf_parser() -> configargparse.ArgumentParser:
+# fmt: on
+def nerf_parser() -> Parser:
     """The flags of run_nerf.py."""
-    parser = new_parser("Train, render and measure a neural radiance field from posed pictures.")
-    add_run_flags(parser)
-    add_scene_flags(parser)
+    parser = Parser(
+        "run_nerf.py",
+        "Train, render and measure a neural radiance field from posed pictures.",
+        EXAMPLES,
+        MAIN_FLAGS,
+    )
+    add_run_flags(
+        parser,
+        unnamed="the config's name, or the data folder's",
+        images="updates between validations; 0: never",
+        videos="updates between videos of the camera path, with one at the end; 0: never",
+    )
+    add_data_flags(parser)
+    add_space_flags(parser)
     add_field_flags(parser)
-    add_nerf_flags(parser)
+    add_sampling_flags(parser)
+    add_fast_flags(parser)
+    add_grid_flags(parser)
+    add_training_flags(parser)
+    add_output_flags(parser)
     return parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this run of run_nerf.py."""
-    return common.parse(nerf_parser(), argv, run_name, FAST)
+    return common.parse(nerf_parser(), argv, run_name, tuple(FAST))
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -221,35 +246,36 @@ def run_name(args: argparse.Namespace) -> str:
 
 def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
     """Raise ValueError on flags that contradict one another or cannot work."""
-    if args.N_rand % num_ranks:
-        raise ValueError(
-            f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "
-            f"use a multiple of {num_ranks}"
-        )
     check_export_name("export", args.export, MESH_FORMATS)
     check_export_name("export_points", args.export_points, (".ply",))
-    given = [n for n in ("render_only", "export", "export_points", "ft_path") if getattr(args, n)]
-    if args.no_reload and given:
-        other = f"--{given[0]}"
-        raise ValueError(f"--no_reload and {other} contradict each other; leave one out")
-    if args.half_res and args.downscale > 1:
-        raise ValueError("--half_res and --downscale both reduce the pictures; leave one out")
-    if args.dataset_type == "llff" and args.spherify and not args.no_ndc:
-        raise ValueError("--spherify needs --no_ndc: NDC is only for cameras that face forward")
-    if args.dataset_type == "llff" and args.lindisp and not args.no_ndc:
-        raise ValueError("--lindisp needs --no_ndc: NDC is even in 1 / depth already")
-    if args.N_importance and args.N_samples < 3:
-        raise ValueError(
-            f"--N_samples {args.N_samples} is too few for importance sampling; use 3 or more"
-        )
-    if args.field != "mlp" and not args.occ_grid:
-        raise ValueError(f"--field {args.field} needs --occ_grid (or use --fast for both)")
-    if args.lambda_tv and args.field != "triplane":
-        raise ValueError(f"--lambda_tv is for --field triplane, not {args.field}; leave it out")
-    fast_only = [f"--{n}" for n in ("contract", "random_bg", "resample") if getattr(args, n)]
-    fast_only += ["--hull_init on"] * (args.hull_init == "on")
-    if fast_only and not args.occ_grid:
-        raise ValueError(f"{fast_only[0]} needs --occ_grid (or use --fast); or leave it out")
-    if args.hull_init == "on" and args.contract:
-        raise ValueError("--hull_init needs a bounded scene; leave it or --contract out")
+    from_checkpoint = ("render_only", "export", "export_points", "ft_path")
+    loads = [f"--{name}" for name in from_checkpoint if getattr(args, name)]
+    needs_grid = [
+        f"--{name}" for name in ("contract", "random_bg", "resample") if getattr(args, name)
+    ]
+    needs_grid += ["--hull_init on"] * (args.hull_init == "on")
+    in_ndc = args.dataset_type == "llff" and not args.no_ndc
+    refuse_first([
+        (args.N_rand % num_ranks,
+         f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "
+         f"use a multiple of {num_ranks}"),
+        (args.no_reload and loads,
+         f"--no_reload and {''.join(loads[:1])} contradict each other; leave one out"),
+        (args.half_res and args.downscale > 1,
+         "--half_res and --downscale both reduce the pictures; leave one out"),
+        (args.spherify and in_ndc,
+         "--spherify needs --no_ndc: NDC is only for cameras that face forward"),
+        (args.lindisp and in_ndc,
+         "--lindisp needs --no_ndc: NDC is even in 1 / depth already"),
+        (args.N_importance and args.N_samples < 3,
+         f"--N_samples {args.N_samples} is too few for importance sampling; use 3 or more"),
+        (args.field != "mlp" and not args.occ_grid,
+         f"--field {args.field} needs --occ_grid (or use --fast for both)"),
+        (args.lambda_tv and args.field != "triplane",
+         f"--lambda_tv is for --field triplane, not {args.field}; leave it out"),
+        (needs_grid and not args.occ_grid,
+         f"{''.join(needs_grid[:1])} needs --occ_grid (or use --fast); or leave it out"),
+        (args.hull_init == "on" and args.contract,
+         "--hull_init needs a bounded scene; leave out --hull_init or --contract"),
+    ])  # fmt: skip
     check_run_flags(args)

@@ -1,73 +1,119 @@
-"""Types of flags: text to a checked value, or one line that says what was expected."""
+"""Types of flags: text to a checked value, or an ArgumentTypeError that says what was expected.
+
+The parser puts the flag and the text before the message: "--N_rand abc: expected a whole number,
+1 or more". The return type also chooses the placeholder in the help: N, X or SCHEDULE.
+"""
 
 import argparse
+import math
+from contextlib import suppress
+
+
+def _whole(text: str, expected: str, low: int, high: int | None = None) -> int:
+    """``text`` as a whole number from low to high (None: no limit)."""
+    try:
+        value = int(text)
+    except ValueError:
+        with suppress(ValueError, OverflowError):
+            if float(text) == int(float(text)):  # 1e5, 300.0
+                expected += f" (written as {int(float(text))})"
+        raise argparse.ArgumentTypeError(f"expected {expected}") from None
+    if value < low or (high is not None and value > high):
+        raise argparse.ArgumentTypeError(f"expected {expected}")
+    return value
+
+
+def _real(
+    text: str, expected: str, low: float, high: float, *, below: bool = False, above: bool = False
+) -> float:
+    """``text`` as a number from low to high. below, above: the limit itself is left out."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or (above and value == low) or (below and value == high):
+        raise argparse.ArgumentTypeError(f"expected {expected}")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Any whole number."""
+    return _whole(text, "a whole number", -(2**62))
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return value
+    """A whole number, 1 or more."""
+    return _whole(text, "a whole number, 1 or more", 1)
 
 
 def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}; expected 0 or more")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number in (0, 1]")
-    return value
-
-
-def non_negative(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1e9:  # no flag means more, and float32 has no room for its square
-        raise argparse.ArgumentTypeError(f"{text}; expected a finite number, 0 or more, up to 1e9")
-    return value
-
-
-def unit_interval(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1]")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = non_negative(text)
-    if value < 1e-15:  # its square has to be a float32
-        raise argparse.ArgumentTypeError(f"{text}; expected a number above 0, 1e-15 or more")
-    return value
+    """A whole number, 0 or more."""
+    return _whole(text, "a whole number, 0 or more", 0)
 
 
 def grid_resolution(text: str) -> int:
-    value = int(text)
-    if value < 16:
-        raise argparse.ArgumentTypeError(f"{text}; expected 16 or more")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text}; expected a whole number from 0 to 2^62")
-    return value
+    """Cells per side of a grid: 16 or more."""
+    return _whole(text, "a whole number, 16 or more", 16)
 
 
 def frequencies(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 32:  # 2^32 x is beyond the digits of float32
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 to 32")
-    return value
+    """Frequencies of a positional encoding: 2^32 x is beyond the digits of float32."""
+    return _whole(text, "a whole number from 1 to 32", 1, 32)
+
+
+def seed(text: str) -> int:
+    """A seed below 2^62: torch takes 64 bits, and restarts and steps are added to it."""
+    return _whole(text, "a whole number from 0 to 2^62", 0, 2**62 - 1)
+
+
+def reduction(text: str) -> int:
+    """N of pictures that are read N times smaller."""
+    return _whole(text, "a whole number N, 1 or more: pictures become N times smaller", 1)
+
+
+def render_reduction(text: str) -> int:
+    """N of pictures that are rendered N times smaller; 0 and 1: full size."""
+    expected = "a whole number N: pictures are rendered N times smaller (0 or 1: full size)"
+    return _whole(text, expected, 0)
+
+
+def checkpoints_kept(text: str) -> int:
+    """0 (all) or 2 and more: the newest checkpoint may be damaged, so one alone is no safety."""
+    expected = "0 (keep all) or at least 2, since the newest may be damaged"
+    value = _whole(text, expected, 0)
+    return value if value != 1 else _whole(text, expected, 2)
+
+
+def number(text: str) -> float:
+    """Any finite number."""
+    return _real(text, "a finite number", -1e300, 1e300)
+
+
+def non_negative(text: str) -> float:
+    """0 or more; no flag means more than 1e9, and float32 has no room for the square of more."""
+    return _real(text, "a finite number, 0 or more, up to 1e9", 0.0, 1e9)
+
+
+def learning_rate(text: str) -> float:
+    """Above 0, and far enough below 3e38, the largest float32."""
+    return _real(text, "a number above 0, at most 1e30", 0.0, 1e30, above=True)
+
+
+def positive_float(text: str) -> float:
+    """Above 0, with a square that float32 can hold."""
+    return _real(text, "a number above 0, from 1e-15 to 1e9", 1e-15, 1e9)
+
+
+def unit_interval(text: str) -> float:
+    """A number from 0 to 1."""
+    return _real(text, "a number from 0 to 1", 0.0, 1.0)
+
+
+def fraction(text: str) -> float:
+    """A part of something: above 0, at most 1."""
+    return _real(text, "a number above 0, at most 1", 0.0, 1.0, above=True)
 
 
 def decay(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text}; expected a number in [0, 1)")
-    return value
+    """A factor per step that forgets: from 0, below 1."""
+    return _real(text, "a number from 0 to below 1", 0.0, 1.0, below=True)

@@ -1,0 +1,89 @@
+"""Flags of an object from text: its space and shape, its cameras, its light, its losses."""
+
+from typing import Any
+
+from nerf.field import ACTIVATIONS
+from nerf.flags.common import SCHEDULE
+from nerf.flags.parser import Parser
+from nerf.flags.types import (
+    fraction,
+    non_negative,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    unit_interval,
+)
+from nerf.training.schedules import schedule
+
+# fmt: off
+
+
+def add_object_flags(parser: Parser) -> None:
+    """Flags of the object."""
+    section = parser.section("object", "The object: its space, its first shape, its surface.")
+    flag, switch = section.flag, section.switch
+    flag("space", ("3d", "2d"), "3d", "3d: an object; 2d: --batch_views pictures, no object")
+    flag("bound", positive_float, 1.0, "half side of the object's cube, in scene units")
+    flag("activation", sorted(ACTIVATIONS), "silu", "activation function of the MLP (--field mlp)")
+    flag("blob_scale", non_negative, 10.0, "raw density of the first blob at its center")
+    flag("blob_std", positive_float, 0.5, "radius of the first blob, in scene units")
+    flag("density_scale", positive_float, 1.0,
+        "factor of the density; larger: harder surfaces, fewer samples behind them")
+    switch("smooth_planes", "blur tri-planes as they are read: smoother surfaces")
+    flag("normals", ("analytic", "fd"), None,
+        "normals from the density's gradient (analytic) or finite differences (fd); not given: "
+        "analytic for --field mlp, else fd")
+
+
+def add_camera_flags(parser: Parser) -> None:
+    """Flags of the random cameras."""
+    section = parser.section("cameras", f"The random cameras of an update. {SCHEDULE}")
+    flag = section.flag
+    flag("batch_views", positive_int, 4, "views per update, over all processes")
+    flag("train_res", schedule, "64",
+        "pixels per side of training renders, 8 or more; jumps at the steps of a schedule")
+    pair: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    flag("azimuth_range", number, [-180.0, 180.0], "azimuths in degrees", **pair)
+    flag("elevation_range", number, [-10.0, 90.0], "elevations in degrees, -90 to 90", **pair)
+    flag("radius_range", number, [1.0, 1.5], "distances from the origin, in scene units", **pair)
+    flag("fov_range", number, [40.0, 70.0], "fields of view in degrees, above 0, below 180", **pair)
+    flag("sphere_rate", unit_interval, 0.5,
+        "part of the elevations that are uniform by area; the others are uniform by angle")
+    flag("view_spread", fraction, 1.0,
+        "part, about its middle, of each fine view (8 directions, 4 heights) that cameras stand "
+        "in; 1: all of it")
+    flag("jitter_pos", non_negative, 0.1,
+        "largest random shift of a camera along each axis, in scene units")
+    flag("jitter_target", non_negative, 0.2,
+        "standard deviation of the point that a camera looks at, in scene units")
+    flag("jitter_up", non_negative, 0.02, "standard deviation of a camera's up direction")
+
+
+def add_light_flags(parser: Parser) -> None:
+    """Flags of light and background."""
+    section = parser.section("light", "Light on the object, and what is behind it, in training.")
+    flag = section.flag
+    flag("albedo_steps", non_negative_int, 1000, "number of first updates without light")
+    flag("p_diffuse", unit_interval, 0.75,
+        "part of the views that are lit after --albedo_steps, 0 to 1")
+    flag("p_textureless", unit_interval, 0.5,
+        "part of the lit views that show the object white, 0 to 1")
+    flag("ambient", unit_interval, 0.1, "part of the light that is ambient on lit views, 0 to 1")
+    flag("background", ("random", "learned", "white", "black"), "learned",
+        "what is behind the object in training; random: a color per view")
+    flag("p_random_bg", unit_interval, 0.5,
+        "part of the views with a random color behind them whatever --background is, 0 to 1")
+
+
+def add_loss_flags(parser: Parser) -> None:
+    """Flags of the losses on the shape."""
+    section = parser.section("losses", f"Weights of the losses on the shape. {SCHEDULE}")
+    flag = section.flag
+    flag("lambda_opacity", schedule, "0", "weight of the opacity loss: favors empty space")
+    flag("lambda_entropy", schedule, "0", "weight of the entropy of the opacity: no fog")
+    flag("lambda_orient", schedule, "0",
+        "weight of the orientation loss: visible normals face the camera")
+    flag("lambda_spread", schedule, "0",
+        "weight of the variance of depth along rays: thin surfaces")
+    flag("lambda_tv", schedule, "0", "weight of the total variation of tri-planes: smooth features")

@@ -1,0 +1,225 @@
+"""The parser of both scripts: sections, help pages, and mistakes answered by one line."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TextIO
+
+import configargparse
+
+from nerf.flags import help as pages
+from nerf.flags import mistakes
+from nerf.flags.config_file import ConfigFile, open_config
+from nerf.flags.types import whole_number
+
+ENV_PREFIX = mistakes.ENV_PREFIX
+NOT_SETTABLE = ("help", "version")  # neither in config files nor in the environment
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--NAME and --no-NAME; a config file can set it and the command line unset it.
+
+    inverted: --NAME stores False and --no-NAME stores True. This is how nerf-pytorch's negative
+    names (``no_ndc``) get a positive name beside them.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, help: str, inverted: bool = False
+    ) -> None:
+        default = argparse.SUPPRESS if inverted else False  # the negative name has the default
+        super().__init__(option_strings, dest, default=default)
+        self.help, self.inverted = help, inverted
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        on = not (option_string or "").startswith("--no-")
+        setattr(namespace, self.dest, on != self.inverted)
+
+
+class PageAction(argparse.Action):
+    """--help and --version: print a page and end the program."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, Parser)
+        parser.print_page(self.dest, values or "")
+
+
+class Parser(configargparse.ArgumentParser):
+    """Flags from the command line, NERF_* variables, a --config file and defaults.
+
+    script: the file name that stands before every message. examples: commands of the short help
+    page. main_flags: the names of the flags on it.
+    """
+
+    def __init__(
+        self, script: str, description: str, examples: Sequence[str], main_flags: Sequence[str]
+    ) -> None:
+        super().__init__(
+            prog=script,
+            description=description,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+            config_file_parser_class=ConfigFile,
+            config_file_open_func=self.open_config,
+            auto_env_var_prefix=ENV_PREFIX,
+        )
+        self.examples, self.main_flags = examples, main_flags
+        self.words: list[str] = []  # the command line
+        self.variables: Mapping[str, str] = os.environ
+        self.config_path = "config file"
+
+    def section(self, name: str, sentence: str) -> "Section":
+        """A new section of flags, with its one sentence on the help page."""
+        return Section(self.add_argument_group(name, sentence))
+
+    # -------------------------------------------------------------------------------- help
+
+    def answer_help(self, words: Sequence[str]) -> None:
+        """Print the page that --help or --version asks for, wherever it stands, and exit 0."""
+        for place, word in enumerate(words):
+            if word == "--version":
+                self.print_page("version")
+            if word in ("-h", "--help"):
+                following = [*words[place + 1 : place + 2], "-"][0]
+                self.print_page("help", "" if following.startswith("-") else following)
+            if word.startswith("--help="):
+                self.print_page("help", word.partition("=")[2])
+
+    def print_page(self, page: str, section: str = "") -> NoReturn:
+        """Print the version or a help page: section "" (the flags one needs), a name, or all."""
+        try:
+            print(pages.version() if page == "version" else pages.page(self, section))
+        except ValueError as error:
+            self.error(str(error))
+        raise SystemExit(0)
+
+    def format_help(self) -> str:
+        """The short page."""
+        return pages.page(self, "") + "\n"
+
+    # ---------------------------------------------------------------------------- mistakes
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        line = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in message))
+        print(f"{self.prog}: {line}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def config_keys(self) -> Sequence[str]:
+        """The keys of the config file, known or not."""
+        return self._config_file_parser.keys
+
+    def refuse(self, problem: str | None) -> None:
+        """End the program if there is a problem."""
+        if problem:
+            self.error(problem)
+
+    def open_config(self, path: str, mode: str = "r") -> TextIO:
+        """The opened config file."""
+        self.config_path = path
+        try:
+            return open_config(path)
+        except ValueError as error:
+            self.error(str(error))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None, **sources: Any) -> Any:
+        """(flags, words that are none), as configargparse does; every mistake is one line."""
+        self.words = list(args or [])
+        self.variables = sources.get("env_vars", os.environ)
+        self.config_path = "config file"
+        self.answer_help(self.words)
+        self.refuse(mistakes.check_words(self, self.words))
+        try:
+            return super().parse_known_args(self.words, namespace, **sources)
+        except argparse.ArgumentError as error:
+            self.error(mistakes.explain(self, error))
+
+    # ---------------------------------------- hooks of argparse and configargparse, used above
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """``arg_string`` as the flag's type reads it; the message of a failure begins with it."""
+        try:
+            return action.type(arg_string) if callable(action.type) else arg_string
+        except argparse.ArgumentTypeError as error:
+            message = str(error).removeprefix(f"{arg_string!r}: ")
+            text = mistakes.shown(arg_string)
+            raise argparse.ArgumentError(action, f"{text}: {message}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """ArgumentError unless the value is one of the flag's choices."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            text = mistakes.shown(str(value))
+            raise argparse.ArgumentError(action, f"{text}: expected one of {choices}")
+
+    def get_possible_config_keys(self, action: argparse.Action) -> list[str]:
+        """Names of the flag in config files: not --help, not --no-NAME."""
+        if action.dest in NOT_SETTABLE:
+            return []
+        keys = super().get_possible_config_keys(action)
+        return keys[:2] if isinstance(action, Switch) else keys
+
+    def convert_item_to_command_line_arg(
+        self, action: argparse.Action | None, key: str, value: Any
+    ) -> list[str]:
+        """The words that a line of a config file or a variable stands for."""
+        self.refuse(mistakes.check_item(self, action, key, value))
+        return super().convert_item_to_command_line_arg(action, key, value)
+
+
+class Section:
+    """A section of flags: ``flag`` adds one that has a value, ``switch`` one that is on or off."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group  # argparse's
+
+    def flag(
+        self, name: str, kind: Any, default: Any, help: str, *, alias: str = "", **more: Any
+    ) -> None:
+        """Add --NAME, and --ALIAS for the same.
+
+        kind: a type of ``nerf.flags.types``, a sequence of choices, or, for a text, what stands for
+        it in the help, such as FILE. more: for argparse.
+        """
+        if isinstance(kind, str):
+            more = {"metavar": kind, **more}
+        elif callable(kind):
+            more = {"type": kind, **more}
+        else:
+            more = {
+                "type": whole_number if isinstance(kind[0], int) else None,
+                "choices": kind,
+            } | more
+        names = [f"--{each}" for each in (name, alias) if each]
+        self.group.add_argument(*names, default=default, help=help, **more)
+
+    def switch(self, name: str, help: str, *, positive: str | None = None) -> None:
+        """Add --NAME and --no-NAME. positive: a name for the opposite ("ndc" for "no_ndc")."""
+        self.group.add_argument(f"--{name}", action=Switch, help=help)
+        if positive:
+            self.group.add_argument(
+                f"--{positive}", action=Switch, dest=name, help=help, inverted=True
+            )
+
+
+def add_help_flags(section: Section) -> None:
+    """--help and --version."""
+    add, never = section.group.add_argument, argparse.SUPPRESS
+    help = "print the flags one needs; with SECTION: its flags; with all: every flag"
+    add("-h", "--help", action=PageAction, nargs="?", metavar="SECTION", default=never, help=help)
+    help = "print the versions of this project and of torch"
+    add("--version", action=PageAction, nargs=0, default=never, help=help)
