@@ -5,11 +5,12 @@
     python benchmarks/ablations.py --tables vanilla --scene lego --data path/to/lego
 
 Tables: ``vanilla`` and ``fast`` train run_nerf.py for a short time on the demo scene (or the real
-Lego at 100x100) and give the PSNR of test views; ``dream`` trains run_dreamfusion.py on one text
-and gives the overlap (IoU) with the exact object from unseen views, at elevations 20 and 60.
-Every row runs with each of --seeds; bases always run with seeds 0, 1 and 2, so that their spread
-says which differences mean nothing. Rows that --out already holds are read, not run again: stop it
-whenever you like. ``--write docs/details.md`` puts what is there into the page that explains it.
+Lego at 100x100) and measure the PSNR of test views; ``dream`` trains run_dreamfusion.py on one
+prompt and measures the overlap (IoU) with the exact object from held-out views, at elevations 20
+and 60. Every row runs with each of --seeds. The base always runs with seeds 0, 1 and 2: a
+difference within their spread means nothing. Results that --out already holds are read, not
+measured again, so the script can be stopped at any time. ``--write docs/details.md`` writes the
+results in --out into that page.
 """
 
 import argparse
@@ -26,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE_SEEDS = (0, 1, 2)
 QUIET = "--i_img 0 --i_video 0 --ckpt_secs 0 --i_weights 0 --no_reload --device cpu"
 NERF = {
-    # Without density noise seeds 1 to 5 began dead (600 steps at 4e-3): rows would compare luck.
+    # Without density noise seeds 1 to 5 started dead (600 steps at 4e-3).
     "vanilla": "--config configs/demo_vanilla.txt --N_iters 400 --lrate 2e-3 --raw_noise_std 1 "
     "--testskip 5 --i_testset 0",
     "fast": "--config configs/demo.txt --N_iters 400 --testskip 5 --i_testset 0",
 }
 LEGO = "--dataset_type blender --no-half_res --downscale 8"
 DREAM = "--config configs/dream_tiny.txt --no-mesh --video_frames 1"
-# name of a row: the flags that make it; the base has none
+# name of a row: the flags that it adds to the base
 ROWS = {
     "vanilla": {
         "rays through pixel corners": "--no-pixel_center",
@@ -114,7 +115,7 @@ def nerf_row(args, table: str, flags: str, seed: int, folder: Path) -> dict:
 
 
 def dream_flags(row: str, prompt: str) -> list[str]:
-    """The flags of one row. Whole texts for the five coarse views come before the fine words."""
+    """The flags of one row; "coarse view words" sets the prompts of the five views in full."""
     if row != "coarse view words":
         return ROWS["dream"].get(row, "").split()
     words = {"front": "front", "left": "left side", "right": "right side", "back": "back"}
@@ -124,7 +125,7 @@ def dream_flags(row: str, prompt: str) -> list[str]:
 
 
 def dream_row(args, row: str, seed: int, folder: Path, exact) -> dict:
-    """Train once on --prompt; overlap with its exact object, level and from above."""
+    """Train once on --prompt; IoU with its exact object at elevations 20 and 60, fog, color."""
     import torch
 
     from benchmarks import judge, text_to_3d
@@ -132,13 +133,13 @@ def dream_row(args, row: str, seed: int, folder: Path, exact) -> dict:
     place = ["--basedir", str(folder.parent), "--expname", folder.name, "--seed", str(seed)]
     flags = [*DREAM.split(), "--prompt", args.prompt, *dream_flags(row, args.prompt), *place]
     run("run_dreamfusion.py", flags, args.threads)
-    seen, (name, color) = text_to_3d.look_at(folder), text_to_3d.parse_prompt(args.prompt)
-    masks = seen.opacity > 0.5
+    views, (name, color) = text_to_3d.render_views(folder), text_to_3d.parse_prompt(args.prompt)
+    masks = views.opacity > 0.5
     overlaps = [judge.overlap(mask, each) for mask, each in zip(masks, exact, strict=True)]
-    foggy = (seen.opacity > 0.1) & (seen.opacity < 0.9)
-    share = foggy.sum() / (seen.opacity > 0.1).sum().clamp(min=1)
+    foggy = (views.opacity > 0.1) & (views.opacity < 0.9)
+    share = foggy.sum() / (views.opacity > 0.1).sum().clamp(min=1)
     best = [max(overlap, key=overlap.get) for overlap in overlaps]
-    colored = text_to_3d.colored_views(seen, color)
+    colored = text_to_3d.colored_views(views, color)
     torch.set_num_threads(args.threads)
     return {
         "iou20": overlaps[0][name], "iou60": overlaps[1][name], "best": best,
@@ -147,26 +148,26 @@ def dream_row(args, row: str, seed: int, folder: Path, exact) -> dict:
 
 
 def run_folder(args, table: str, row: str, seed: int) -> Path:
-    """Where one run goes; its figures lie beside it, as .json."""
+    """Folder of one run; its results are in a .json file of the same name beside it."""
     name = f"{table}_{args.scene if table != 'dream' else args.prompt}_{row or 'base'}_{seed}"
     return args.out / "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def measure(args, table: str, row: str, seed: int, exact) -> dict:
-    """The figures of one run, from --out if they are there."""
+    """The results of one run, read from --out where they exist."""
     folder = run_folder(args, table, row, seed)
-    kept = folder.with_suffix(".json")
-    if not kept.exists():
+    result_file = folder.with_suffix(".json")
+    if not result_file.exists():
         if table == "dream":
-            figures = dream_row(args, row, seed, folder, exact)
+            results = dream_row(args, row, seed, folder, exact)
         else:
-            figures = nerf_row(args, table, ROWS[table].get(row, ""), seed, folder)
-        kept.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))
+            results = nerf_row(args, table, ROWS[table].get(row, ""), seed, folder)
+        result_file.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    return json.loads(result_file.read_text(encoding="utf-8"))
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and the range where there are several."""
+def mean_and_range(values: list[float], digits: int) -> str:
+    """Mean, followed by the range if there is more than one value."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
@@ -174,7 +175,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def print_table(args, table: str, exact) -> None:
-    """One line a row: its figures, and the difference from the base over the same seeds."""
+    """Print one line per row: its results and the difference from the base with the same seeds."""
     rows = {"": BASE_SEEDS} | {row: args.seeds for row in ROWS[table]}
     keys, digits = (("iou20", "iou60", "fog"), 3) if table == "dream" else (("psnr", "ssim"), 2)
     print(f"\n| {table} | seeds | {' | '.join(keys)} | difference |", flush=True)
@@ -185,9 +186,9 @@ def print_table(args, table: str, exact) -> None:
             continue
         found = {seed: measure(args, table, row, seed, exact) for seed in seeds}
         base = base or found
-        apart = [found[s][keys[0]] - base[s][keys[0]] for s in seeds if s in base]
-        difference = f"{statistics.fmean(apart):+.{digits}f}" if row and apart else ""
-        cells = [spread([f[key] for f in found.values()], digits) for key in keys]
+        differences = [found[s][keys[0]] - base[s][keys[0]] for s in seeds if s in base]
+        difference = f"{statistics.fmean(differences):+.{digits}f}" if row and differences else ""
+        cells = [mean_and_range([f[key] for f in found.values()], digits) for key in keys]
         note = f" best: {', '.join(found[seeds[0]]['best'])}" if table == "dream" else ""
         print(
             f"| {row or 'base'} | {len(seeds)} | {' | '.join(cells)} | {difference}{note} |",
@@ -195,16 +196,16 @@ def print_table(args, table: str, exact) -> None:
         )
 
 
-def kept_figures(args, table: str, row: str, seeds) -> list[dict]:
-    """The figures that --out holds, of those seeds; nothing is run."""
+def saved_results(args, table: str, row: str, seeds) -> list[dict]:
+    """The results in --out for these seeds; nothing is run."""
     files = (run_folder(args, table, row, seed).with_suffix(".json") for seed in seeds)
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def fill(text: str, args) -> str:
-    """Markdown with "[table: row: ...]" replaced by what --out holds; the rest stays as it is.
+    """Markdown with each "[table: row: ...]" filled from --out; without results it is unchanged.
 
-    "[table, Lego: row: ...]" is of the runs on the real Lego.
+    "[table, Lego: row: ...]" stands for the runs on the real Lego.
     """
     scenes = {"": "demo", ", Lego": "lego"}
 
@@ -215,10 +216,12 @@ def fill(text: str, args) -> str:
             raise SystemExit(f"[{table}: {row}]: no such row; expected some of {list(ROWS[table])}")
         keys, digits = (("iou20", "iou60"), 2) if table == "dream" else (("psnr",), 2)
         if row == "base":
-            runs = kept_figures(own, table, "", BASE_SEEDS)
-            cells = [spread([run[key] for run in runs], digits) for key in keys] if runs else []
+            runs = saved_results(own, table, "", BASE_SEEDS)
+            cells = (
+                [mean_and_range([run[key] for run in runs], digits) for key in keys] if runs else []
+            )
         else:
-            base, runs = (kept_figures(own, table, r, args.seeds) for r in ("", row))
+            base, runs = (saved_results(own, table, r, args.seeds) for r in ("", row))
             both = list(zip(runs, base, strict=True)) if len(runs) == len(base) else []
             cells = [
                 f"{statistics.fmean(run[key] - start[key] for run, start in both):+.{digits}f}"
@@ -233,14 +236,18 @@ def fill(text: str, args) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--rows", nargs="+", help="only these, beside the base")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of every row")
+    parser.add_argument(
+        "--rows", nargs="+", help="names of rows to run beside the base; default: all"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="seeds of every row but the base"
+    )
     parser.add_argument("--scene", choices=("demo", "lego"), default="demo")
     parser.add_argument("--data", type=Path, help="folder of the Lego scene")
     parser.add_argument("--prompt", default="a yellow pyramid")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "ablations")
-    parser.add_argument("--write", type=Path, help="put what --out holds into this file; no runs")
+    parser.add_argument("--write", type=Path, help="fill this file from --out without running")
     args = parser.parse_args()
     if args.write:
         text = fill(args.write.read_text(encoding="utf-8"), args)

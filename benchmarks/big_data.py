@@ -2,11 +2,11 @@
 
     python benchmarks/big_data.py --gib 4 --limit_mib 1024
 
-Makes a scene of --gib GiB of random pictures as a store (no picture files: those would only be
-decoded once), and a smaller one that fits into memory; draws and trains on both, by turns. The
-process' own memory is limited by RLIMIT_DATA: what is allocated counts, files mapped for reading do
-not, and that the pictures would not fit is shown by trying. The page cache is not in that limit, so
-the file is thrown out of it before every turn: what is read comes from the disk.
+Makes a store of --gib GiB of random pictures (without picture files, which would be decoded only
+once) and a smaller set that fits into memory, and trains on both in turn. RLIMIT_DATA limits the
+memory that the process allocates; files mapped for reading do not count. The benchmark also tries
+to allocate the whole set, to show that it does not fit. The page cache is outside that limit, so
+the file is dropped from it before every turn: all reads come from the disk.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SIDE = 1024
 
 
 def make_store(path: Path, num_bytes: int) -> int:
-    """A store of random pictures; returns how many."""
+    """Write a store of random pictures of about ``num_bytes``; their number."""
     count = num_bytes // (SIDE * SIDE * 3)
     base = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     _write(path, count, lambda number: np.roll(base, number * 7919, axis=0))
@@ -42,6 +42,7 @@ def make_store(path: Path, num_bytes: int) -> int:
 
 
 def scene_of(images: torch.Tensor, stored: bool) -> Scene:
+    """A scene of images [N, SIDE, SIDE, 3] whose cameras lie on a circle."""
     count = len(images)
     poses = torch.tensor(orbit_path(count), dtype=torch.float32)
     return Scene(
@@ -58,7 +59,7 @@ def scene_of(images: torch.Tensor, stored: bool) -> Scene:
 
 
 def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
-    """Rays per second of training steps (drawn, rendered, learned), and of drawing alone."""
+    """Rays per second of whole training steps ("trained") and of ray sampling alone ("drawn")."""
     flags = "--use_viewdirs --N_samples 16 --netwidth 64 --netdepth 4"
     args = nerf_flags.parse(flags.split())
     rng.seed_everything(0)
@@ -83,7 +84,7 @@ def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
 
 
 def work(store: Path, args) -> dict:
-    """Both, by turns. memory: one sixteenth of the pictures, copied."""
+    """Medians for the mapped store and for one sixteenth of it in memory, measured in turn."""
     mapped = as_tensor(np.load(store, mmap_mode="r", allow_pickle=False))
     few = mapped[: max(1, len(mapped) // 16)].clone()
     scenes = {"memory": scene_of(few, False), "mmap": scene_of(mapped, True)}
@@ -92,7 +93,7 @@ def work(store: Path, args) -> dict:
     found = {kind: [] for kind in scenes}
     for turn in range(args.turns):
         for kind, scene in scenes.items():
-            # Each turn elsewhere in the epoch: windows that were not read before.
+            # Each turn starts elsewhere in the epoch, at windows that were not read before.
             forget(store)
             found[kind].append(measure(scene, args.seconds, args.rays, 1 + turn * 100_003))
     result = {
@@ -106,13 +107,13 @@ def work(store: Path, args) -> dict:
 
 
 def own_memory_mib() -> int:
-    """Memory that is this process' own, without pages of files."""
+    """Resident memory of this process in MiB, without pages of files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) >> 10
 
 
 def forget(path: Path) -> None:
-    """Throw a file out of the page cache."""
+    """Drop a file from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -130,10 +131,10 @@ def fits(pictures: torch.Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the store")
-    parser.add_argument("--limit_mib", type=int, default=1024, help="0: none")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
+    parser.add_argument("--limit_mib", type=int, default=1024, help="memory limit; 0: none")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--rays", type=int, default=1024, help="a step")
+    parser.add_argument("--rays", type=int, default=1024, help="rays per step")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -146,7 +147,7 @@ def main() -> None:
         store = Path(folder) / "pictures.npy"
         count = make_store(store, int(args.gib * 2**30))
         print(f"{count} pictures, {store.stat().st_size >> 20} MiB", flush=True)
-        # A process of its own, whose memory was never larger than it says.
+        # A new process, so that memory used to make the store does not count.
         subprocess.run([sys.executable, *sys.argv, "--worker", str(store)], check=True)
 
 

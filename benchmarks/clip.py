@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# CLIP's own, where the folder has no preprocessor_config.json.
+# CLIP's normalization, for folders without preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Clip:
-    """Texts and pictures to unit vectors [N, D] in one space."""
+    """CLIP's embeddings of texts and pictures: unit vectors [N, D] in one space.
+
+    ValueError if ``folder`` holds no CLIP model.
+    """
 
     def __init__(self, folder: Path):
-        """ValueError if ``folder`` holds no CLIP model."""
         import json
 
         from transformers import CLIPModel, CLIPTokenizer
@@ -39,13 +41,14 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
+        """Embeddings [N, D] of texts."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         found = self.model.get_text_features(**tokens)
         return F.normalize(getattr(found, "pooler_output", found), dim=-1)
 
     @torch.no_grad()
     def pictures(self, pictures: Tensor) -> Tensor:
-        """pictures [N, 3, H, W] in [0, 1], square."""
+        """Embeddings [N, D] of square pictures [N, 3, H, W] in [0, 1]."""
         side = (self.size, self.size)
         large = F.interpolate(pictures, side, mode="bicubic", antialias=True).clamp(0, 1)
         found = self.model.get_image_features(pixel_values=(large - self.mean) / self.std)
@@ -53,9 +56,9 @@ class Clip:
 
 
 def r_precision(clip, pictures: list[Tensor], prompts: list[str]) -> float:
-    """Share of all pictures whose own prompt is the nearest; pictures[n] [V, 3, H, W] of prompt n.
+    """Share of all pictures whose own prompt has the nearest embedding.
 
-    Prompts that occur twice count as one.
+    pictures[n] [V, 3, H, W]: views of prompts[n]. Prompts that occur twice count as one.
     """
     texts = list(dict.fromkeys(prompts))
     words, right = clip.texts(texts), []

@@ -1,9 +1,10 @@
-"""Ways of guiding side by side: the same prompts, scored as ``text_to_3d.py`` scores them.
+"""SDS, CSD, VSD and Perp-Neg compared: the same prompts, scored as in ``text_to_3d.py``.
 
     python benchmarks/compare_guidance.py --prompts "a red cone" "a blue mug" --judge logs/judge.pt
 
-Runs go one after the other, so that their times compare. An object has a doubled front where its
-silhouettes overlap the object united with itself turned by 180 degrees better than the object.
+Runs go one after the other, so that their times are comparable. An object counts as having two
+fronts (the Janus problem) if its silhouettes overlap more with the union of the object and itself
+turned by 180 degrees than with the object.
 """
 
 import argparse
@@ -26,16 +27,16 @@ ASYMMETRIC = ("house", "chair", "mug")
 
 
 def doubled(exact: list[judging.Outlines]) -> list[judging.Outlines]:
-    """Masks of every object together with itself turned by half a turn, per elevation."""
+    """Per elevation, masks of the union of every object and itself turned by 180 degrees."""
     half = exact[0].masks.shape[2] // 2  # [objects, scales, yaws, V, H, W]
     return [
         judging.Outlines(each.names, each.masks | each.masks.roll(half, dims=2)) for each in exact
     ]
 
 
-def has_doubled_front(seen, name: str, exact, twice) -> bool:
-    """At elevation 20, where fronts show."""
-    mask = seen.opacity[0] > 0.5
+def has_doubled_front(views, name: str, exact, twice) -> bool:
+    """Whether the object has two fronts, judged at elevation 20, where fronts are visible."""
+    mask = views.opacity[0] > 0.5
     return judging.overlap(mask, twice[0])[name] > judging.overlap(mask, exact[0])[name]
 
 
@@ -48,13 +49,15 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=scoring.ROOT / "logs" / "judge.pt")
     parser.add_argument("--out", type=Path, default=scoring.ROOT / "logs" / "guidance")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for the trainer")
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, default=[], help="flags for run_dreamfusion.py"
+    )
     args = parser.parse_args()
     args.jobs, extra = 1, args.flags
     prompts = [scoring.parse_prompt(text) for text in args.prompts]
     judge = judging.load(args.judge)
-    views = (scoring.AZIMUTHS, scoring.RADIUS, scoring.FOV, scoring.SIZE)
-    exact = [judging.outlines(views[0], e, *views[1:]) for e in scoring.ELEVATIONS]
+    cameras = (scoring.AZIMUTHS, scoring.RADIUS, scoring.FOV, scoring.SIZE)
+    exact = [judging.outlines(cameras[0], e, *cameras[1:]) for e in scoring.ELEVATIONS]
     twice, rows, seconds = doubled(exact), [], {kind: [] for kind in args.kinds}
     print("| guidance | prompt | IoU 20 / 60 | rank | a b c | R lit / bare | doubled | s | MB |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -62,15 +65,15 @@ def main() -> None:
         for kind in args.kinds:
             args.flags = [*KINDS[kind], *extra]
             run = scoring.make(args, name, color, str(args.model), args.out / kind)
-            seen = scoring.look_at(run)
-            own = scoring.score(seen, name, color, judge, exact)
+            views = scoring.render_views(run)
+            own = scoring.score(views, name, color, judge, exact)
             marks, (spent, memory) = own.passes(name), scoring.costs(run)
             seconds[kind].append(spent)
-            lit, bare = scoring.r_precision(seen, name, color, judge)
+            lit, bare = scoring.r_precision(views, name, color, judge)
             front = "-"
             if SHAPES[name].second is not None and name in ASYMMETRIC:
-                front = "yes" if has_doubled_front(seen, name, exact, twice) else "no"
-            rows.append((f"{kind}: {color} {name}", seen, all(marks)))
+                front = "yes" if has_doubled_front(views, name, exact, twice) else "no"
+            rows.append((f"{kind}: {color} {name}", views, all(marks)))
             print(
                 f"| {kind} | {color} {name} | {own.iou[0]:.2f} / {own.iou[1]:.2f} | {own.rank} | "
                 f"{' '.join('x' if mark else '-' for mark in marks)} | {lit:.2f} / {bare:.2f} | "

@@ -4,10 +4,9 @@
     python benchmarks/fast.py --data ... --rows tri100 mlp100 --seeds 0
     python benchmarks/fast.py --data ... --rows frames --peer path/to/nerf-pytorch
 
-Runs run_nerf.py itself. Seconds are those of training alone, on the run's own clock, which stands
-still while test views are rendered; PSNR is the mean over all 25 test views. A level counts as
-reached at the first evaluation at or above it. Nothing is chosen by what is seen here: settings
-were tuned on the validation views.
+Runs run_nerf.py. Seconds are training time by the run's own clock, which stops while test views are
+rendered; PSNR is the mean over all 25 test views. A level is reached at the first evaluation at or
+above it. No setting was chosen by these results: settings were tuned on the validation views.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from benchmarks import vanilla
 ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = "--netdepth 4 --netwidth 128 --netdepth_fine 4 --netwidth_fine 128"
-# name: (flags beside the data's, steps, evaluations, levels in dB to be timed)
+# name: (flags besides those of the scene, steps, evaluations, PSNR levels in dB to time)
 ROWS = {
     "tri100short": ("--fast --downscale 8", 480, 8, (27, 28)),
     "tri100": ("--fast --downscale 8", 1200, 12, (28, 30)),
@@ -53,7 +52,7 @@ FRAMES = {"mlp": "mlp100", "triplane": "tri100"}
 
 
 def run(flags: list[str], threads: int) -> None:
-    """run_nerf.py with flags, without a GPU."""
+    """Run run_nerf.py on the CPU; exit with its message if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, str(ROOT / "run_nerf.py"), *flags, "--device", "cpu"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -92,8 +91,8 @@ def seconds_to(points: list[tuple[float, float]], level: float) -> float:
     return next((seconds for seconds, psnr in points if psnr >= level), float("inf"))
 
 
-def spread(values: list[float], form: str) -> str:
-    """ "median (smallest - largest)" of values."""
+def median_and_range(values: list[float], form: str) -> str:
+    """Values as "median (smallest - largest)", or the only value."""
     middle, low, high = (
         form.format(value) for value in (statistics.median(values), min(values), max(values))
     )
@@ -101,7 +100,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def measure_row(args, row: str) -> None:
-    """Train with each seed; print one line of the table, and every curve above it."""
+    """Train with each seed; print the curves, then one line of the table."""
     curves, memory = [], []
     for seed in args.seeds:
         folder = tempfile.mkdtemp(prefix="fast_")
@@ -115,10 +114,12 @@ def measure_row(args, row: str) -> None:
         print(f"  {row} seed {seed}: {line}", flush=True)
     cells = [f"| {row} | {ROWS[row][1]}"]
     for level in ROWS[row][3]:
-        cells.append(f"{level} dB: {spread([seconds_to(c, level) for c in curves], '{:.1f}')} s")
-    cells.append(f"end: {spread([c[-1][1] for c in curves], '{:.2f}')} dB")
-    cells.append(f"{spread([c[-1][0] for c in curves], '{:.0f}')} s")
-    cells.append(f"{spread(memory, '{:.0f}')} MB |")
+        cells.append(
+            f"{level} dB: {median_and_range([seconds_to(c, level) for c in curves], '{:.1f}')} s"
+        )
+    cells.append(f"end: {median_and_range([c[-1][1] for c in curves], '{:.2f}')} dB")
+    cells.append(f"{median_and_range([c[-1][0] for c in curves], '{:.0f}')} s")
+    cells.append(f"{median_and_range(memory, '{:.0f}')} MB |")
     print(" | ".join(cells), flush=True)
 
 
@@ -154,7 +155,10 @@ def measure_frames(args) -> None:
     peer = statistics.median(rates.get("nerf-pytorch 4x128", [float("nan")]))
     for name, values in rates.items():
         ratio = statistics.median(values) / peer
-        print(f"| render {name} | {spread(values, '{:.0f}')} pixels/s | {ratio:.1f}x |", flush=True)
+        print(
+            f"| render {name} | {median_and_range(values, '{:.0f}')} pixels/s | {ratio:.1f}x |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -163,7 +167,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "frames"], default=[*ROWS, "frames"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer", type=Path, help="checkout of nerf-pytorch to render beside ours")
+    parser.add_argument("--peer", type=Path, help="checkout of nerf-pytorch to compare with")
     args = parser.parse_args()
     print(
         f"{args.threads} threads, seeds {args.seeds} | row | steps | levels | end | time | memory |"

@@ -1,12 +1,12 @@
-"""One guidance step of a Stable Diffusion of full size: seconds, split, and memory.
+"""One guidance step with a full-size Stable Diffusion: seconds of each part, and memory.
 
     python benchmarks/full_size.py --device cuda --steps 20           # fp16 there, bf16 on a CPU
     python benchmarks/full_size.py --device cuda --flags channels_last vae_checkpointing
 
-The weights are random, in the layout and the sizes of Stable Diffusion 1.5 (860 million weights in
-the U-Net), written once to --work; what a step costs does not hang on their values. Beside it, on
-the same weights and in turn, the formula that stable-dreamfusion uses (its guidance/sd_utils.py, in
-our words): half precision throughout, a graph for the encoder, the loss as a distance to a target.
+The model has Stable Diffusion 1.5's layout and sizes (860 million weights in the U-Net) with random
+weights, written once to --work; the cost of a step does not depend on their values. For comparison,
+the same weights run stable-dreamfusion's formula, rewritten from its guidance/sd_utils.py: half
+precision throughout, the encoder in the autograd graph, the loss as a distance to a target.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WORDS = ["a", "dslr", "photo", "of", "hamburger", "front", "view"]
 
 
 def write_model(folder: Path) -> None:
-    """A random model in Stable Diffusion 1.5's sizes, in half precision."""
+    """Write a random model of Stable Diffusion 1.5's sizes, in half precision."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -48,23 +48,26 @@ def write_model(folder: Path) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
     )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest is its default
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # else the defaults
     build.write_folder(folder, tokenizer, text, vae, unet, {})
     (folder / "vocabulary.json").unlink()
 
 
 class Watch:
-    """Seconds spent in what is wrapped, between two moments at which the device is idle."""
+    """Seconds spent in wrapped functions, with the device synchronized before and after."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
 
     def now(self) -> float:
+        """The time in seconds, after all work on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def timed(self, name: str, function):
+        """``function``, adding its time to ``seconds[name]``."""
+
         def call(*args, **kwargs):
             start = self.now()
             result = function(*args, **kwargs)
@@ -75,7 +78,7 @@ class Watch:
 
 
 def ours(prior, images, conditions, generator, encode, predict) -> None:
-    """The step of run_dreamfusion.py, from the rendered pictures on and back to them."""
+    """The guidance step of run_dreamfusion.py, forward and backward to the rendered images."""
     size = prior.native_size
     noise = sds.draw_noise(len(images), prior.latent_shape(size, size), generator)
     prior.encode, prior.predict = encode, predict
@@ -84,7 +87,7 @@ def ours(prior, images, conditions, generator, encode, predict) -> None:
 
 
 def peer(prior, images, conditions, generator, encode, predict) -> None:
-    """stable-dreamfusion's: noise added and target made without a graph, mean squared distance."""
+    """stable-dreamfusion's step: noise and target without a graph, then a mean squared error."""
     size, dtype = prior.native_size, prior.dtype
     shown = F.interpolate(images, (size, size), mode="bilinear", align_corners=False).to(dtype)
     posterior = encode(2 * shown - 1)
@@ -96,16 +99,16 @@ def peer(prior, images, conditions, generator, encode, predict) -> None:
         noisy = sds.add_noise(latents.float(), noise.float(), alpha_bar).to(dtype)
         both = torch.cat([conditions.negative, conditions.text]).to(dtype)
         output = predict(torch.cat([noisy] * 2), torch.cat([t] * 2), both)
-        without, told = output.chunk(2)
-        found = without + 100 * (told - without)
-        gradient = torch.nan_to_num((1 - sds.per_view(alpha_bar, noise)) * (found - noise))
+        unconditional, conditional = output.chunk(2)
+        prediction = unconditional + 100 * (conditional - unconditional)
+        gradient = torch.nan_to_num((1 - sds.per_view(alpha_bar, noise)) * (prediction - noise))
         target = (latents - gradient).detach()
     loss = 0.5 * F.mse_loss(latents.float(), target.float(), reduction="sum") / len(images)
     loss.backward()
 
 
 def measure(prior, step, calls, args, device) -> dict[str, float]:
-    """Medians over --steps of a whole step and its parts; the first one warms up."""
+    """Median seconds over --steps of a whole step and of its parts; a first step warms up."""
     conditions = sds.Conditions(
         prior.embed([""]).expand(args.views, -1, -1),
         prior.embed(["a dslr photo of a hamburger"]).expand(args.views, -1, -1),
@@ -135,7 +138,9 @@ def main() -> None:
     parser.add_argument("--train_res", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, bf16 on a CPU")
     parser.add_argument("--flags", nargs="*", default=[], help="switches of guidance.memory.Memory")
-    parser.add_argument("--only", choices=("ours", "peer"), help="for its own peak memory")
+    parser.add_argument(
+        "--only", choices=("ours", "peer"), help="run one program only, to measure its peak memory"
+    )
     args = parser.parse_args()
     device, sizes = args.device, args.train_res
     if not args.work.exists():

@@ -1,11 +1,11 @@
-"""A judge of pictures that is not the model it judges: which object, which color, which outline.
+"""A judge of pictures, independent of the model that it judges: object, color and silhouette.
 
-    python benchmarks/judge.py --out logs/judge.pt        # trains it: a few CPU minutes; not in git
+    python benchmarks/judge.py --out logs/judge.pt    # trains it in a few CPU minutes; not in git
 
-Two parts. A small classifier of object and color, trained on procedural renders drawn with
-another seed than the embedded model's. Its objects include "none": pictures that are blurred,
-drowned in fog or lumpy, and solids without the holes they should have.
-And silhouettes: how well a mask overlaps the exact outline of every object.
+A small classifier of object and color, trained on procedural renders with another seed than the
+embedded model's. Its class "none" stands for pictures that are blurred, foggy or lumpy, and for
+solids whose holes are filled. And silhouettes: the overlap of a mask with the exact outline of
+every object.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIZE = 32  # pixels; other pictures are resized
 OBJECTS = (*pictures.NAMES, "none")
 COLORS = pictures.COLOR_NAMES
 SEED = 4021  # the embedded model is trained with other seeds
-# Shapes as they look when an optimizer fills what should be open. Only seen from above the rim.
+# Shapes whose holes an optimizer has filled; rendered from above only, where that is visible.
 FILLED = {
     "torus": Shape((*SHAPES["torus"].parts, Part(cylinder(0.56, -0.2, 0.2)))),
     "mug": Shape(
@@ -47,12 +47,14 @@ FILLED = {
 
 
 class Verdict(NamedTuple):
+    """The judge's probabilities for N pictures."""
+
     objects: Tensor  # [N, 17] probabilities, in the order of OBJECTS
     colors: Tensor  # [N, 10], in the order of COLORS
 
 
 class Judge(nn.Module):
-    """Pictures [N, 3, H, W] in [0, 1] -> Verdict."""
+    """A classifier of pictures [N, 3, H, W] in [0, 1]; returns a Verdict."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -69,7 +71,7 @@ class Judge(nn.Module):
     def forward(self, images: Tensor) -> Verdict:
         if images.shape[-2:] != (SIZE, SIZE):
             images = F.interpolate(images, (SIZE, SIZE), mode="area")
-        # 4x4 places are kept apart: what stands on what tells a tree from a mushroom.
+        # 4x4 cells keep the layout, which tells a tree from a mushroom.
         features = F.adaptive_avg_pool2d(self.features(images * 2 - 1), 4).flatten(1)
         return Verdict(
             *(head(features).float().softmax(-1) for head in (self.objects, self.colors))
@@ -90,7 +92,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def lumpy(images: Tensor, strength: Tensor, generator) -> Tensor:
-    """Bend [N, 3, H, W] by a smooth random field; strength [N], 1 is the picture's half width."""
+    """Bend [N, 3, H, W] by a smooth random field; strength [N] in half widths."""
     coarse = torch.randn(len(images), 2, 6, 6, generator=generator)
     field = F.interpolate(coarse, (SIZE, SIZE), mode="bicubic").permute(0, 2, 3, 1)
     straight = F.affine_grid(
@@ -101,7 +103,7 @@ def lumpy(images: Tensor, strength: Tensor, generator) -> Tensor:
 
 
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures that no longer show their object: a third each blurred, foggy, lumpy."""
+    """Pictures made unrecognizable: a third each blurred, foggy and lumpy."""
     thirds = [part.contiguous() for part in images.chunk(3)]
     thirds[0] = blur(thirds[0], 3.0 + 2.0 * torch.rand(1, generator=generator).item())
     rest = 0.1 + 0.2 * torch.rand(len(thirds[1]), 1, 1, 1, generator=generator)
@@ -131,13 +133,13 @@ def draw_filled(generator: torch.Generator, count: int) -> Tensor:
 
 
 def draw_examples(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures in [0, 1] and their object and color numbers; about a quarter are no object.
+    """Pictures in [0, 1], object indices and color indices; about a quarter show no object.
 
-    Color -1 is not scored: that of a textureless object, which may as well be white, or of none.
+    Color -1 is not scored: that of textureless objects and of pictures without an object.
     """
     images, facts = pictures.draw_pictures(generator, count, SIZE)
     images, objects, colors = images.float() / 255, facts.shape, facts.color
-    # A good likeness may be a little soft or bent: that must not cost it its name.
+    # A good render may be slightly soft or bent and must still be recognized.
     half = count // 2
     images[:half] = blur(images[:half], 0.6)
     slight = 0.03 * torch.rand(half, generator=generator)
@@ -154,6 +156,7 @@ def draw_examples(generator: torch.Generator, count: int) -> tuple[Tensor, Tenso
 
 
 def loss_of(verdict: Verdict, objects: Tensor, colors: Tensor) -> Tensor:
+    """Sum of the cross entropies of object and color; color -1 is ignored."""
     tiny = 1e-8  # a float32 probability may round to 0
     object_loss = F.nll_loss((verdict.objects + tiny).log(), objects)
     return object_loss + F.nll_loss((verdict.colors + tiny).log(), colors, ignore_index=-1)
@@ -184,7 +187,7 @@ def train(count: int = 32768, epochs: int = 4, batch: int = 128, seed: int = SEE
 
 @torch.no_grad()
 def accuracy(judge: Judge, count: int = 2048, seed: int = SEED + 100) -> dict[str, float]:
-    """On renders it never saw: shares of right objects, right colors, and of "none" for bad."""
+    """Accuracy on new renders: of objects, of colors, and of "none" on spoiled pictures."""
     images, objects, colors = draw_examples(step_generator(seed, 0, "cpu"), count)
     verdict = judge(images)
     right = verdict.objects.argmax(-1) == objects
@@ -197,7 +200,7 @@ def accuracy(judge: Judge, count: int = 2048, seed: int = SEED + 100) -> dict[st
 
 
 def load(path: Path) -> Judge:
-    """The judge saved at ``path``; trained and saved there if there is none."""
+    """The judge saved at ``path``; if the file is missing, train one and save it."""
     if not path.exists():
         judge = train()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +214,7 @@ def load(path: Path) -> Judge:
 
 
 class Outlines(NamedTuple):
-    """For every object the exact masks at each scale, turned by each yaw, for the same V views."""
+    """Exact masks of every object in V views, at each scale and turned by each yaw."""
 
     names: tuple[str, ...]
     masks: Tensor  # [objects, scales, yaws, V, H, W], bool
@@ -221,7 +224,7 @@ def outlines(azimuth_deg, elevation_deg: float, radius: float, fov_deg: float, s
              scales=(0.6, 0.725, 0.85, 0.975, 1.1), yaws: int = 24) -> Outlines:  # fmt: skip
     """Masks of all objects for cameras at azimuth_deg [V] and one elevation, at 5 scales, 24 yaws.
 
-    Views that coincide after a turn are traced once.
+    Views that coincide for several yaws are traced once.
     """
     turned = (azimuth_deg[None] + torch.arange(yaws)[:, None] * (360.0 / yaws)) % 360.0
     angles, place = torch.unique(turned.round(decimals=3), return_inverse=True)
@@ -238,7 +241,7 @@ def outlines(azimuth_deg, elevation_deg: float, radius: float, fov_deg: float, s
 
 
 def overlap(mask: Tensor, exact: Outlines) -> dict[str, float]:
-    """Intersection over union of mask [V, H, W] with every object: views' mean, best scale, yaw."""
+    """IoU of mask [V, H, W] with every object: mean over views at the best scale and yaw."""
     both = (exact.masks & mask).sum((-1, -2))
     either = (exact.masks | mask).sum((-1, -2)).clamp(min=1)
     best = (both / either).mean(-1).amax((1, 2))

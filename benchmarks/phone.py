@@ -1,13 +1,13 @@
-"""What a phone brings home: its video to a scene, and its photos as a transforms.json.
+"""A phone's video made into a scene, and a phone's photos as a transforms.json.
 
     python benchmarks/phone.py --photos <folder of photos, in walking order>
 
-``video``: the photos become the frames of an upright video that is stored lying with a note to turn
-it, as phones do; data/from_photos.py makes a scene of that file, which then trains. ``transforms``:
-50 of the photos, enlarged to 1080 x 1920, with the poses that were found, as the transforms.json
-that instant-ngp's and nerfstudio's users have; it trains with the same settings. Of both: how long
-it took, test PSNR of whole views and of their middle (half of each side), and how sharp that middle
-is: mean absolute Laplacian of the render by that of the photo, 1 is as sharp as the photo.
+``video``: the photos become the frames of an upright video, stored on its side with a rotation tag
+as phones do; data/from_photos.py makes a scene of that file, which then trains. ``transforms``: 50
+of the photos, enlarged to 1080 x 1920, with the estimated poses, as the transforms.json that users
+of instant-ngp and nerfstudio have; it trains with the same settings. Measured for both: training
+time, test PSNR of whole views and of their central half, and the sharpness of that half: the mean
+absolute Laplacian of the render divided by the photo's (1: as sharp as the photo).
 """
 
 import argparse
@@ -32,7 +32,7 @@ TRAINED_SIDE = 400  # pixels of the longer side, as data/from_photos.py's config
 
 
 def call(*command) -> float:
-    """Run a program of this project; seconds it took. Its words are shown where it fails."""
+    """Run a script of this project; seconds it took. If it fails, exit with its output."""
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
@@ -43,11 +43,11 @@ def call(*command) -> float:
 
 
 def write_video(photos: list[Path], path: Path) -> None:
-    """An MP4 of lying frames that says: turn me by a quarter to the right."""
+    """Write an MP4 of frames on their side, with the tag to rotate them by 90 degrees."""
     with Image.open(photos[0]) as first:
         width, height = first.size
-    lying = path.with_name("lying.mp4")
-    writer = imageio_ffmpeg.write_frames(str(lying), (height, width), fps=6, quality=9)
+    sideways = path.with_name("sideways.mp4")
+    writer = imageio_ffmpeg.write_frames(str(sideways), (height, width), fps=6, quality=9)
     writer.send(None)
     for photo in photos:
         with Image.open(photo) as image:
@@ -55,13 +55,13 @@ def write_video(photos: list[Path], path: Path) -> None:
         writer.send(np.ascontiguousarray(turned))
     writer.close()
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
-    command = [*ffmpeg, "-display_rotation", "-90", "-i", str(lying), "-c", "copy", str(path)]
+    command = [*ffmpeg, "-display_rotation", "-90", "-i", str(sideways), "-c", "copy", str(path)]
     subprocess.run(command, check=True)
-    lying.unlink()
+    sideways.unlink()
 
 
 def write_transforms(scene: Path, out: Path) -> None:
-    """COUNT photos of a scene made by from_photos.py, enlarged to SIZE, with a transforms.json."""
+    """Write COUNT photos of from_photos.py's scene, enlarged to SIZE, with a transforms.json."""
     model = read_model(scene / "sparse" / "0")
     (out / "images").mkdir(parents=True)
     order = np.argsort(model.names)
@@ -80,8 +80,8 @@ def write_transforms(scene: Path, out: Path) -> None:
     (out / "transforms.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def middle(run: Path) -> tuple[float, float]:
-    """PSNR and sharpness over the middle of a run's newest test views, means over views."""
+def central_quality(run: Path) -> tuple[float, float]:
+    """Mean PSNR and sharpness of the central half of a run's newest test views."""
     folder = max(run.glob("render_test_*"))
     psnr, sharpness = [], []
     for path in sorted(folder.glob("*.png")):
@@ -98,11 +98,11 @@ def middle(run: Path) -> tuple[float, float]:
 
 
 def train(name: str, config: Path, out: Path, flags: list[str]) -> None:
-    """Train, and print one row."""
+    """Train and print one row of the table."""
     place = ["--basedir", out, "--expname", name, "--i_video", 0]
     seconds = call("run_nerf.py", "--config", config, *place, *flags)
     metrics = json.loads((out / name / "metrics.json").read_text(encoding="utf-8"))
-    psnr, sharpness = middle(out / name)
+    psnr, sharpness = central_quality(out / name)
     width, height = metrics["resolution"]
     print(
         f"| {name} | {width}x{height} | {seconds:.0f} | {metrics['psnr']:.2f} | "
@@ -113,10 +113,12 @@ def train(name: str, config: Path, out: Path, flags: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of .jpg files")
     parser.add_argument("--parts", nargs="+", choices=("video", "transforms"), default=["video"])
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "phone")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for the trainer")
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, default=[], help="flags for run_nerf.py"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     photos = sorted(args.photos.glob("*.jpg"))

@@ -3,7 +3,7 @@
     python benchmarks/picture_size.py
 
 Renders one view of 200x200 and one with 8 times as many pixels with an untrained network, each in
-a process of its own, and prints time and peak memory (the finished picture left out).
+a process of its own, and prints time and peak memory without the finished picture.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SIDES = ((200, 200), (400, 800))
 
 
 def measure(height: int, width: int, flags: list[str]) -> None:
-    """Process body: print seconds and peak MB of one render."""
+    """Body of a child process: print seconds and peak MB of one render as JSON."""
     import resource
     import time
 

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py --seeds 0 2 3 --steps 600 --lrate 1e-3
 
-Runs configs/demo_vanilla.txt with each seed and precision; compares validation PSNR by step.
+Runs configs/demo_vanilla.txt with each seed and precision and compares validation PSNR by step.
 """
 
 import argparse
@@ -18,17 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def curve(seed: int, amp: str, steps: int, every: int, extra: list[str]) -> dict[int, float]:
-    """Validation PSNR by step of one run."""
+    """Validation PSNR in dB of one run, by step."""
     folder = tempfile.mkdtemp(prefix="precision_")
     try:
         subprocess.run(
             [
-                *(
-                    sys.executable,
-                    "run_nerf.py",
-                    "--config",
-                    "configs/demo_vanilla.txt",
-                ),
+                *(sys.executable, "run_nerf.py", "--config", "configs/demo_vanilla.txt"),
                 *("--basedir", folder, "--expname", "run", "--seed", str(seed), "--amp", amp),
                 *("--N_iters", str(steps), "--i_img", str(every), "--i_video", "0"),
                 *("--testskip", "8", "--device", "cpu", *extra),

@@ -1,16 +1,16 @@
-"""Is anything ever lost? Real runs, killed at random moments and started again.
+"""Does a killed run lose anything? Real runs, killed at random moments and started again.
 
     python benchmarks/soak.py --kills 100                      # run_nerf.py
     python benchmarks/soak.py --kills 100 --script dreamfusion
     python benchmarks/soak.py --kills 20 --ranks 2              # one rank at a time, under torchrun
 
-A tiny run is killed (SIGKILL: no handler, no goodbye) at a random moment and started again by the
-same command, over and over, until it is done; then the next one begins, until --kills are spent.
-Every second run writes slowly, so that kills fall into saves. After each kill the newest checkpoint
-must verify, and be at most the saving cadence behind the last step that was logged; at the end
-weights, optimizer and averaged weights must equal those of a run that was never touched, bit for
-bit. With --ranks one of torchrun's processes is killed, any of them; torchrun ends the others and
-starts all again. Exits with 1 if anything was lost.
+A tiny run is killed with SIGKILL, which no handler sees, at a random moment and started again by
+the same command until it finishes; further runs follow until --kills kills are done. Every second
+run writes slowly, so that kills fall into saves. After each kill the newest checkpoint must verify
+and be at most the saving cadence behind the last logged step. At the end weights, optimizer state
+and averaged weights must equal those of an uninterrupted run bit for bit. With --ranks, one of
+torchrun's processes is killed at random; torchrun ends the others and restarts all. Exits with 1 if
+anything was lost.
 """
 
 import argparse
@@ -44,7 +44,7 @@ COMMANDS = {
     "dreamfusion": "run_dreamfusion.py --guidance gaussian --prompt ball --train_res 16 "
     "--batch_views 2 --march_steps 24 --occ_res 16 --eval_res 16 --video_frames 2",
 }
-# Writing is slow here, not in the product: the file is whole but has not got its name yet.
+# Delays fsync: kills then fall between writing a file and renaming it.
 SLOWLY = (
     "import os, runpy, sys, time; fsync = os.fsync; "
     "os.fsync = lambda file: (time.sleep({pause}), fsync(file))[1]; "
@@ -56,7 +56,7 @@ KEPT += ("ema_state_dict", "occupancy_state_dict", "global_step")
 
 
 def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
-    """The training process, or torchrun's; ``pause`` seconds are added to every write."""
+    """Start training, under torchrun for several ranks; every write takes ``pause`` s longer."""
     words = COMMANDS[args.script].format(data=args.data).split()
     flags = [*COMMON.split(), "--basedir", str(folder), "--expname", name]
     launcher = []
@@ -74,7 +74,7 @@ def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
 
 
 def logged_step(run: Path) -> int:
-    """The last step in metrics.csv; a line cut short by the kill does not count."""
+    """The last step in metrics.csv, without a line that the kill cut short; 0 without a file."""
     try:
         rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines(keepends=True)))
     except OSError:
@@ -84,25 +84,26 @@ def logged_step(run: Path) -> int:
 
 
 def after_kill(run: Path) -> tuple[int, str]:
-    """(step of the newest checkpoint that verifies, what was lost or "")."""
+    """The step of the newest valid checkpoint, and a sentence about what was lost, or ""."""
     reached, complaints = logged_step(run), []
     found = checkpoint.newest_checkpoint(run, complaints.append) if run.is_dir() else None
     step = checkpoint.finished_updates(found[1]) if found else 0
     if complaints:
         return step, f"a broken checkpoint: {'; '.join(complaints)}"
-    # The last step may be in the middle of its own save.
+    # The last logged step may still be saving.
     if reached - step > CADENCE:
         return step, f"step {reached} was logged, the newest checkpoint is {step}"
     return step, ""
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Names of what two checkpoints do not hold alike."""
+    """The keys in KEPT whose values differ between two checkpoints."""
     one, other = (checkpoint.load_checkpoint(path) for path in (first, second))
     return [key for key in KEPT if not same(one.get(key), other.get(key))]
 
 
 def same(one, other) -> bool:
+    """Whether two values of a checkpoint are equal bit for bit."""
     if torch.is_tensor(one):
         return torch.is_tensor(other) and torch.equal(one, other)
     if isinstance(one, dict):
@@ -113,7 +114,7 @@ def same(one, other) -> bool:
 
 
 def children(pid: int) -> set[int]:
-    """The processes that ``pid`` has started and that are alive."""
+    """Ids of the living child processes of ``pid``."""
     try:
         numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return {
@@ -125,8 +126,8 @@ def children(pid: int) -> set[int]:
         return set()
 
 
-def strike(process, ranks: int, draw: random.Random):
-    """Kill it, or one of its ranks. The process if it goes on by itself, else None."""
+def kill_run(process, ranks: int, draw: random.Random):
+    """Kill the process, or one of its ranks; returns it if torchrun restarts, otherwise None."""
     if ranks == 1:
         process.kill()
         process.wait()
@@ -143,30 +144,30 @@ def strike(process, ranks: int, draw: random.Random):
 
 
 def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, pause: float) -> dict:
-    """Kill and restart until done or ``kills`` are spent; then let it end. What happened."""
-    told = {"kills": 0, "in_a_save": 0, "lost": []}
+    """Kill and restart a run up to ``kills`` times, then let it finish; counts and losses."""
+    result = {"kills": 0, "in_a_save": 0, "lost": []}
     run, process = folder / name, None
     while True:
         if process is None:
             process = start(args, folder, name, pause)
-        if told["kills"] < kills:
+        if result["kills"] < kills:
             wait_for_progress(process, run)
             try:
                 process.wait(timeout=draw.uniform(0.0, args.longest + 3 * pause))
             except subprocess.TimeoutExpired:
-                process = strike(process, args.ranks, draw)
-                told["kills"] += 1
-                told["in_a_save"] += any(run.glob(".*.tmp"))
+                process = kill_run(process, args.ranks, draw)
+                result["kills"] += 1
+                result["in_a_save"] += any(run.glob(".*.tmp"))
                 lost = after_kill(run)[1]
-                told["lost"] += [f"{name}, kill {told['kills']}: {lost}"] if lost else []
+                result["lost"] += [f"{name}, kill {result['kills']}: {lost}"] if lost else []
                 continue
         if process.wait():
-            told["lost"].append(f"{name}: exit code {process.returncode}")
-        return told
+            result["lost"].append(f"{name}: exit code {process.returncode}")
+        return result
 
 
 def wait_for_progress(process, run: Path) -> None:
-    """Until it trains (importing torch is no moment to lose anything in) or has ended."""
+    """Wait until the process has logged a new step or has ended."""
     stamp = (run / "metrics.csv").stat().st_mtime if (run / "metrics.csv").exists() else 0.0
     while process.poll() is None:
         path = run / "metrics.csv"
@@ -180,11 +181,13 @@ def main() -> int:
     parser.add_argument("--script", choices=list(COMMANDS), default="nerf")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run, under torchrun")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--longest", type=float, default=0.6, help="seconds that a start trains")
-    parser.add_argument("--pause", type=float, default=0.5, help="of the slow writer, seconds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument(
+        "--longest", type=float, default=0.6, help="most seconds of training before a kill"
+    )
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds added to each slow write")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo")
-    parser.add_argument("--json", type=Path, help="write the counts there as well")
+    parser.add_argument("--json", type=Path, help="file to write the counts to")
     args = parser.parse_args()
     draw, total = random.Random(args.seed), {"kills": 0, "in_a_save": 0, "runs": 0, "lost": []}
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
@@ -195,10 +198,10 @@ def main() -> int:
         while total["kills"] < args.kills:
             name = f"killed_{total['runs']}"
             pause = args.pause if total["runs"] % 2 else 0.0
-            told = one_run(args, folder, name, args.kills - total["kills"], draw, pause)
+            result = one_run(args, folder, name, args.kills - total["kills"], draw, pause)
             apart = differences(folder / "untouched" / end, folder / name / end)
-            told["lost"] += [f"{name}: {', '.join(apart)} differ at the end"] if apart else []
-            for key, value in told.items():
+            result["lost"] += [f"{name}: {', '.join(apart)} differ at the end"] if apart else []
+            for key, value in result.items():
                 total[key] += value
             total["runs"] += 1
             print(f"{args.script}: {total}", flush=True)

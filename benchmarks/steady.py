@@ -1,14 +1,13 @@
-"""Does anything grow over hours? A long run, watched from outside.
+"""Does memory or disk use grow over hours? A long run, measured from outside.
 
     python benchmarks/steady.py --minutes 120                        # run_nerf.py
     python benchmarks/steady.py --minutes 120 --script dreamfusion
 
-The real script trains with previews, videos, test sets and checkpoints far more often than usual,
-and every few seconds its resident memory, threads, open files, and the files and bytes of its run
-folder are read from the system (Linux's /proc). The first third warms up; a straight line through
-the rest says what each grows by in an hour. Every save is timed: its share of the time at the
-default cadence of --ckpt_secs is what a user pays. At the end the run is asked to stop (SIGTERM)
-and must save and leave with the exit code that says so (143).
+The script trains with previews, videos, test sets and checkpoints far more often than usual. Every
+few seconds its resident memory, threads and open files are read from Linux's /proc, and the files
+and bytes of its run folder are counted. The first third is warm-up; the slope of a line fitted to
+the rest is the growth per hour. Every save is timed, and its share of the time at the default
+--ckpt_secs is printed. At the end the run gets SIGTERM and must save and exit with code 143.
 """
 
 import argparse
@@ -36,7 +35,7 @@ COMMANDS = {
     "dreamfusion": "run_dreamfusion.py --config configs/dream_tiny.txt --prompt 'a red cone' "
     "--N_iters 100000000 --i_print 20 --i_img 50 --i_video 200 --i_weights 50 --ckpt_secs 30",
 }
-# The saves of the watched process, timed where they happen.
+# Runs the script and writes the seconds of each save to a file.
 TIMED = (
     "import json, runpy, sys, time; sys.argv = sys.argv[1:]; "
     "from nerf.training import checkpoint; save = checkpoint.save_run\n"
@@ -51,14 +50,14 @@ READINGS = ("MB", "threads", "open files", "files", "folder MB")
 
 
 def read(pid: int, run: Path) -> list[float]:
-    """The numbers of READINGS at this moment; raises OSError when the process has ended."""
+    """The current values of READINGS; OSError when the process has ended."""
     status = Path(f"/proc/{pid}/status").read_text()
     field = dict(line.split(":", 1) for line in status.splitlines())
     sizes = []
     for path in run.rglob("*"):
         try:
             sizes.append(path.stat().st_size)
-        except OSError:  # replaced this very moment
+        except OSError:  # just replaced by the run
             continue
     handles = len(os.listdir(f"/proc/{pid}/fd"))
     memory = int(field["VmRSS"].split()[0]) / 1024
@@ -66,9 +65,9 @@ def read(pid: int, run: Path) -> list[float]:
 
 
 def summary(times: np.ndarray, values: np.ndarray) -> dict:
-    """First, median, last, most and hourly growth (least squares) after the warm-up third.
+    """First value and median after the warm-up third, last value, maximum, growth per hour.
 
-    times [N] seconds, values [N].
+    times [N] in seconds, values [N]; growth is the slope of a least-squares line.
     """
     late = times >= times[0] + (times[-1] - times[0]) / 3
     hours, late_values = times[late] / 3600, values[late]
@@ -83,7 +82,7 @@ def summary(times: np.ndarray, values: np.ndarray) -> dict:
 
 
 def watch(process, run: Path, minutes: float, every: float) -> np.ndarray:
-    """[N, 1 + readings] until the time is over or the process has ended."""
+    """Rows [N, 1 + readings] of seconds and READINGS until the time is over or the run ends."""
     rows, began = [], time.monotonic()
     while time.monotonic() - began < 60 * minutes and process.poll() is None:
         time.sleep(every)
@@ -95,6 +94,7 @@ def watch(process, run: Path, minutes: float, every: float) -> np.ndarray:
 
 
 def last_step(run: Path) -> int:
+    """The last step in metrics.csv."""
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     return max((int(row["step"]) for row in rows if row["step"].isdigit()), default=0)
 
@@ -104,8 +104,8 @@ def main() -> int:
     parser.add_argument("--script", choices=list(COMMANDS), default="nerf")
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between readings")
-    parser.add_argument("--flags", default="", help="more flags for the script")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--flags", default="", help="further flags for the script")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="steady_"))
     saves, run = folder / "saves.txt", folder / "run"
@@ -132,6 +132,7 @@ def main() -> int:
 
 
 def report(args, rows: np.ndarray, saves: list[float], steps: int) -> None:
+    """Print the table and the cost of saving; write --json if given."""
     cadence = nerf_parser().get_default("ckpt_secs")
     share = 100 * float(np.median(saves)) / cadence
     found = {name: summary(rows[:, 0], rows[:, 1 + n]) for n, name in enumerate(READINGS)}
@@ -145,8 +146,8 @@ def report(args, rows: np.ndarray, saves: list[float], steps: int) -> None:
         f"{1000 * max(saves):.0f}): {share:.3f} % of the time at one in {cadence:g} s"
     )
     if args.json:
-        told = {"script": args.script, "steps": steps, "saves": saves, "readings": found}
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+        result = {"script": args.script, "steps": steps, "saves": saves, "readings": found}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

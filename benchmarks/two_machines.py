@@ -1,13 +1,13 @@
-"""Two machines, and the cable between them pulled: does the run end with the same weights?
+"""Does a run on two machines end with the same weights after the network or a machine fails?
 
     python benchmarks/two_machines.py --cut 5 60        # Linux, as root
-    python benchmarks/two_machines.py --crash 5         # the second one loses its power instead
+    python benchmarks/two_machines.py --crash 5         # the second machine is lost instead
 
-The machines are two network namespaces joined by a virtual cable, each with its own torchrun,
-which meet by a c10d rendezvous at the first one's address. In the middle of the run the cable is
-taken down for --cut seconds and put back, or all processes of the second machine are killed and its
-torchrun started again --crash seconds later. One that gives up is started again, as a cluster's job
-manager does. Both must end, with weights, optimizer and averaged weights equal bit for bit to
+The machines are two network namespaces joined by a virtual cable, each with its own torchrun; a
+c10d rendezvous at the first one's address joins them. In the middle of the run the cable is down
+for --cut seconds, or all processes of the second machine are killed and its torchrun is started
+again --crash seconds later. A torchrun that gives up is started again, as a cluster's job manager
+would. Both must finish, with weights, optimizer state and averaged weights equal bit for bit to
 those of the same two ranks on one machine. Exits with 1 if not.
 """
 
@@ -26,16 +26,17 @@ from benchmarks.soak import COMMANDS, COMMON, differences, logged_step
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 400
-FLAGS = f"{COMMON} --N_iters {STEPS} --i_weights 20".split()  # the last of two counts
+FLAGS = f"{COMMON} --N_iters {STEPS} --i_weights 20".split()  # the last --N_iters counts
 MACHINES = {"nerf_a": ("va", "10.9.0.1", "true"), "nerf_b": ("vb", "10.9.0.2", "false")}
 
 
 def ip(*words: str) -> None:
+    """Run Linux's ``ip`` command."""
     subprocess.run(["ip", *words], check=True)
 
 
 def connect() -> None:
-    """Make both namespaces and the cable."""
+    """Create both namespaces and the cable."""
     for name in MACHINES:
         ip("netns", "add", name)
     ip(*"link add va netns nerf_a type veth peer name vb netns nerf_b".split())
@@ -46,12 +47,13 @@ def connect() -> None:
 
 
 def disconnect() -> None:
+    """Delete both namespaces, and with them the cable."""
     for name in MACHINES:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def training(args, folder: Path, name: str, launcher: list[str], log: Path, **environment):
-    """A torchrun of the tiny run."""
+    """Start a torchrun of the tiny run."""
     words = COMMANDS["nerf"].format(data=args.data).split()
     command = [*launcher, *words, *FLAGS, "--basedir", str(folder), "--expname", name]
     with open(log, "a", encoding="utf-8") as file:
@@ -61,8 +63,8 @@ def training(args, folder: Path, name: str, launcher: list[str], log: Path, **en
 
 
 def machine(args, folder: Path, name: str, which: str):
-    """One machine's torchrun. The first hosts the rendezvous: by its namespace alone it cannot
-    tell that the address is its own, so it is told."""
+    """Start one machine's torchrun. The first hosts the rendezvous, which ``is_host`` states:
+    inside a namespace torchrun does not recognize the address as its own."""
     card, address, hosts = MACHINES[which]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     torchrun += ["--max-restarts=100", "--rdzv-backend=c10d", "--rdzv-id=lego"]
@@ -73,8 +75,8 @@ def machine(args, folder: Path, name: str, which: str):
     return training(args, folder, name, launcher, log, GLOO_SOCKET_IFNAME=card)
 
 
-def spoil(crash: bool) -> None:
-    """Take the cable down, or the second machine."""
+def fail(crash: bool) -> None:
+    """Take the cable down, or kill all processes of the second machine."""
     if not crash:
         ip("-n", "nerf_a", "link", "set", "va", "down")
         return
@@ -84,9 +86,9 @@ def spoil(crash: bool) -> None:
 
 
 def one_run(args, folder: Path, name: str, cut: float, crash: bool) -> dict:
-    """Train on both machines, with ``cut`` seconds of trouble in between; what happened."""
-    told = {"trouble": "crash" if crash else "cut", "seconds": cut}
-    told |= {"started_again": 0, "exit_codes": {}}
+    """Train on both machines with a failure of ``cut`` seconds; counts, steps and exit codes."""
+    result = {"trouble": "crash" if crash else "cut", "seconds": cut}
+    result |= {"started_again": 0, "exit_codes": {}}
     running = {which: machine(args, folder, name, which) for which in MACHINES}
     cut_at = back_at = None
     began = time.monotonic()
@@ -95,38 +97,42 @@ def one_run(args, folder: Path, name: str, cut: float, crash: bool) -> dict:
         if now - began > args.limit:
             for process in running.values():
                 process.kill()
-            told["exit_codes"] |= dict.fromkeys(running, "still running at the limit")
+            result["exit_codes"] |= dict.fromkeys(running, "still running at the limit")
             break
         if cut_at is None and logged_step(folder / name) >= STEPS // 4:
-            spoil(crash)
-            cut_at, told["cut_at_step"] = now, logged_step(folder / name)
+            fail(crash)
+            cut_at, result["cut_at_step"] = now, logged_step(folder / name)
         if cut_at is not None and back_at is None and now - cut_at >= cut:
             if not crash:
                 ip("-n", "nerf_a", "link", "set", "va", "up")
-            back_at, told["back_at_step"] = now, logged_step(folder / name)
+            back_at, result["back_at_step"] = now, logged_step(folder / name)
         for which, process in list(running.items()):
             code = process.poll()
             if code is None:
                 continue
             if code:
-                if crash and back_at is None:  # the power is off
+                if crash and back_at is None:  # the machine is still down
                     continue
-                told["started_again"] += 1
+                result["started_again"] += 1
                 time.sleep(2)
                 running[which] = machine(args, folder, name, which)
             else:
                 del running[which]
-                told["exit_codes"][which] = code
+                result["exit_codes"][which] = code
         time.sleep(0.2)
-    told["seconds_after_back"] = round(time.monotonic() - (back_at or began), 1)
-    return told
+    result["seconds_after_back"] = round(time.monotonic() - (back_at or began), 1)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cut", type=float, nargs="*", default=[], help="seconds without cable")
-    parser.add_argument("--crash", type=float, nargs="*", default=[], help="seconds without power")
-    parser.add_argument("--limit", type=float, default=400, help="seconds that one run may take")
+    parser.add_argument(
+        "--cut", type=float, nargs="*", default=[], help="seconds without the cable"
+    )
+    parser.add_argument(
+        "--crash", type=float, nargs="*", default=[], help="seconds without the second machine"
+    )
+    parser.add_argument("--limit", type=float, default=400, help="longest time of one run, seconds")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -142,12 +148,12 @@ def main() -> int:
             disconnect()
             connect()
             name = f"{'crash' if crash else 'cut'}_{seconds:g}"
-            told = one_run(args, folder, name, seconds, crash)
+            result = one_run(args, folder, name, seconds, crash)
             ended = (folder / name / end).exists()
             apart = differences(folder / "one" / end, folder / name / end) if ended else ["no end"]
-            told["differ"] = apart
-            failed |= bool(apart) or any(told["exit_codes"].values())
-            print(told, flush=True)
+            result["differ"] = apart
+            failed |= bool(apart) or any(result["exit_codes"].values())
+            print(result, flush=True)
     finally:
         disconnect()
         if failed:

@@ -1,13 +1,13 @@
-"""Speed and memory of the unchanged NeRF algorithm, beside nerf-pytorch if a checkout is given.
+"""Speed and memory of the unchanged NeRF algorithm, compared with a checkout of nerf-pytorch.
 
-    python benchmarks/vanilla.py                                # ours alone
+    python benchmarks/vanilla.py                                # this project alone
     python benchmarks/vanilla.py --peer path/to/nerf-pytorch    # side by side, in turn
     python benchmarks/vanilla.py --peer ... --network paper     # 8x256, 64 + 128 samples
-    python benchmarks/vanilla.py --peer ... --warm 600          # both from a network trained so far
+    python benchmarks/vanilla.py --peer ... --warm 600          # both start from a trained network
 
 Both programs train the demo scene with the same flags for a few steps, then render test views.
-Runs alternate, A B A B, each in its own process; quoted are medians and the ratio of medians.
-Machines are noisy: trust ratios of one run, not absolute times of two.
+Runs alternate, each in its own process; the table has medians and the ratio of medians. Timings are
+noisy: compare ratios within one run of this script, not absolute times of two.
 """
 
 import argparse
@@ -33,7 +33,7 @@ OURS = ("fp32", "bf16")
 
 
 def flags(size: dict, start: Path | None) -> list[str]:
-    """The flags that both programs get; start: a checkpoint for both to go on from."""
+    """The flags of both programs; start: a checkpoint that both continue from."""
     depth, width = str(size["depth"]), str(size["width"])
     return [
         *("--datadir", str(DATA), "--use_viewdirs", "--white_bkgd", "--no_batching"),
@@ -46,7 +46,7 @@ def flags(size: dict, start: Path | None) -> list[str]:
 
 
 def train(size: dict, steps: int, folder: Path) -> Path:
-    """A checkpoint of ``steps`` updates of ours; nerf-pytorch reads it too."""
+    """Train ``steps`` updates with run_nerf.py; the checkpoint, which nerf-pytorch can read."""
     command = [sys.executable, str(ROOT / "run_nerf.py"), *flags(size, None), "--amp", "bf16"]
     command += ["--dataset_type", "demo", "--basedir", str(folder), "--device", "cpu"]
     command += ["--N_iters", str(steps), "--i_img", "0", "--i_video", "0", "--expname", "warm"]
@@ -55,7 +55,7 @@ def train(size: dict, steps: int, folder: Path) -> Path:
 
 
 def run_ours(size: dict, precision: str, threads: int, start=None, done=0) -> dict[str, float]:
-    """Train and render with run_nerf.py -> rays/s, rendered pixels/s, peak MB."""
+    """Train and render with run_nerf.py: rays/s, rendered pixels/s, peak MB."""
     folder = tempfile.mkdtemp(prefix="bench_")
     try:
         amp = "off" if precision == "fp32" else precision
@@ -72,7 +72,7 @@ def run_ours(size: dict, precision: str, threads: int, start=None, done=0) -> di
             env=_environment(threads),
         )
         with open(Path(folder) / "bench" / "metrics.csv", encoding="utf-8") as file:
-            last = list(csv.DictReader(file))[-1]  # the second window: the first warms up
+            last = list(csv.DictReader(file))[-1]  # the second window; the first is warm-up
         metrics = json.loads((Path(folder) / "bench" / "metrics.json").read_text())
         width, height = metrics["resolution"]
         return {
@@ -85,7 +85,7 @@ def run_ours(size: dict, precision: str, threads: int, start=None, done=0) -> di
 
 
 def run_peer(size: dict, checkout: Path, threads: int, start=None) -> dict[str, float]:
-    """The same with nerf-pytorch's own code, in a process of its own."""
+    """The same with nerf-pytorch's own code, in a separate process."""
     folder = tempfile.mkdtemp(prefix="bench_")
     try:
         result = subprocess.run(
@@ -107,8 +107,8 @@ def run_peer(size: dict, checkout: Path, threads: int, start=None) -> dict[str, 
 def drive_peer(steps: int, argv: list[str]) -> None:
     """Run nerf-pytorch's train() for 2 x steps iterations, timing the second half, then a render.
 
-    Nothing of it is changed: its progress-bar hook gives the times, and two libraries it imports
-    but does not need here are stubbed.
+    Its code is unchanged: its progress bar is replaced to take the times, and two libraries that it
+    imports but does not need here are stubbed. PYTHONPATH names its checkout.
     """
     import resource
 
@@ -165,17 +165,19 @@ def main() -> None:
     if sys.argv[1:2] == ["--drive_peer"]:
         return drive_peer(int(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", type=Path, help="checkout of nerf-pytorch to run beside ours")
+    parser.add_argument("--peer", type=Path, help="checkout of nerf-pytorch to compare with")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="small")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warm", type=int, default=0, help="steps to train first")
+    parser.add_argument(
+        "--warm", type=int, default=0, help="updates to train before the comparison"
+    )
     args = parser.parse_args()
     if not DATA.exists():
         subprocess.run([sys.executable, str(ROOT / "data/make_demo.py"), "--out", DATA], check=True)
     size, rows, start = NETWORKS[args.network], {}, None
     if args.warm:
-        args.warm -= args.warm % size["steps"]  # windows of speed begin at multiples
+        args.warm -= args.warm % size["steps"]  # windows of speed start at multiples
         start = train(size, args.warm, Path(tempfile.mkdtemp(prefix="bench_")))
     for number in range(args.rounds):
         for precision in OURS:
@@ -185,11 +187,11 @@ def main() -> None:
             rows.setdefault("nerf-pytorch", []).append(
                 run_peer(size, args.peer.resolve(), args.threads, start)
             )
-        report(args, rows, number + 1)  # so that a run broken off has shown what it had
+        report(args, rows, number + 1)  # so that an interrupted run has printed its results
 
 
 def report(args, rows: dict[str, list[dict[str, float]]], rounds: int) -> None:
-    """Medians with their range, and ratios to nerf-pytorch where it ran."""
+    """Print medians with their range, and ratios to nerf-pytorch if it ran."""
     keys = ("rays_per_second", "pixels_per_second", "memory_mb")
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in keys}

@@ -1,12 +1,12 @@
-"""The viewer's speed on this machine, and what someone who looks costs a training run.
+"""The viewer's frame rate on this machine, and how much an open viewer slows training.
 
-    python benchmarks/viewer.py --config configs/demo.txt                # frames per second, idle
+    python benchmarks/viewer.py --config configs/demo.txt    # frames per second while idle
     python benchmarks/viewer.py --moving 3 --config configs/demo.txt --N_iters 400
 
-The first takes a finished run. The second trains it anew, under another name, three times without
-and three times with somebody who never stops turning the camera (a stand-in for the browser: the
-server renders, encodes and queues every picture as it does for one). Both take run_nerf.py's flags.
-Machines differ, and so do other loads: say what else ran.
+The first command needs a finished run. The second trains again under another name, three times
+without a viewer and three times with a client whose camera always turns (a stand-in for a browser:
+the server renders, encodes and queues every picture as for a real one). Both take run_nerf.py's
+flags. Results depend on the machine and its other load: report both.
 """
 
 import argparse
@@ -19,23 +19,25 @@ from types import SimpleNamespace
 import numpy as np
 
 import run_nerf
+from nerf import build
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import viewer
 from nerf.outputs.scene import render_free_view
-from nerf.training import distributed, rng
+from nerf.training import checkpoint, distributed, rng
+from nerf.training.recovery import Attempt
 from nerf.training.run_folder import RunFolder
 
 
 def frames_per_second(flags: list[str]) -> None:
-    """At each of the viewer's sizes, while nothing trains."""
+    """Print the frames per second at each of the viewer's sizes, while nothing trains."""
     args = nerf_flags.parse(flags)
     world = distributed.setup(args.device)
     run = RunFolder(Path(args.basedir) / args.expname, is_main=True, lock=False)
-    path, state = run_nerf.find_checkpoint(args, world, run)
-    scene = run_nerf.load_scene(args, run.log).to(world.device)
-    renderer = run_nerf.prepare(args, world, scene, 0, run.log)[0]
-    run_nerf.checkpoint.restore(path, state, run.log, renderer)
-    outputs = run_nerf.make_outputs(args, world, renderer, scene)
+    path, content = checkpoint.newest_checkpoint(run.folder, run.log)
+    scene = build.load_scene(args, run.log).to(world.device)
+    state = run_nerf.prepare(args, world, run, scene, Attempt(args.seed))
+    checkpoint.restore(path, content, run.log, state.renderer)
+    outputs = run_nerf.make_evaluation(args, world, run, scene, state.renderer, state.ema).outputs
     pose = scene.c2w[0].cpu().numpy()
     for side in viewer.SIDES:
         times = []
@@ -47,9 +49,9 @@ def frames_per_second(flags: list[str]) -> None:
 
 
 class Turning(viewer.Viewer):
-    """A viewer that one client looks through, on a circle once in ten seconds."""
+    """A viewer with one client, whose camera turns once in ten seconds."""
 
-    pictures: list[float] = []  # when each was handed over
+    pictures: list[float] = []  # time at which each was sent
 
     def _clients(self):
         server = self.server
@@ -69,20 +71,20 @@ class Turning(viewer.Viewer):
 
 
 def viewer_pose(scene, angle: float) -> np.ndarray:
-    """The first camera, turned about z."""
+    """The pose [3, 4] of the first camera, turned about z by ``angle`` radians."""
     cos, sin = math.cos(angle), math.sin(angle)
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ scene.c2w[0].cpu().numpy()
 
 
 def train(flags: list[str]) -> tuple[float, float]:
-    """(when main was called, seconds of the wall from the first step to the last) of one run."""
+    """Time at which main was called, and seconds from the first step to the last, of one run."""
     steps, draw = [], rng.step_generator
 
-    def noted(*given):
+    def timed(*given):
         steps.append(time.perf_counter())
         return draw(*given)
 
-    rng.step_generator, called = noted, time.perf_counter()
+    rng.step_generator, called = timed, time.perf_counter()
     try:
         code = run_nerf.main(flags)
     finally:
@@ -92,22 +94,22 @@ def train(flags: list[str]) -> tuple[float, float]:
 
 
 def slow_down(turns: int, flags: list[str]) -> None:
-    """Both kinds of run, by turns."""
+    """Run without and with a client in turn; print how much slower the latter is."""
     viewer.Viewer = Turning
     flags = [*flags, "--expname", "viewer_benchmark", "--no_reload", "--i_img", "0"]
     flags += ["--i_video", "0", "--ckpt_secs", "0"]
     walls, waits, rates = {False: [], True: []}, [], []
     for turn in range(turns):
-        for looked in (False, True) if turn % 2 == 0 else (True, False):
+        for viewed in (False, True) if turn % 2 == 0 else (True, False):
             Turning.pictures = []
-            called, wall = train([*flags, *(["--viewer"] if looked else [])])
-            walls[looked].append(wall)
-            if looked:
+            called, wall = train([*flags, *(["--viewer"] if viewed else [])])
+            walls[viewed].append(wall)
+            if viewed:
                 waits.append(Turning.pictures[0] - called)
                 rates.append(len(Turning.pictures) / wall)
-    for looked, found in walls.items():
+    for viewed, found in walls.items():
         listed = ", ".join(f"{seconds:.1f}" for seconds in found)
-        print(f"{'with' if looked else 'without'} a looker: {listed} s")
+        print(f"{'with' if viewed else 'without'} a client: {listed} s")
     ratio = statistics.median(walls[True]) / statistics.median(walls[False])
     print(f"{100 * (ratio - 1):+.1f} % (medians); {statistics.median(rates):.1f} pictures/s")
     print(f"first picture {max(waits):.1f} s after the start, data and all, at the latest")
@@ -115,7 +117,7 @@ def slow_down(turns: int, flags: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    parser.add_argument("--moving", type=int, default=0, help="turns of each kind")
+    parser.add_argument("--moving", type=int, default=0, help="runs of each kind")
     own, flags = parser.parse_known_args()
     slow_down(own.moving, flags) if own.moving else frames_per_second(flags)
 

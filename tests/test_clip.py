@@ -44,7 +44,7 @@ def test_the_judges_r_precision_counts_views_of_the_right_object_and_color():
     lit[:, :, 0], lit[:, :, 1] = 0.03, 0.02
     lit[0, :4, 1] = 0.05  # another color in a quarter of the views
     bare[1, :, 0] = 0.03  # the right shape in half of them
-    seen = text_to_3d.Seen(None, None, lit, bare)
+    seen = text_to_3d.ObjectViews(None, None, lit, bare)
     assert text_to_3d.r_precision(seen, name, color, reads) == (0.75, 0.5)
 
 
