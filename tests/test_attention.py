@@ -1,4 +1,4 @@
-"""guidance/attention: maps equal the fused pass, swap back exactly, and can be put into a pass."""
+"""guidance/attention: recorded passes equal fused ones, processors are restored, maps replaced."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_swapping_restores_after_an_exception_and_keeps_the_dict(model):
 
 
 def test_maps_of_one_prompt_go_into_the_pass_of_another(model):
-    """A prompt swap: with the first prompt's maps, only the values come from the second."""
+    """Prompt-to-Prompt: the maps of the first prompt with the values of the second."""
     with recorded_attention(model.unet) as kept:
         passed(model, "a red cube")
         maps = {name: value.clone() for name, value in kept.items()}
@@ -105,7 +105,7 @@ def test_a_maps_token_is_where_its_embedding_is(model):
 def test_the_sheet_shows_views_and_maps():
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     maps = torch.zeros(2, 1, 4, 4)
-    maps[:, :, :2] = 1.0  # the upper half is looked at
+    maps[:, :, :2] = 1.0  # attention to the token in the upper half
     sheet = attention_sheet(images, maps, ["cube"], side=32)
     assert sheet.shape == (2 * 32 + 16, 2 * 32, 3) and sheet.dtype.name == "uint8"
     torch.testing.assert_close(

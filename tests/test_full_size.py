@@ -29,7 +29,7 @@ def test_parts_add_up_to_the_step(prior):
     assert min(found.values()) > 0
 
 
-def test_the_peers_formula_pulls_the_pictures_as_ours_does(prior, monkeypatch):
+def test_the_peers_formula_gives_the_same_gradient(prior, monkeypatch):
     """The same noise for both: no posterior noise, t fixed; then the gradients are equal."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     text = prior.embed(["", "a cube"])

@@ -1,4 +1,4 @@
-"""guidance/lora and guidance/vsd: an exact zero, a frozen base, and a copy that learns."""
+"""guidance/lora and guidance/vsd: adapters that start at zero, a frozen U-Net, training."""
 
 from contextlib import contextmanager
 
@@ -40,14 +40,14 @@ def cameras(count: int = 2):
     return draw(count, 3, 4, seed=3)
 
 
-def teach(copy, steps: int = 3):
+def train(network, steps: int = 3):
     latents = draw(2, 4, SIDE, SIDE, seed=5)
     for step in range(steps):
         noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(step))
-        copy.train_step(latents, cameras(), noise, WORLD)
+        network.train_step(latents, cameras(), noise, WORLD)
 
 
-def test_a_fresh_adapter_changes_nothing_to_the_bit(model):
+def test_a_new_adapter_changes_nothing_bit_for_bit(model):
     x, t = noisy()
     text = model.embed(["a red cube"] * 2)
     before = model.predict(x, t, text)
@@ -106,7 +106,7 @@ def test_switching_survives_an_exception(model):
     assert lora.lora_scale == 0.0
 
 
-def test_train_and_eval_modes_decide_who_takes_gradients(model):
+def test_the_training_mode_sets_requires_grad(model):
     lora = LoRA(model.unet, 2)
     assert all(p.requires_grad for p in lora.parameters())
     lora.eval()
@@ -116,7 +116,7 @@ def test_train_and_eval_modes_decide_who_takes_gradients(model):
     assert not any(p.requires_grad for p in model.unet.parameters())
 
 
-def test_class_embedding_is_put_back_even_after_an_exception(model):
+def test_the_class_embedding_is_restored_after_an_exception(model):
     own, other = torch.nn.Identity(), torch.nn.Identity()
     model.unet.class_embedding = own
     with pytest.raises(RuntimeError), unet_class_embedding(model.unet, other):
@@ -128,71 +128,71 @@ def test_class_embedding_is_put_back_even_after_an_exception(model):
     assert model.unet.class_embedding is own
 
 
-# -------------------------------------------------------------------------------------- the copy
+# ------------------------------------------------------------------------- the LoRA score network
 
 
-def test_the_copy_begins_as_the_model_and_leaves_it_alone(model):
+def test_the_lora_score_network_starts_as_the_model_and_does_not_change_it(model):
     x, t = noisy()
     plain = model.predict(x, t, model.embed(["a red cube"] * 2))
     weights = {name: value.clone() for name, value in model.unet.state_dict().items()}
-    copy = make_lora_score(model)
-    assert torch.equal(copy.epsilon(x, t, cameras()), plain)  # epsilon model: the output itself
-    teach(copy)
-    assert not torch.allclose(copy.epsilon(x, t, cameras()), plain, atol=1e-4)
+    network = make_lora_score(model)
+    assert torch.equal(network.epsilon(x, t, cameras()), plain)  # epsilon model: the output itself
+    train(network)
+    assert not torch.allclose(network.epsilon(x, t, cameras()), plain, atol=1e-4)
     assert torch.equal(model.predict(x, t, model.embed(["a red cube"] * 2)), plain)
     for name, value in model.unet.state_dict().items():
         assert torch.equal(value, weights[name]), name
     assert all(p.grad is None for p in model.unet.parameters())
-    assert copy.steps == 3
+    assert network.steps == 3
 
 
-def test_the_copy_hears_the_camera_after_it_has_learned(model):
+def test_the_prediction_depends_on_the_camera_after_training(model):
     x, t = noisy()
-    copy = make_lora_score(model, camera_dropout=0.0)
-    assert torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
-    teach(copy)
-    assert not torch.equal(copy.epsilon(x, t, cameras()), copy.epsilon(x, t, -cameras()))
+    network = make_lora_score(model, camera_dropout=0.0)
+    assert torch.equal(network.epsilon(x, t, cameras()), network.epsilon(x, t, -cameras()))
+    train(network)
+    assert not torch.equal(network.epsilon(x, t, cameras()), network.epsilon(x, t, -cameras()))
 
 
-def test_the_copy_learns_from_as_many_views_as_it_is_told(model):
+def test_training_uses_the_first_views_alone(model):
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
-    latents, learned = draw(2, 4, SIDE, SIDE), []
+    latents, trained = draw(2, 4, SIDE, SIDE), []
     for views, second in ((1, 0.0), (1, 9.0), (0, 0.0), (0, 9.0)):
-        copy = make_lora_score(model, views=views)
+        network = make_lora_score(model, views=views)
         changed = latents.clone()
         changed[1] += second
-        copy.train_step(changed, cameras(), noise, WORLD)
-        learned.append([p.clone() for p in copy.parameters()])
-    assert all(map(torch.equal, learned[0], learned[1]))  # the second view is not looked at
-    assert not all(map(torch.equal, learned[2], learned[3]))
+        network.train_step(changed, cameras(), noise, WORLD)
+        trained.append([p.clone() for p in network.parameters()])
+    assert all(map(torch.equal, trained[0], trained[1]))  # the second view is not used
+    assert not all(map(torch.equal, trained[2], trained[3]))
 
 
 def test_dropped_cameras_are_zeros(model):
-    """With every camera dropped, learning cannot tell two sets of cameras apart."""
+    """With every camera dropped, training does not depend on the cameras."""
     both = []
     for sign in (1.0, -1.0):
-        copy = make_lora_score(model, camera_dropout=1.0)
+        network = make_lora_score(model, camera_dropout=1.0)
         noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
-        copy.train_step(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
-        both.append([p.clone() for p in copy.parameters()])
+        network.train_step(draw(2, 4, SIDE, SIDE), sign * cameras(), noise, WORLD)
+        both.append([p.clone() for p in network.parameters()])
     assert all(map(torch.equal, *both))
 
 
 @pytest.mark.parametrize("folder", ["sd_folder", "sd2_folder"])
-def test_the_copy_learns_to_denoise_the_renders(folder, request):
-    """Its loss on one picture falls, for models that predict the noise and for v."""
+def test_training_denoises_the_renders(folder, request):
+    """The loss on fixed latents falls, for epsilon prediction and for v-prediction."""
     model = StableDiffusion(request.getfixturevalue(folder), CPU)
-    copy = make_lora_score(model, camera_dropout=0.0)
+    network = make_lora_score(model, camera_dropout=0.0)
     latents, losses = draw(2, 4, SIDE, SIDE, seed=5), []
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     for _ in range(30):
-        losses.append(copy.train_step(latents, cameras(), noise, WORLD))
+        losses.append(network.train_step(latents, cameras(), noise, WORLD))
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_vsd_begins_at_the_guidance_alone(model):
-    """While the copy is the model, eps_guided - eps_copy is (s - 1)(c - u) for one prompt."""
-    copy, images = make_lora_score(model), draw(2, 3, 8 * SIDE, 8 * SIDE).sigmoid()
+def test_vsd_starts_as_csd(model):
+    """Before training, eps_guided - eps_phi is (s - 1)(c - u) for one prompt."""
+    network, images = make_lora_score(model), draw(2, 3, 8 * SIDE, 8 * SIDE).sigmoid()
     text, none = model.embed(["a red cube"] * 2), model.embed([""] * 2)
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
     found = {}
@@ -200,48 +200,48 @@ def test_vsd_begins_at_the_guidance_alone(model):
         recipe = sds.Recipe(kind=kind, scale=scale)
         conditions = sds.Conditions(none, text)
         found[kind] = sds.distill(
-            model, images, conditions, noise, recipe, copy.epsilon_at(cameras())
+            model, images, conditions, noise, recipe, network.epsilon_at(cameras())
         )
     torch.testing.assert_close(found["vsd"].gradient, found["csd"].gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_two_bases_guide_and_follow(model, sd2_folder):  # noqa: F811
+def test_the_base_may_be_another_model(model, sd2_folder):  # noqa: F811
     other = StableDiffusion(sd2_folder, CPU)
-    copy = make_lora_score(other)
+    network = make_lora_score(other)
     x, t = noisy()
     wanted = sds.to_epsilon(
         other.predict(x, t, other.embed(["a red cube"] * 2)), x, other.alphas_cumprod[t],
         "v_prediction",
     )  # fmt: skip
-    torch.testing.assert_close(copy.epsilon(x, t, cameras()), wanted)
+    torch.testing.assert_close(network.epsilon(x, t, cameras()), wanted)
 
 
-def test_a_half_precision_base_keeps_float32_masters(sd_folder):  # noqa: F811
+def test_adapters_are_float32_on_a_half_precision_base(sd_folder):  # noqa: F811
     model = StableDiffusion(sd_folder, CPU, dtype="bf16")
-    copy = make_lora_score(model, lrate=1e-4)
-    before = [p.clone() for p in copy.parameters()]
-    teach(copy, 1)
-    assert all(p.dtype == torch.float32 for p in copy.parameters())
-    assert any(not torch.equal(p, old) for p, old in zip(copy.parameters(), before, strict=True))
+    network = make_lora_score(model, lrate=1e-4)
+    before = [p.clone() for p in network.parameters()]
+    train(network, 1)
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    assert any(not torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True))
 
 
-def test_a_copy_goes_on_to_the_bit_from_its_checkpoint(model):
+def test_resumed_training_is_bit_exact(model):
     whole = make_lora_score(model)
-    teach(whole, 2)
+    train(whole, 2)
     state = whole.state()
     state = {"weights": {k: v.clone() for k, v in state["weights"].items()}} | {
         name: torch.load(_through_a_file(state[name])) for name in ("optimizer", "scaler")
     }
-    teach(whole, 2)
+    train(whole, 2)
     resumed = make_lora_score(model)
-    resumed.restore(state, "here")
-    teach(resumed, 2)
+    resumed.restore(state, "file")
+    train(resumed, 2)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
     assert resumed.steps == 4
-    with pytest.raises(ValueError, match="here: its LoRA score network"):
-        make_lora_score(model, rank=2).restore(state, "here")
+    with pytest.raises(ValueError, match="file: its LoRA score network"):
+        make_lora_score(model, rank=2).restore(state, "file")
     with pytest.raises(ValueError, match="keep --guidance"):
-        make_lora_score(model).restore(None, "here")
+        make_lora_score(model).restore(None, "file")
 
 
 def _through_a_file(value):
@@ -253,12 +253,12 @@ def _through_a_file(value):
     return file
 
 
-def test_gradients_that_are_not_finite_are_left_out(model):
-    copy = make_lora_score(model)
+def test_gradients_that_are_not_finite_are_skipped(model):
+    network = make_lora_score(model)
     noise = sds.draw_noise(2, (4, SIDE, SIDE), torch.Generator().manual_seed(0))
-    before = [p.clone() for p in copy.parameters()]
-    copy.train_step(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
-    assert all(map(torch.equal, copy.parameters(), before)) and copy.steps == 0
+    before = [p.clone() for p in network.parameters()]
+    network.train_step(torch.full((2, 4, SIDE, SIDE), float("inf")), cameras(), noise, WORLD)
+    assert all(map(torch.equal, network.parameters(), before)) and network.steps == 0
 
 
 def test_flat_cameras_are_rows_of_a_4_by_4_matrix():
@@ -277,19 +277,19 @@ def no_change(lora):
     assert all(map(torch.equal, lora.parameters(), before))
 
 
-def test_the_file_holds_the_adapters_alone_and_comes_back(model, tmp_path):
-    copy, path = make_lora_score(model), tmp_path / "lora.safetensors"
-    teach(copy, 1)
-    save_lora(path, copy.lora)
+def test_save_and_load_the_adapters(model, tmp_path):
+    network, path = make_lora_score(model), tmp_path / "lora.safetensors"
+    train(network, 1)
+    save_lora(path, network.lora)
     kept = load_file(path)
-    assert kept.keys() == copy.lora.tensors().keys()
+    assert kept.keys() == network.lora.tensors().keys()
     assert all(name.startswith("unet.") for name in kept)
     other = make_lora_score(model)
     load_lora(path, other.lora)
-    assert all(map(torch.equal, other.lora.parameters(), copy.lora.parameters()))
+    assert all(map(torch.equal, other.lora.parameters(), network.lora.parameters()))
 
 
-def test_files_that_do_not_fit_are_refused_and_nothing_is_lost(model, tmp_path):
+def test_files_that_do_not_fit_are_refused_and_change_nothing(model, tmp_path):
     path, lora = tmp_path / "lora.safetensors", LoRA(model.unet, 4)
     save_lora(path, LoRA(model.unet, 2))
     with no_change(lora):
@@ -305,16 +305,16 @@ def test_files_that_do_not_fit_are_refused_and_nothing_is_lost(model, tmp_path):
             load_lora(tmp_path / "missing", lora)
 
 
-def test_peft_reads_the_file_as_we_do(model, tmp_path):
+def test_peft_reads_the_file(model, tmp_path):
     pytest.importorskip("peft")
-    copy, path = make_lora_score(model, camera_dropout=0.0), tmp_path / "lora.safetensors"
-    teach(copy)
-    save_lora(path, copy.lora)
+    network, path = make_lora_score(model, camera_dropout=0.0), tmp_path / "lora.safetensors"
+    train(network)
+    save_lora(path, network.lora)
     x, t = noisy()
     text = model.embed(["a red cube"] * 2)
-    with copy.lora.switched():
+    with network.lora.switched():
         wanted = model.predict(x, t, text)
-    copy.lora.remove()
+    network.lora.remove()
     tensors = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
     model.unet.load_lora_adapter(tensors, prefix=None)
     torch.testing.assert_close(model.predict(x, t, text), wanted, atol=1e-5, rtol=1e-4)

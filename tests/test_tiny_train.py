@@ -1,4 +1,4 @@
-"""guidance/tiny: the trainer on a micro model, its folder in diffusers, and the committed one."""
+"""guidance/tiny: training a micro model, its folder in diffusers, and the committed model."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def run(folder, *more):
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
-    """A folder trained without a stop, and what was printed."""
+    """A folder trained without interruption, and its printed output."""
     folder = tmp_path_factory.mktemp("micro")
     result = run(folder)
     assert result.returncode == 0, result.stderr
@@ -136,7 +136,7 @@ def test_bad_input_is_one_clear_line(micro, capsys, more, message):
     assert not (folder / "other").exists()
 
 
-def test_the_script_says_it_in_one_line(tmp_path):
+def test_the_script_reports_a_mistake_in_one_line(tmp_path):
     with pytest.raises(SystemExit) as end:
         train.script(["--work", f"{tmp_path}/w", "--out", f"{tmp_path}/o", "--pictures", "100"])
     line = "train.py: --pictures 100: expected a multiple of 512 above --held_out 512"
@@ -169,10 +169,10 @@ def test_committed_weights_are_small_and_cannot_run_code():
 
 def test_committed_model_draws_the_color_asked_for(pipeline):
     """The middle of the picture is nearest to the color named, three times of three."""
-    asked = ("red", "green", "blue")
+    colors = ("red", "green", "blue")
     generators = [torch.Generator().manual_seed(n) for n in range(3)]
     images = pipeline(
-        [f"a {color} sphere, front view" for color in asked],
+        [f"a {color} sphere, front view" for color in colors],
         guidance_scale=5.0,
         num_inference_steps=12,
         generator=generators,
@@ -183,7 +183,7 @@ def test_committed_model_draws_the_color_asked_for(pipeline):
     # Shading makes colors darker, not of another hue: compare directions.
     hue = torch.nn.functional.normalize(middle, dim=-1)
     nearest = (hue @ torch.nn.functional.normalize(palette, dim=-1).T).argmax(-1)
-    assert [pictures.COLOR_NAMES[n] for n in nearest] == list(asked)
+    assert [pictures.COLOR_NAMES[n] for n in nearest] == list(colors)
 
 
 def test_committed_vae_keeps_pictures(pipeline):
