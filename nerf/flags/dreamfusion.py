@@ -104,7 +104,8 @@ def add_guidance_flags(parser: Parser) -> None:
         "score distillation (sds), classifier (csd) or variational score distillation (vsd), or a "
         "closed-form prior around an orange ball that needs no model (gaussian)")
     flag("guidance_scale", schedule, "100",
-        "s in u + s (c - u), with the unconditional prediction u and the text's c")
+        "s in u + s (c - u), with the unconditional prediction u and the text's c; a number, or "
+        "step:value,step:value")
     flag("guidance_rescale", schedule, "0",
         "part of the added contrast that is taken back, 0 to 1: keeps colors from growing with "
         "--guidance_scale")
@@ -191,7 +192,7 @@ def dream_parser() -> Parser:
     """The flags of run_dreamfusion.py."""
     parser = Parser(
         "run_dreamfusion.py",
-        "Make a 3-D object from a text by score distillation.",
+        "Make a 3D object from a text by score distillation.",
         EXAMPLES,
         MAIN_FLAGS,
     )

@@ -60,11 +60,7 @@ def metavar(action: argparse.Action) -> str:
 def names(action: argparse.Action, *, short: bool) -> str:
     """How the flag is written. short: of a switch only the form that one needs."""
     if getattr(action, "inverted", False):
-        return (
-            action.option_strings[1]
-            if short
-            else f"{', '.join(action.option_strings)}, --{action.dest}"
-        )
+        return f"{', '.join(action.option_strings)}, --{action.dest}"
     if isinstance(action, argparse.BooleanOptionalAction):
         return action.option_strings[0] if short else ", ".join(action.option_strings)
     value = f"[{metavar(action)}]" if action.nargs == "?" else metavar(action)

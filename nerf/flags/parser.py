@@ -138,7 +138,7 @@ class Parser(configargparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None, **sources: Any) -> Any:
         """(flags, words that are none), as configargparse does; every mistake is one line."""
-        self.words = list(args or [])
+        self.words = list(sys.argv[1:] if args is None else args)
         self.variables = sources.get("env_vars", os.environ)
         self.config_path = "config file"
         self.answer_help(self.words)
