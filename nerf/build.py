@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from nerf.datasets import DataSettings
 from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, NeRFField
-from nerf.flags.dreamfusion import STRUCTURAL
+from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
 from nerf.occupancy import OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
@@ -22,16 +23,7 @@ from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
-from nerf.training.schedules import highest, scheduled
-
-# What to try when memory runs out, in this order: what is given up for it grows.
-SAVINGS = (
-    ("guidance_dtype", ("fp16", "bf16"), "--guidance_dtype fp16"),
-    ("vae_checkpointing", (True,), "--vae_checkpointing"),
-    ("vae_slicing", (True,), "--vae_slicing"),
-    ("attention_slicing", ("auto", "max"), "--attention_slicing auto"),
-    ("offload", ("model",), "--offload model"),
-)
+from nerf.training.schedules import highest, scheduled, stepped
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
@@ -241,45 +233,16 @@ def lighting_settings(args: argparse.Namespace) -> LightingSettings:
     )
 
 
-def adopt(args: argparse.Namespace, saved: dict, log) -> None:
-    """Take over from a checkpoint's flags what its weights were made for."""
+def scheduled_flags(args: argparse.Namespace, step: int) -> dict[str, Any]:
+    """The flags that are schedules, as numbers at ``step``; train_res is a whole number."""
+    now: dict[str, Any] = {name: scheduled(getattr(args, name), step) for name in SCHEDULES}
+    return now | {"train_res": stepped(args.train_res, step)}
+
+
+def adopt_saved_flags(args: argparse.Namespace, saved: dict, log) -> None:
+    """Set the flags that decide which weights fit to those of a checkpoint, and log the changes."""
     for name in (*STRUCTURAL, "bound", "march_steps", "normals"):
         if name in saved and saved[name] != getattr(args, name):
-            if name not in ("prompt", "negative_prompt") and not name.startswith(
-                ("prompt_", "negative_")
-            ):
+            if not name.startswith(("prompt", "negative_")):
                 log(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
             setattr(args, name, saved[name])
-
-
-def recipe_fields(args: argparse.Namespace, step: int) -> dict:
-    """The fields of ``guidance.sds.Recipe`` at ``step``."""
-    return {
-        "kind": "sds" if args.guidance == "gaussian" else args.guidance,
-        "scale": scheduled(args.guidance_scale, step),
-        "weighting": args.weighting,
-        "t_range": (scheduled(args.t_min, step), scheduled(args.t_max, step)),
-        "t_anneal": args.t_anneal,
-        "progress": min(1.0, step / args.N_iters),
-        "rescale": scheduled(args.guidance_rescale, step),
-        "clip": scheduled(args.latent_clip, step),
-    }
-
-
-def memory_fields(args: argparse.Namespace) -> dict:
-    """The fields of ``guidance.memory.Memory``."""
-    names = ("attention_slicing", "vae_slicing", "vae_checkpointing", "channels_last", "offload")
-    return {name: getattr(args, name) for name in (*names, "compile")}
-
-
-def next_saving(args: argparse.Namespace, device_type: str) -> str:
-    """The first flag of SAVINGS that is not in use, or what to make smaller then."""
-    for name, values, advice in SAVINGS:
-        usable = {
-            "guidance_dtype": device_type != "cpu" and args.guidance_dtype != "auto",
-            "attention_slicing": not args.i_attn,
-            "offload": device_type != "cpu" and args.guidance != "vsd",
-        }
-        if usable.get(name, True) and getattr(args, name) not in values:
-            return f"try {advice}"
-    return f"lower --batch_views {args.batch_views}, --train_res {args.train_res} or --guidance_res"

@@ -19,6 +19,7 @@ LEVELS = {
     "guidance.model_files": 0,
     "guidance.stable_diffusion": 1, "guidance.vsd": 1, "guidance.prompts": 1,
     "guidance.gaussian": 1,
+    "guidance.build": 3,
     "guidance.sample": 4,
 }  # fmt: skip
 # Besides the scripts, only these see the parsed flags.

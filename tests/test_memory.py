@@ -1,4 +1,4 @@
-"""guidance/memory: every saving gives the plain run's numbers; what cannot go together is said."""
+"""guidance/memory: every setting gives the plain results; contradictions are refused."""
 
 import argparse
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_stable_diffusion import CPU, SIDE, draw, pictures, sd_folder  # noqa: F401
 
+from guidance.build import next_memory_saving
 from guidance.memory import Memory, on_device
 from guidance.stable_diffusion import StableDiffusion
-from nerf.build import next_saving
 
 CUDA = torch.device("cuda")
 SAVINGS = {
@@ -23,7 +23,7 @@ SAVINGS = {
 
 
 def guided(model):
-    """Latents, their way back to the pictures, and the U-Net's word."""
+    """Latents, the images' gradient, the U-Net's output and the decoded latents."""
     images = pictures(3).requires_grad_()
     latents = model.encode(images, draw(3, 4, SIDE, SIDE, seed=1))
     latents.square().sum().backward()
@@ -41,7 +41,7 @@ def test_a_saving_changes_rounding_only(sd_folder, name):  # noqa: F811
         torch.testing.assert_close(mine, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_slicing_and_checkpointing_are_really_on(sd_folder):  # noqa: F811
+def test_slicing_and_checkpointing_are_on(sd_folder):  # noqa: F811
     model = StableDiffusion(sd_folder, CPU, memory=SAVINGS["all"])
     kinds = {type(p).__name__ for p in model.unet.attn_processors.values()}
     assert kinds == {"SlicedAttnProcessor"}
@@ -50,7 +50,7 @@ def test_slicing_and_checkpointing_are_really_on(sd_folder):  # noqa: F811
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_checkpointing_keeps_less_for_the_way_back(sd_folder):  # noqa: F811
+def test_checkpointing_stores_less_for_the_backward_pass(sd_folder):  # noqa: F811
     """Bytes that autograd holds on to between the encoder and its backward pass."""
 
     def held(memory):
@@ -70,7 +70,7 @@ def test_checkpointing_keeps_less_for_the_way_back(sd_folder):  # noqa: F811
 
 
 class Traveler(torch.nn.Module):
-    """Notes where it is sent."""
+    """A module that records the devices it is moved to."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Traveler(torch.nn.Module):
 
 
 @pytest.mark.parametrize("offload, stops", [("none", ["cuda"]), ("model", ["cuda", "cpu"])])
-def test_offloaded_parts_leave_after_their_work(offload, stops):
+def test_offloaded_parts_move_to_the_cpu_after_the_block(offload, stops):
     part = Traveler()
     with pytest.raises(KeyError), on_device(part, CUDA, offload) as here:
         assert here is part
@@ -115,7 +115,7 @@ def test_out_of_memory_names_the_next_flag_each_time():
         offload="none", guidance="sds", i_attn=0, train_res="64", batch_views=4,
     )  # fmt: skip
     named = []
-    while (advice := next_saving(args, "cuda")).startswith("try --"):
+    while (advice := next_memory_saving(args, CUDA)).startswith("try --"):
         flag, *value = advice.removeprefix("try --").split()
         named.append(flag)
         setattr(args, flag, value[0] if value else True)
@@ -124,11 +124,11 @@ def test_out_of_memory_names_the_next_flag_each_time():
     ]  # fmt: skip
     assert advice == "lower --batch_views 4, --train_res 64 or --guidance_res"
     args.vae_slicing = False
-    assert next_saving(args, "cpu") == "try --vae_slicing"
+    assert next_memory_saving(args, CPU) == "try --vae_slicing"
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_says_the_same(sd_folder):  # noqa: F811
+def test_a_compiled_unet_gives_the_same(sd_folder):  # noqa: F811
     plain = guided(StableDiffusion(sd_folder, CPU))
     compiled = guided(StableDiffusion(sd_folder, CPU, memory=Memory(compile=True)))
     for mine, whole in zip(compiled, plain, strict=True):

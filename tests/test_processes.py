@@ -185,18 +185,18 @@ def test_nan_on_one_rank_is_left_out_by_all(data, tmp_path, rank):
 
 
 DREAM_POISONED = """
-import sys, torch
+import os, sys, torch
 import run_dreamfusion
-rank, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
-backward, finish = run_dreamfusion.backward, run_dreamfusion.finish
-def poisoned(args, world, model, renderer, scaler, guide, drawn, step, views):
-    if step in (2, 3) and world.rank == rank:
-        drawn.look.background[0] = float("nan")
-    return backward(args, world, model, renderer, scaler, guide, drawn, step, views)
-def kept(args, run, studio, *more):
-    torch.save(studio.renderer.state_dict(), f"{folder}/rank{studio.world.rank}.pt")
-    return finish(args, run, studio, *more)
-run_dreamfusion.backward, run_dreamfusion.finish = poisoned, kept
+rank, folder = sys.argv.pop(1), sys.argv.pop(1)
+accumulate, finish = run_dreamfusion.accumulate_gradients, run_dreamfusion.finish
+def poisoned(args, model, state, guide, inputs, now, views):
+    if state.step in (2, 3) and os.environ["RANK"] == rank:
+        inputs.lighting.background[0] = float("nan")
+    return accumulate(args, model, state, guide, inputs, now, views)
+def kept(args, run, outputs, *more):
+    torch.save(outputs.renderer.state_dict(), f"{folder}/rank{outputs.world.rank}.pt")
+    return finish(args, run, outputs, *more)
+run_dreamfusion.accumulate_gradients, run_dreamfusion.finish = poisoned, kept
 sys.exit(run_dreamfusion.main())
 """
 

@@ -61,7 +61,7 @@ def poison(monkeypatch, where: str, steps) -> None:
         calls.append(1)
         return len(calls) in steps
 
-    scene_of, backward = run_nerf.load_scene, run_nerf.backward
+    scene_of, accumulate = run_nerf.load_scene, run_nerf.accumulate_gradients
 
     def load_scene(args, log):
         scene = scene_of(args, log)
@@ -85,16 +85,16 @@ def poison(monkeypatch, where: str, steps) -> None:
         object.__setattr__(scene, "to", lambda device: scene)
         return scene
 
-    def spoiled_backward(args, world, model, renderer, *given):
-        found = backward(args, world, model, renderer, *given)
+    def spoiled(args, world, model, state, *given):
+        stats = accumulate(args, world, model, state, *given)
         if now():
             if where == "loss":
-                return found._replace(loss=torch.tensor(float("nan")))
-            next(renderer.parameters()).grad.view(-1)[0] = float("inf")
-        return found
+                return stats._replace(loss=torch.tensor(float("nan")))
+            next(state.renderer.parameters()).grad.view(-1)[0] = float("inf")
+        return stats
 
     if where in ("loss", "gradient"):
-        monkeypatch.setattr(run_nerf, "backward", spoiled_backward)
+        monkeypatch.setattr(run_nerf, "accumulate_gradients", spoiled)
     else:
         monkeypatch.setattr(run_nerf, "load_scene", load_scene)
 

@@ -18,9 +18,11 @@ from test_run_nerf import flat, newest
 from test_stable_diffusion import tiny_sd_folder
 
 import run_dreamfusion
+from guidance import build as guidance_build
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from guidance.stable_diffusion import StableDiffusion
+from nerf.training import monitor
 from nerf.training.checkpoint import list_checkpoints
 
 TINY = (
@@ -385,13 +387,13 @@ def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
     tiny, sd_folder, tmp_path, capsys, monkeypatch
 ):
     opened = {}
-    original = run_dreamfusion.open_model
+    original = guidance_build.open_model
 
     def open_model(*args):
         opened["model"] = original(*args)
         return opened["model"]
 
-    monkeypatch.setattr(run_dreamfusion, "open_model", open_model)
+    monkeypatch.setattr(guidance_build, "open_model", open_model)
     (tmp_path / "prompts.txt").write_text("a red cube\na green sphere\n")
     flags = with_model(tiny, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1)
     assert inside(capsys, *flags, "--prompt_file", tmp_path / "prompts.txt")[0] == 0
@@ -487,22 +489,22 @@ def test_views_in_smaller_pieces_give_the_same_object(tiny, sd_folder, tmp_path,
 
 def poisoned(monkeypatch, where, steps):
     """NaN in ``where`` of the given steps' draws, counted from this start."""
-    draw, calls = run_dreamfusion.draw_views, []
+    draw, calls = run_dreamfusion.draw_inputs, []
 
-    def draw_views(*given):
+    def draw_inputs(*given):
         drawn = draw(*given)
         calls.append(1)
         if len(calls) in steps:
             part = {
                 "camera": drawn.cameras.c2w,
-                "light": drawn.look.light,
-                "background": drawn.look.background,
+                "light": drawn.lighting.light,
+                "background": drawn.lighting.background,
                 "noise": drawn.noise.epsilon,
             }[where]
             part.view(-1)[0] = float("nan")
         return drawn
 
-    monkeypatch.setattr(run_dreamfusion, "draw_views", draw_views)
+    monkeypatch.setattr(run_dreamfusion, "draw_inputs", draw_inputs)
 
 
 @pytest.mark.parametrize("where", ["camera", "light", "background", "noise"])
@@ -520,17 +522,17 @@ def test_nan_in_a_step_is_left_out_and_never_reaches_weights(tiny, tmp_path, mon
 def test_endless_nan_goes_back_once_and_then_stops_with_a_dump(tiny, tmp_path, capsys, monkeypatch):
     assert inside(capsys, *tiny, "--N_iters", 4)[0] == 0
     poisoned(monkeypatch, "background", range(1000))
-    monkeypatch.setattr(run_dreamfusion.recovery, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(monitor, "MAX_SKIPPED", 5)
     code, said = inside(capsys, *tiny, "--N_iters", 40)
-    assert code == 2 and "going back to 000004.tar, with other random numbers" in said
-    assert "again after going back: rendered colors (NaN" in said and "Traceback" not in said
+    assert code == 2 and "rolling back to 000004.tar, with other random numbers" in said
+    assert "again after rolling back: rendered colors (NaN" in said and "Traceback" not in said
     dump = torch.load(next((tmp_path / "ball").glob("broken_*.pt")), weights_only=True)
     assert dump["rendered_colors"].isnan().any()
 
 
 def test_a_way_back_leads_past_a_bad_place(tiny, tmp_path, capsys, monkeypatch):
     poisoned(monkeypatch, "background", range(4, 10))
-    monkeypatch.setattr(run_dreamfusion.recovery, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(monitor, "MAX_SKIPPED", 5)
     code, said = inside(capsys, *tiny, "--N_iters", 12, "--i_weights", 2)
     assert code == 0 and "with other random numbers" in said
     found = newest(tmp_path / "ball")

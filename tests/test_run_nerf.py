@@ -271,7 +271,7 @@ def test_float16_overflow_is_skipped_counted_and_recovered_from(tiny, tmp_path, 
 def test_endless_nan_stops_with_a_diagnosis(tiny, tmp_path, capsys):
     assert run_nerf.main([*tiny, "--lrate", "1e30", "--N_iters", "400"]) == 2
     said = capsys.readouterr().err
-    assert "going back to the start" in said and "again after going back: " in said
+    assert "rolling back to the start" in said and "again after rolling back: " in said
     dump = torch.load(next((tmp_path / "tiny").glob("broken_*.pt")), weights_only=True)
     assert dump["target_colors"].shape == (64, 3) and dump["trouble"] in said
 

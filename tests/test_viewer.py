@@ -255,18 +255,19 @@ def test_a_text_typed_into_the_viewer_is_followed_from_then_on(monkeypatch, tmp_
     """The log and metrics.json keep it; one that cannot be embedded changes nothing."""
     pytest.importorskip("viser")
     import run_dreamfusion
+    from guidance import build as guidance_build
 
     monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [])
     texts = iter(["a blue cube", None, "broken"])
     monkeypatch.setattr(viewer.Viewer, "new_text", lambda self: next(texts, None))
-    made = run_dreamfusion.make_conditions
+    made = guidance_build.make_conditions
 
-    def make(args, prior, run):
+    def make(args, prior, log):
         if args.prompt == "broken":
             raise RuntimeError("no memory")
-        return made(args, prior, run)
+        return made(args, prior, log)
 
-    monkeypatch.setattr(run_dreamfusion, "make_conditions", make)
+    monkeypatch.setattr(guidance_build, "make_conditions", make)
     flags = "--config configs/dream_tiny.txt --N_iters 4 --video_frames 1 --no-mesh --eval_res 16"
     flags += " --batch_views 1 --march_steps 16 --device cpu --expname typed --prompt"
     flags = [*flags.split(), "a red cone", "--basedir", tmp_path, "--viewer"]
@@ -276,7 +277,10 @@ def test_a_text_typed_into_the_viewer_is_followed_from_then_on(monkeypatch, tmp_
     metrics = json.loads((tmp_path / "typed" / "metrics.json").read_text())
     assert metrics["prompts_by_viewer"] == {"1": "a blue cube"}
     log = (tmp_path / "typed" / "log.txt").read_text()
-    assert "the text is now 'a blue cube'" in log and "'broken' is not used: no memory" in log
+    assert (
+        "the viewer set the prompt to 'a blue cube'" in log
+        and "'broken' is not used: no memory" in log
+    )
 
 
 @pytest.fixture

@@ -7,6 +7,9 @@ File names and JSON say which.
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from torch import nn
+
 from nerf.metrics import load_lpips
 from nerf.outputs import export
 from nerf.outputs.camera_path import read_path
@@ -14,6 +17,7 @@ from nerf.outputs.report import try_report
 from nerf.outputs.scene import (
     SceneOutputs,
     measure_views,
+    render_free_view,
     render_path,
     validation_psnr,
     validation_strip,
@@ -39,9 +43,15 @@ class Evaluation:
     """Renders, measures and exports the scene of one run into its folder."""
 
     def __init__(
-        self, outputs: SceneOutputs, run: RunFolder, ema: EMA, settings: EvaluationSettings
+        self,
+        outputs: SceneOutputs,
+        run: RunFolder,
+        renderer: nn.Module,
+        ema: EMA,
+        settings: EvaluationSettings,
     ) -> None:
-        self.outputs, self.run, self.ema, self.settings = outputs, run, ema, settings
+        self.outputs, self.run, self.settings = outputs, run, settings
+        self.renderer, self.ema = renderer, ema
 
     def validate(self, step: int) -> float:
         """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
@@ -75,7 +85,9 @@ class Evaluation:
         metrics.update(step=step, weights=self.ema.kind, args=settings.flags)
         run.write_json(f"{name}/metrics.json", metrics)
         run.write_json("metrics.json", metrics)
-        others = [f", {label} {metrics[key]:.4f}" for key, label in METRICS.items() if metrics.get(key)]
+        others = [
+            f", {label} {metrics[key]:.4f}" for key, label in METRICS.items() if metrics.get(key)
+        ]
         run.log(
             f"test: PSNR {metrics['psnr']:.2f} dB{''.join(others)} over {metrics['num_views']} "
             f"views, {metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
@@ -100,7 +112,26 @@ class Evaluation:
         self.run.log("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
         release_memory()
 
-    def free_view(self, *view: Any):
+    def free_view(self, *view: Any) -> np.ndarray:
         """The picture of a free camera, for the live viewer: see ``scene.render_free_view``."""
         with self.ema.swap():
-            return scene.render_free_view(self.outputs, *view)
+            return render_free_view(self.outputs, *view)
+
+    def export_mesh(self, path: Path, bound: float, *, resolution: int, level: float) -> None:
+        """Write the scene's mesh, on the first rank; see ``nerf.outputs.export``."""
+        if self.run.is_main:
+            with self.ema.swap():
+                trained = self._trained_scene(bound)
+                export.export_mesh(trained, path, resolution=resolution, level=level)
+
+    def export_points(self, path: Path, bound: float, num_points: int) -> None:
+        """Write the scene's point cloud, on the first rank; see ``nerf.outputs.export``."""
+        if self.run.is_main:
+            with self.ema.swap():
+                export.export_points(self._trained_scene(bound), path, num_points)
+
+    def _trained_scene(self, bound: float) -> export.TrainedScene:
+        outputs = self.outputs
+        return export.TrainedScene(
+            self.renderer, outputs.scene, outputs.render, outputs.block, bound, self.run.log
+        )

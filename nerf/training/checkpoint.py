@@ -9,14 +9,21 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from nerf import __version__
+from nerf.training.distributed import World
+from nerf.training.ema import EMA
+from nerf.training.run_folder import RunFolder
 
 NAME = re.compile(r"^(\d{6,})\.tar$")
 FORMAT = 1  # of the keys that are ours
+Log = Callable[[str], None]
 PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is not used
     "network_fn_state_dict": dict,
     "network_fine_state_dict": dict,
@@ -57,7 +64,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
     try:
         with open(temporary, "wb") as file:
-            torch.save({**state, "format": FORMAT}, file)
+            torch.save({**state, "format": FORMAT, "version": __version__}, file)
             file.flush()
             os.fsync(file.fileno())
         load_checkpoint(temporary)
@@ -253,8 +260,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
 
 
 def find_checkpoint(
-    folder: Path, given: str | None, world, log, *, reload=True, prefer_given=False
-):
+    folder: Path,
+    given: str | None,
+    world: World,
+    log: Log,
+    *,
+    reload: bool = True,
+    prefer_given: bool = False,
+) -> tuple[Path, dict[str, Any]] | None:
     """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file.
 
     The newest of the run's ``folder``, unless ``reload`` is off; else the file ``given``, which
@@ -271,8 +284,16 @@ def find_checkpoint(
     return path, found[1] if found else load_checkpoint(path)
 
 
-def restore(path, state, log, renderer, optimizer=None, scaler=None, ema=None) -> None:
-    """Put ``state`` into the given parts, strictly."""
+def restore(
+    path: Path,
+    state: dict[str, Any],
+    log: Log,
+    renderer: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    ema: EMA | None = None,
+) -> None:
+    """Load ``state`` into the given parts, strictly: every weight must be there and fit."""
     try:
         renderer.load_checkpoint_state(state, load_strictly, str(path))
         if optimizer is not None:
@@ -290,29 +311,19 @@ def restore(path, state, log, renderer, optimizer=None, scaler=None, ema=None) -
         raise CheckpointError(f"{path}: a part of it is missing or misshapen ({what})") from None
 
 
-def save_run(run, step, parts, *, keep, best_step=None, **extra) -> bool:
-    """One checkpoint of everything, by rank 0; then all but the newest ``keep`` and the best go.
+def save_run(
+    run: RunFolder, step: int, content: dict[str, Any], *, keep: int, best_step: int | None = None
+) -> bool:
+    """Write the checkpoint of ``step``; then remove all but the newest ``keep`` and the best one.
 
-    parts: renderer, optimizer, scaler and EMA. What cannot be written is tried once more, then
-    said; the file before it stays. Returns whether this rank has nothing unsaved.
+    A failed write is tried once more, then logged; the checkpoint before it stays. Returns whether
+    it was written.
     """
-    if not run.is_main:
-        return True
-    renderer, optimizer, scaler, ema = parts
-    state = {
-        "global_step": step,
-        **renderer.checkpoint_state(),
-        "optimizer_state_dict": optimizer.state_dict(),
-        "scaler_state_dict": scaler.state_dict(),
-        **extra,
-    }
-    if ema.enabled:
-        state["ema_state_dict"] = ema.state_dict()
     path = checkpoint_path(run.folder, step)
     run.recreate()
     for last_try in (False, True):
         try:
-            save_checkpoint(path, state)
+            save_checkpoint(path, content)
         except (OSError, RuntimeError, CheckpointError) as error:  # torch wraps what write raises
             if last_try:
                 run.mark_failed("checkpoint", f"{path.name} (step {step})", error)

@@ -1,38 +1,73 @@
-"""Watching a young run: the dead start that NeRF's ReLU density is known for."""
+"""Watches every update: is it finite, is the start dead, must the run stop? One verdict a step."""
+
+import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from nerf.renderer import Rendered
+from nerf.training.distributed import World
+from nerf.training.progress import Clock
+from nerf.training.system import StopSignal
 
-FLAT = 1e-3  # deviation of the colors in a batch, below which they are one color
-PATIENCE = 200  # flat steps in a row that mean death: living runs leave this state in about 50
-WATCHED_STEPS = 2000  # a run that is alive by then does not die this way
+MAX_SKIPPED = 100  # float16's loss scale alone may need about 40 updates to come down
+DEAD_STEPS = 200  # steps of one color in a row: a live run leaves that state after about 50
+WATCHED_STEPS = 2000  # a run that has learned something by then does not die this way
 
 
-class DeadStart:
-    """Notices a level that renders one single color for ``PATIENCE`` steps in a row.
+class Verdict(NamedTuple):
+    """What the loop must know about a step once its gradients are there; the same on every rank."""
 
-    It happens when every density is negative at the start (all background), or one wall fills the
-    view: ReLU then passes no gradient and nothing ever changes.
+    finite: bool  # loss and gradients are finite on all ranks: the update may be made
+    diverged: bool  # MAX_SKIPPED updates in a row were not finite
+    dead: bool  # for DEAD_STEPS steps every rank's batch has been rendered in one single color
+    signal: int  # number of the signal that asks the run to stop; 0: none
+    time_up: bool  # --max_minutes have passed
+    samples: float  # samples of the step, over all ranks
+    loss: float  # of this rank
+    grad_norm: float
+
+
+class Monitor:
+    """One verdict per step, from one device read, the same on every rank.
+
+    A rank that decided alone to leave out an update, to stop or to start again would leave the
+    others waiting in their next collective, so every decision is reduced over the ranks first.
+    max_minutes: 0: no limit. ``skipped``: updates left out because a number was not finite.
     """
 
-    def __init__(self) -> None:
-        self.flat_steps = 0
+    def __init__(self, world: World, stop: StopSignal, clock: Clock, max_minutes: float) -> None:
+        self.world, self.stop, self.clock = world, stop, clock
+        self.max_seconds = max_minutes * 60
+        self.skipped = self.skipped_in_row = self.flat_steps = 0
 
-    def looks_dead(self, levels: tuple[Rendered, ...], target: torch.Tensor, step: int) -> bool:
-        """Whether this rank's batch (colors of ``levels``, ``target`` [B, 3]) looks dead."""
-        if step >= WATCHED_STEPS:
-            return False
-        varied = target.std(0).max() > 10 * FLAT  # a blank batch says nothing
-        flat = torch.stack([level.rgb.detach().std(0).max() < FLAT for level in levels]).any()
-        self.flat_steps = self.flat_steps + 1 if bool(flat & varied) else 0
-        return self.flat_steps >= PATIENCE
+    def check(
+        self, loss: Tensor, grad_norm: Tensor, *, flat: Tensor | None = None, samples: int = 0
+    ) -> Verdict:
+        """Judge a step by its loss [] and gradient norm [], before the optimizer uses them.
 
-    @staticmethod
-    def diagnosis(levels: tuple[Rendered, ...]) -> str:
-        """Which level renders what."""
-        flat = [level.rgb.detach().std(0).max() < FLAT for level in levels]
-        level = levels[flat.index(True)]
-        color = "all background" if level.opacity.mean() < 0.5 else "one solid color"
-        where = "" if all(flat) else f" of the {('coarse', 'fine')[flat.index(True)]} level"
-        return f"every ray{where} is {color}"
+        flat: bool [], whether this rank's batch was rendered in one single color; None: not
+        watched (any more). samples: of this rank.
+        """
+        numbers = [loss.detach().float(), grad_norm.detach().float()]
+        numbers += [] if flat is None else [flat.float()]
+        loss_value, norm, *flat_value = torch.stack(numbers).tolist()  # the step's only device read
+        self.flat_steps = self.flat_steps + 1 if any(flat_value) else 0
+        broken = not (math.isfinite(loss_value) and math.isfinite(norm))
+        alive = self.flat_steps < DEAD_STEPS
+        time_up = bool(self.max_seconds) and self.clock.seconds >= self.max_seconds
+        signal, time_up, alive, broken = self.world.all_reduce_max(
+            self.stop.number, time_up, alive, broken
+        )
+        self.skipped += bool(broken)
+        self.skipped_in_row = self.skipped_in_row + 1 if broken else 0
+        return Verdict(
+            finite=not broken,
+            diverged=self.skipped_in_row >= MAX_SKIPPED,
+            dead=not alive,
+            signal=int(signal),
+            time_up=bool(time_up),
+            samples=self.world.all_reduce_sum(samples),
+            loss=loss_value,
+            grad_norm=norm,
+        )

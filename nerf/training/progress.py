@@ -1,58 +1,22 @@
-"""How far a run is: the progress bar, speed and the training clock."""
+"""How far a run is: the training clock, speed, progress bar and the line a person reads."""
 
 import sys
 import time
-
-
-class Progress:
-    """A tqdm bar on a terminal; elsewhere nothing, the printed lines are enough."""
-
-    def __init__(self, total: int, start: int, *, show: bool):
-        from tqdm import tqdm
-
-        self.on_terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not self.on_terminal,
-            dynamic_ncols=True,
-            unit="step",
-        )
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def describe(self, text: str) -> None:
-        self.bar.set_postfix_str(text, refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-class Speed:
-    """Rays and steps per second since the last time it was asked."""
-
-    def __init__(self, step: int, seconds: float):
-        self._step, self._rays, self._seconds = step, 0, seconds
-        self.seconds_per_step = 0.0
-
-    def rays_per_second(self, step: int, rays: int, seconds: float) -> float:
-        """step, rays: done so far; seconds: of training so far."""
-        passed = max(seconds - self._seconds, 1e-9)
-        speed = (rays - self._rays) / passed
-        self.seconds_per_step = passed / max(1, step - self._step)
-        self._step, self._rays, self._seconds = step, rays, seconds
-        return speed
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
 
 
 class Clock:
     """Seconds spent training: it runs on from ``seconds`` and stands still while paused."""
 
-    def __init__(self, seconds: float = 0.0):
-        self._before, self._since = seconds, time.perf_counter()
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._since: float | None = time.perf_counter()
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far."""
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._before + running
 
@@ -61,5 +25,64 @@ class Clock:
         self._before, self._since = self.seconds, None
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._since = time.perf_counter()
+
+
+class Counters(Protocol):
+    """What of ``nerf.training.state.TrainState`` measures progress."""
+
+    step: int
+    rays_drawn: int
+    clock: Clock
+
+
+class Progress:
+    """Speed since the last report, a tqdm bar on a terminal, and a logged line elsewhere.
+
+    total: updates in all (--N_iters). state: the run's counters, read whenever they are needed.
+    """
+
+    def __init__(self, total: int, state: Counters, *, show: bool) -> None:
+        from tqdm import tqdm
+
+        self.total, self.state = total, state
+        self.on_terminal = show and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            initial=state.step,
+            disable=not self.on_terminal,
+            dynamic_ncols=True,
+            unit="step",
+        )
+        self._step, self._rays, self._seconds = state.step, state.rays_drawn, state.clock.seconds
+        self.seconds_per_step = self.rays_per_second = self.steps_per_second = 0.0
+
+    def measure(self) -> None:
+        """Set the speeds to their means since the last call."""
+        state, seconds = self.state, self.state.clock.seconds
+        passed = max(seconds - self._seconds, 1e-9)
+        self.rays_per_second = (state.rays_drawn - self._rays) / passed
+        self.steps_per_second = (state.step - self._step) / passed
+        self.seconds_per_step = passed / max(1, state.step - self._step)
+        self._step, self._rays, self._seconds = state.step, state.rays_drawn, seconds
+
+    def advance(self) -> None:
+        """One step more on the bar."""
+        self.bar.update()
+
+    def report(self, log: Callable[[str], None], line: str) -> None:
+        """Show ``line`` beside the bar, or log it with the step and the time that is left."""
+        self.bar.set_postfix_str(line, refresh=False)
+        if not self.on_terminal:
+            minutes = (self.total - self.state.step) * self.seconds_per_step / 60
+            log(f"step {self.state.step}/{self.total}  {line}  ETA {minutes:.1f} min")
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()

@@ -1,56 +1,85 @@
-"""What a run does about numbers that are not finite, and about memory that does not suffice.
+"""What a run does about numbers that are not finite, a dead start, and memory that runs out.
 
-An update with NaN or infinity anywhere is left out, on all ranks together. After ``MAX_SKIPPED``
-in a row the run goes back to its last good checkpoint and draws other random numbers from there;
-if that does not lead past the place, it stops, with a diagnosis and a dump.
+An update with NaN or infinity anywhere is left out, on all ranks together. After
+``monitor.MAX_SKIPPED`` in a row the run rolls back to its last good checkpoint and draws other
+random numbers from there; if that does not lead past the step, it stops with a diagnosis and a
+dump. A dead start (NeRF's ReLU density can be negative everywhere, and then no gradient flows)
+begins again from another seed.
+
+Both ways of starting again are exceptions, ``Restart``, that the loop raises and ``next_attempt``
+turns into an ``Attempt``: from which checkpoint, and with which random numbers, to train.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-MAX_SKIPPED = 100  # float16's loss scale alone may need some 40 to come down
-OTHER_DRAWS = 1_000_003  # added to the seed at every return; seeds tried for dead starts are near
+from nerf.training import checkpoint, monitor
+from nerf.training.distributed import World
+from nerf.training.run_folder import RunFolder
+
+T = TypeVar("T")
+
+# Added to the seed at every rollback. Far from seed + 1, seed + 2 ..., which dead starts try.
+ROLLBACK_SEED_STEP = 1_000_003
 
 
-class NonFinite(Exception):
-    """Too many updates in a row were left out. trouble: what was not finite first, of any rank."""
+class StepTensors(NamedTuple):
+    """The tensors of one step, in the order in which they are computed, and the module trained."""
 
-    def __init__(self, step: int, cause: str, dump: dict | None):
+    named: dict[str, Tensor]
+    module: nn.Module
+
+    def first_non_finite(self) -> str:
+        """The first tensor or gradient that is not finite, and how much of it; "" if all are."""
+        return first_non_finite(**self.named) or non_finite_gradients(self.module)
+
+
+class Restart(Exception):
+    """This attempt cannot go on; ``next_attempt`` says how the run starts again."""
+
+
+class DeadStart(Restart):
+    """All rays have had one color since the first steps: nothing can be learned any more.
+
+    diagnosis: which level renders what.
+    """
+
+    def __init__(self, step: int, diagnosis: str) -> None:
+        super().__init__(diagnosis)
+        self.step, self.diagnosis = step, diagnosis
+
+
+class NonFinite(Restart):
+    """Too many updates in a row were left out.
+
+    cause: what was not finite first, on any rank. dump: that rank's tensors; None on the others.
+    """
+
+    def __init__(self, step: int, cause: str, dump: dict[str, Tensor] | None) -> None:
         super().__init__(cause)
         self.step, self.cause, self.dump = step, cause, dump
 
-
-class FiniteWatch:
-    """Counts the updates that were left out; all of them are in ``skipped``."""
-
-    def __init__(self) -> None:
-        self.skipped = self.in_row = 0
-
-    def count(self, broken: bool, step: int, world, found: Callable[[], tuple[str, dict]]) -> None:
-        """After update ``step``, which was ``broken`` (on all ranks alike) or not.
-
-        found(): what is not finite on this rank ("" if nothing is) and the tensors to dump; asked
-        for at the last one only. NotFinite after MAX_SKIPPED in a row.
-        """
-        self.in_row = self.in_row + 1 if broken else 0
-        self.skipped += bool(broken)
-        if self.in_row < MAX_SKIPPED:
-            return
-        own, dump = found()
-        said = world.gather(own)
-        rank = next((number for number, text in enumerate(said) if text), 0)
-        cause = said[rank] or "the gradient"
+    @classmethod
+    def diagnose(cls, step: int, world: World, tensors: StepTensors) -> Self:
+        """The exception to raise, with the cause found on the first rank that has one."""
+        causes = world.gather(tensors.first_non_finite())
+        rank = next((number for number, text in enumerate(causes) if text), 0)
+        cause = causes[rank] or "the gradient"
         if world.size > 1:
             cause += f" on rank {rank}"
-        raise NonFinite(step, cause, dump if world.rank == rank else None)
+        return cls(step, cause, tensors.named if world.rank == rank else None)
 
 
 def first_non_finite(**tensors: Tensor | None) -> str:
-    """The name of the first that is not finite, and how much of it; "" if all are."""
+    """The name of the first tensor that is not finite, and how much of it; "" if all are."""
     for name, value in tensors.items():
         if value is None:
             continue
@@ -62,7 +91,7 @@ def first_non_finite(**tensors: Tensor | None) -> str:
 
 
 def non_finite_gradients(module: nn.Module) -> str:
-    """Which weights' gradients are not finite, of those that a backward pass has left."""
+    """Which weights' gradients are not finite after a backward pass; "" if all are."""
     names = [
         name
         for name, parameter in module.named_parameters()
@@ -71,54 +100,91 @@ def non_finite_gradients(module: nn.Module) -> str:
     return f"the gradients of {len(names)} weights, such as {names[0]}" if names else ""
 
 
-class Rollback:
-    """Ways back: how often the run may go back to its last good checkpoint, and what it then says.
+# --------------------------------------------------------------------------------- starting again
 
-    draws: returns so far, saved in checkpoints; they choose the random numbers.
+
+@dataclass(frozen=True)
+class Attempt:
+    """From which checkpoint, and with which random numbers, a run is trained.
+
+    seed: of the run (--seed). saved: (path, state) of the checkpoint to start from; None: new
+    weights. dead_starts and rollback_count: how often the run has started again for either reason;
+    both are in checkpoints (as "attempt" and "draws"), so that a resumed run goes on with the same
+    random numbers.
     """
 
-    def __init__(self, draws: int = 0):
-        self.rollback_count, self._failed_at = draws, -math.inf
+    seed: int
+    saved: tuple[Path, dict[str, Any]] | None = None
+    dead_starts: int = 0
+    rollback_count: int = 0
+    failed_at: float = -math.inf  # step of the last rollback of this process
 
-    def offset(self) -> int:
-        """What to add to the seed of every step."""
-        return self.rollback_count * OTHER_DRAWS
+    @classmethod
+    def from_checkpoint(cls, seed: int, saved: tuple[Path, dict[str, Any]] | None) -> Self:
+        """The attempt that ``saved`` is of, to be continued; None: the first one."""
+        state = saved[1] if saved else {}
+        return cls(seed, saved, state.get("attempt", 0), state.get("draws", 0))
 
-    def roll_back(self, error: NonFinite, run, find: Callable):
-        """The checkpoint (path, state) to go on from, or None: anew; with other draws from now on.
+    @property
+    def weights_seed(self) -> int:
+        """The seed of the initial weights: another one after every dead start."""
+        return self.seed + self.dead_starts
 
-        find(): the newest good one. ValueError with the diagnosis, and a dump in the run folder,
-        if the last return did not lead past this place.
-        """
-        again = error.step <= self._failed_at + MAX_SKIPPED
-        if again:
-            dumped = _write_dump(error, run)
-            raise ValueError(
-                f"{MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
-                f"{error.step}, again after going back: {error.trouble}{dumped}; lower --lrate, "
-                "set --grad_clip 1, use --amp bf16 or off, or mend the data it names"
-            )
-        found = find()
-        self._failed_at = error.step
-        self.rollback_count = max(self.rollback_count, found[1].get("draws", 0) if found else 0) + 1
-        place = f"{found[0].name}" if found else "the start: there is no checkpoint yet"
-        run.log(
-            f"step {error.step}: {MAX_SKIPPED} updates in a row left out, {error.trouble}; going "
-            f"back to {place}, with other random numbers"
+    @property
+    def rng_seed(self) -> int:
+        """The seed of every step's random numbers: others after every restart and rollback."""
+        return self.seed + self.dead_starts + self.rollback_count * ROLLBACK_SEED_STEP
+
+
+def next_attempt(
+    attempt: Attempt, reason: Restart, run: RunFolder, world: World, find: Callable
+) -> Attempt:
+    """How to start again after ``reason``.
+
+    find(): (path, state) of the newest good checkpoint, or None. ValueError with the diagnosis,
+    and a dump in the run folder, if the last rollback did not lead past the step.
+    """
+    if isinstance(reason, NonFinite):
+        return _roll_back(attempt, reason, run, find)
+    assert isinstance(reason, DeadStart)
+    run.log(
+        f"step {reason.step}: stuck, {reason.diagnosis}; starting again with seed "
+        f"{attempt.weights_seed + 1} (--dead_restarts 0 to go on instead)"
+    )
+    # Whatever the dead attempt saved is as dead as its weights.
+    if world.is_main:
+        for path in checkpoint.list_checkpoints(run.folder):
+            path.unlink()
+    run.close_tables()
+    world.barrier()
+    return replace(attempt, saved=None, dead_starts=attempt.dead_starts + 1)
+
+
+def _roll_back(attempt: Attempt, error: NonFinite, run: RunFolder, find: Callable) -> Attempt:
+    if error.step <= attempt.failed_at + monitor.MAX_SKIPPED:
+        dumped = _write_dump(error, run)
+        raise ValueError(
+            f"{monitor.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
+            f"{error.step}, again after rolling back: {error.cause}{dumped}; lower --lrate, "
+            "set --grad_clip 1, use --amp bf16 or off, or mend the data named"
         )
-        run.close_tables()
-        return found
+    saved = find()
+    count = max(attempt.rollback_count, saved[1].get("draws", 0) if saved else 0) + 1
+    place = saved[0].name if saved else "the start: there is no checkpoint yet"
+    run.log(
+        f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row left out, {error.cause}; "
+        f"rolling back to {place}, with other random numbers"
+    )
+    run.close_tables()
+    return replace(attempt, saved=saved, rollback_count=count, failed_at=error.step)
 
 
-def _write_dump(error: NonFinite, run) -> str:
-    """The tensors of the broken step beside the checkpoints, by the rank that has them."""
+def _write_dump(error: NonFinite, run: RunFolder) -> str:
+    """Save the tensors of the broken step beside the checkpoints, on the rank that has them."""
     if error.dump is None:
         return ""
     path = Path(run.folder) / f"broken_{error.step:06d}.pt"
-    tensors = {
-        name: value.detach().cpu() if isinstance(value, Tensor) else value
-        for name, value in error.dump.items()
-    }
+    tensors = {name: value.detach().cpu() for name, value in error.dump.items()}
     try:
         torch.save({"step": error.step, "trouble": error.cause, **tensors}, path)
     except (OSError, RuntimeError):
@@ -126,38 +192,45 @@ def _write_dump(error: NonFinite, run) -> str:
     return f" (its batch is in {path})"
 
 
-# ----------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------- memory
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, on a GPU or a CPU."""
+    """Whether ``error`` means that memory ran out, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def too_large(error: BaseException) -> str:
-    """What to say where nothing can be halved."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"out of memory ({reason}); make something smaller: --N_rand, --chunk, --netwidth, "
-        "--N_samples, --N_importance, --grid_res, --occ_res, --mesh_res or the pictures"
-    )
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def explain_out_of_memory(advice: str):
+    """Inside the block, memory that runs out is a ValueError of one line with ``advice``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(f"out of memory ({_reason(error)}); {advice}") from None
 
 
 def halve_until_it_fits(
-    job: Callable,
+    job: Callable[[int], T],
     size: int,
-    log=print,
+    log: Callable[[str], None] = print,
     *,
     may_halve: bool = True,
     unit: str = "rays",
     advice: str = "lower --chunk, --N_rand, --netwidth or --N_samples",
-):
-    """(job(size), size), with ``size``, rays at a time, halved whenever memory runs out.
+) -> tuple[T, int]:
+    """(job(size), size), with ``size`` halved whenever memory runs out.
 
-    job must give the same whatever the size, and bear being broken off and called again. ValueError
-    with ``advice`` at one, or without ``may_halve``: of several processes the others would wait.
+    job must give the same result whatever the size, and bear being interrupted and called again.
+    ValueError with ``advice`` at size 1, or without ``may_halve``: of several processes the others
+    would wait.
     """
     while True:
         try:
@@ -165,11 +238,37 @@ def halve_until_it_fits(
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        # Out of the handler: the error's traceback held what filled the memory.
+            reason = _reason(error)
+        # Outside the handler: the error's traceback held what filled the memory.
         if size <= 1 or not may_halve:
             raise ValueError(f"out of memory with {size} {unit} at a time ({reason}); {advice}")
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log(f"out of memory ({reason}); going on with {size} {unit} at a time")
+
+
+class MicroBatches:
+    """Accumulates a step's gradients in pieces, which are halved when memory runs out.
+
+    size: rays or views (``unit``) that go through the networks together. The gradients are those
+    of the whole batch whatever the size, up to rounding.
+    """
+
+    def __init__(
+        self, size: int, world: World, log: Callable[[str], None], unit: str, advice: str
+    ) -> None:
+        self.size, self.log, self.unit, self.advice = size, log, unit, advice
+        self.may_halve = world.size == 1  # the other ranks would wait for the extra all-reduces
+
+    def run(self, accumulate: Callable[..., T], *inputs: Any) -> T:
+        """accumulate(*inputs, size), called again with half the size while memory runs out."""
+        result, self.size = halve_until_it_fits(
+            partial(accumulate, *inputs),
+            self.size,
+            self.log,
+            may_halve=self.may_halve,
+            unit=self.unit,
+            advice=self.advice,
+        )
+        return result

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import traceback
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nerf import __version__
 from nerf.media import write_png
 
 LIBRARIES = (
@@ -33,7 +35,8 @@ class RunFolder:
     def __init__(self, folder: Path, *, is_main: bool, lock: bool):
         self.folder, self.is_main = folder, is_main
         self._lock = self._writer = self._csv = self._val = self._wandb = None
-        self._locked, self.failed = lock, {}  # what could not be written, by kind
+        self._locked, self._logged = lock, set()
+        self.failed: dict[str, str] = {}  # kind of file that could not be written -> reason
         if not is_main:
             return
         try:
@@ -42,6 +45,15 @@ class RunFolder:
             raise ValueError(f"{folder}: cannot be made ({error.strerror})") from None
         if lock:
             self._take_lock()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind, error, traceback_) -> None:
+        """Close everything; the traceback of a mistake goes to log.txt, never to the terminal."""
+        if isinstance(error, ValueError | OSError):
+            self.log_file_only("".join(traceback.format_exception(error)))
+        self.close()
 
     def _take_lock(self) -> None:
         try:
@@ -67,6 +79,12 @@ class RunFolder:
 
         tqdm.write(message, file=sys.stderr)
         self.log_file_only(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def log_once(self, step: int, complaint: str | None) -> None:
+        """Log a complaint about the run at ``step``, unless the same was logged before."""
+        if complaint is not None and complaint not in self._logged:
+            self._logged.add(complaint)
+            self.log(f"step {step}: {complaint}")
 
     def log_file_only(self, text: str) -> None:
         """``text`` to log.txt alone, if that can be written."""
@@ -303,7 +321,7 @@ def _provenance() -> str:
             return f"{library} absent"
 
     parts = [
-        f"# {datetime.now():%Y-%m-%d %H:%M:%S}",
+        f"# {datetime.now():%Y-%m-%d %H:%M:%S}, version {__version__}",
         shlex.join([Path(sys.executable).name, *sys.argv]),
         f"# python {platform.python_version()}, " + ", ".join(version(name) for name in LIBRARIES),
         f"# commit {git('rev-parse', 'HEAD') or 'unknown'}",
