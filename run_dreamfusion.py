@@ -101,6 +101,7 @@ def run_prompt(args, world, models) -> int:
         explain_out_of_memory(next_memory_saving(args, world.device)),
         RunFolder(folder, is_main=world.is_main, lock=not reading) as run,
     ):
+        args.amp = system.usable_amp(args.amp, world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -283,7 +284,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             # ---- between updates: reasons to stop or to start again, then everything periodic.
             if viewer is not None:
                 with state.clock:  # paused: what viewers cost is not training time
-                    viewer.tick(lambda: bool(stop.number))
+                    viewer.tick(stop.is_set)
                     if text := viewer.new_text():
                         guide.set_prompt(args, run.log, text, state.step)
             if verdict.diverged:
@@ -518,7 +519,7 @@ def render_and_export(args, world, run) -> int:
         write_turntable(outputs, step, len(cameras.c2w), cameras)
     elif viewer := start_viewer(args, world, run, outputs):
         with system.StopSignal() as stop, viewer:
-            viewer.serve(lambda: bool(stop.number))
+            viewer.serve(stop.is_set)
     else:
         write_turntable(outputs, step, args.video_frames)
     return 0

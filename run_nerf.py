@@ -79,6 +79,7 @@ def run_scene(args) -> int:
         explain_out_of_memory(SMALLER),
         RunFolder(folder, is_main=world.is_main, lock=not reading) as run,
     ):
+        args.amp = system.usable_amp(args.amp, world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -246,7 +247,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         # ---- between updates: reasons to stop or to start again, then everything periodic.
         if viewer is not None:
             with state.clock:  # paused: what viewers cost is not training time
-                viewer.tick(lambda: bool(stop.number))
+                viewer.tick(stop.is_set)
         if verdict.diverged:
             raise NonFinite.diagnose(state.step, world, step_tensors(renderer, rays, target, stats))
         if verdict.signal:
@@ -376,7 +377,7 @@ def render_and_export(args, world, run) -> int:
     if viewer is not None:
         viewer.view = evaluation.free_view
         with system.StopSignal() as stop, viewer:
-            viewer.serve(lambda: bool(stop.number))
+            viewer.serve(stop.is_set)
     elif args.render_only and args.render_test:
         evaluation.measure_test(step)
     elif args.render_only:

@@ -249,7 +249,17 @@ def _choose_dtype(name: str, device: torch.device, warn: Callable[[str], None]) 
     if name == "fp16" and device.type == "cpu":  # the embedded U-Net takes 531 ms, fp32 22 ms
         warn("--guidance_dtype fp16 is 20 times slower on a CPU than fp32: using fp32")
         return torch.float32
+    if name == "bf16" and device.type == "cpu" and not _cpu_has_bfloat16():
+        warn("--guidance_dtype bf16 -> fp32: this CPU has no bfloat16 arithmetic, 20 times slower")
+        return torch.float32
     return DTYPES[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether PyTorch has bfloat16 kernels for this CPU: AVX512 on x86, BF16 on ARM."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _max_tokens(tokenizer: Any, text_encoder: Any) -> int:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_stable_diffusion import CPU, SIDE, draw, sd2_folder, sd_folder  # noqa: F401
 
-from guidance import sds
+from guidance import sds, stable_diffusion
 from guidance.lora import LoRA, attention_layers, load_lora, save_lora
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import (
@@ -216,7 +216,8 @@ def test_the_base_may_be_another_model(model, sd2_folder):  # noqa: F811
     torch.testing.assert_close(network.epsilon(x, t, cameras()), wanted)
 
 
-def test_adapters_are_float32_on_a_half_precision_base(sd_folder):  # noqa: F811
+def test_adapters_are_float32_on_a_half_precision_base(sd_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(stable_diffusion, "_cpu_has_bfloat16", lambda: True)
     model = StableDiffusion(sd_folder, CPU, dtype="bf16")
     network = make_lora_score(model, lrate=1e-4)
     before = [p.clone() for p in network.parameters()]

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from guidance import stable_diffusion
 from guidance.stable_diffusion import StableDiffusion
 from guidance.tiny import build
 
@@ -325,7 +326,17 @@ def test_callers_autocast_changes_nothing(model):
     assert all(torch.equal(a, b) for a, b in zip(everything(False), everything(True), strict=True))
 
 
-def test_bfloat16_inside_float32_outside(sd_folder, model):
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_needs_a_cpu_that_has_it(sd_folder, monkeypatch, native, dtype):
+    monkeypatch.setattr(stable_diffusion, "_cpu_has_bfloat16", lambda: native)
+    lines = []
+    opened = StableDiffusion(sd_folder, CPU, dtype="bf16", warn=lines.append)
+    assert opened.dtype == dtype and len(lines) == (not native)
+    assert native or "--guidance_dtype bf16 -> fp32" in lines[0]
+
+
+def test_bfloat16_inside_float32_outside(sd_folder, model, monkeypatch):
+    monkeypatch.setattr(stable_diffusion, "_cpu_has_bfloat16", lambda: True)
     half = StableDiffusion(sd_folder, CPU, dtype="bf16")
     assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16}
     noisy, t = draw(2, 4, SIDE, SIDE), torch.tensor([10, 800])

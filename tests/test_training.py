@@ -337,6 +337,22 @@ def test_peak_memory_is_this_process_own_not_its_parents():
     assert 50 < float(done.stdout) < own - 200 and len(held) > 0
 
 
+@pytest.mark.parametrize(
+    ("amp", "device", "native", "used"),
+    [
+        ("bf16", "cpu", False, "off"),
+        ("bf16", "cpu", True, "bf16"),
+        ("bf16", "cuda", False, "bf16"),
+        ("off", "cpu", False, "off"),
+    ],
+)
+def test_bf16_is_used_where_it_is_not_slower(monkeypatch, amp, device, native, used):
+    monkeypatch.setattr(system, "cpu_has_bfloat16", lambda: native)
+    lines = []
+    assert system.usable_amp(amp, torch.device(device), lines.append) == used
+    assert len(lines) == (used != amp)
+
+
 @pytest.mark.parametrize(("size", "ended"), [("1", True), ("2", False)])
 def test_one_of_several_processes_leaves_without_the_interpreters_end(size, ended):
     """What was printed is there, the code is told; teardown, where threads abort, is left out."""
