@@ -1,7 +1,8 @@
-"""From flags to modules: renderers, optimizer groups, schedules. The one file that sees both."""
+"""Modules, optimizer groups and schedules from flags: the one file that knows both."""
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from nerf import datasets
 from nerf.datasets import DataSettings
 from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS
-from nerf.field import FeatureField, NeRFField
+from nerf.field import FeatureField, Field, NeRFField
 from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
-from nerf.occupancy import OccupancyGrid
+from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
 from nerf.renderer import NeRFRenderer
@@ -25,9 +26,12 @@ from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
 from nerf.training.schedules import highest, scheduled, stepped
 
+Log = Callable[[str], None]
+SceneRenderer = NeRFRenderer | OccupancyRenderer
+
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
-    """Which scene to load and how. --half_res is --downscale 2."""
+    """The settings of data loading. --half_res is --downscale 2."""
     return DataSettings(
         datadir=Path(args.datadir),
         dataset_type=args.dataset_type,
@@ -48,17 +52,18 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     )
 
 
-def load_scene(args: argparse.Namespace, warn=print) -> Scene:
-    """The scene that ``args`` names, on the CPU. ValueError if its files are missing or wrong."""
-    return datasets.load_scene(data_settings(args), warn)
+def load_scene(args: argparse.Namespace, log: Log = print) -> Scene:
+    """Load the scene of ``args``, on the CPU. ValueError if its files are missing or wrong."""
+    return datasets.load_scene(data_settings(args), log)
 
 
-def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=print):
-    """The networks and sampling that ``args`` asks for, with weights from torch's global seed.
+def build_renderer(
+    args: argparse.Namespace, scene: Scene | None = None, log: Log = print
+) -> SceneRenderer:
+    """The renderer of ``args``, with weights drawn from torch's global generator, on the CPU.
 
-    scene: what an occupancy grid must cover; not needed without ``--occ_grid``.
+    scene: only needed for ``--occ_grid``, which takes its bounds from the scene's cameras.
     """
-    background = float(args.white_bkgd)
 
     def field(depth: int, width: int) -> NeRFField:
         return NeRFField(
@@ -72,21 +77,27 @@ def build_renderer(args: argparse.Namespace, scene: Scene | None = None, warn=pr
         )
 
     if args.occ_grid:
-        return _occupancy_renderer(args, scene, field, warn)
+        assert scene is not None, "an occupancy grid needs the scene's bounds"
+        return _occupancy_renderer(args, scene, field, log)
     return NeRFRenderer(
         field(args.netdepth, args.netwidth),
         field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
         num_samples=args.N_samples,
         num_importance=args.N_importance,
-        background=background,
+        background=float(args.white_bkgd),
         perturb=args.perturb > 0,
         raw_noise_std=args.raw_noise_std,
         lindisp=args.lindisp,
     )
 
 
-def _occupancy_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> OccupancyRenderer:
-    """One field with an occupancy grid in the space that the scene's cameras look into."""
+def _occupancy_renderer(
+    args: argparse.Namespace, scene: Scene, mlp: Callable[[int, int], NeRFField], log: Log
+) -> OccupancyRenderer:
+    """One field, and an occupancy grid of the space that the scene's cameras see.
+
+    mlp: makes the field of ``--field mlp`` from its depth and width.
+    """
     space = scene_space(
         scene,
         args.march_steps,
@@ -97,10 +108,12 @@ def _occupancy_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> Oc
     grid = OccupancyGrid(args.occ_res).to(scene.c2w.device)
     has_alpha = scene.images.shape[-1] == 4
     if args.hull_init == "on" or (args.hull_init == "auto" and has_alpha and not args.contract):
+        assert isinstance(space, Box), "a visual hull needs a bounded scene"
         space, warning = carve(scene, grid, space)
         if warning:
-            warn(warning)
-    warn(f"scene space: {space}; {grid.fraction:.1%} of the grid to look at")
+            log(warning)
+    log(f"scene space: {space}; {grid.fraction:.1%} of the occupancy grid may be occupied")
+    field: Field
     if args.field == "mlp":
         field = mlp(args.netdepth, args.netwidth)
     else:
@@ -124,22 +137,27 @@ def _occupancy_renderer(args: argparse.Namespace, scene: Scene, mlp, warn) -> Oc
     )
 
 
-def parameter_groups(renderer, args: argparse.Namespace) -> list[dict]:
-    """Adam's groups: features on grids learn at their own rate ("scale" times the others')."""
-    tables = []
+def parameter_groups(renderer: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Adam's parameter groups: features on grids have a learning rate of their own.
+
+    "scale" is a group's factor on the learning rate.
+    """
+    features: list[nn.Parameter] = []
     for member in getattr(renderer, "members", [renderer]):
         field = getattr(member, "field", None)
         if field is not None and args.field != "mlp":
-            tables += field.encoding.parameters()
-    others = set(renderer.parameters()) - set(tables)
-    groups = [{"params": [p for p in renderer.parameters() if p in others], "scale": 1.0}]
-    if tables:
-        groups.append({"params": tables, "scale": args.lrate_grid / args.lrate})
+            features += field.encoding.parameters()
+    others = set(renderer.parameters()) - set(features)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in renderer.parameters() if p in others], "scale": 1.0}
+    ]
+    if features:
+        groups.append({"params": features, "scale": args.lrate_grid / args.lrate})
     return groups
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Learning rate of update ``step`` (0 is the first), after a linear warm-up."""
+    """The learning rate of update ``step`` (0 is the first), with a linear warm-up."""
     warmup = min(1.0, (step + 1) / args.lrate_warmup) if args.lrate_warmup else 1.0
     if args.lr_schedule == "cosine":
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.N_iters)))
@@ -148,10 +166,11 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lrate * warmup * decay
 
 
-def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
-    """Compile the renderer's ``fields`` in place, if that works here and gives the same numbers.
+def compile_fields(renderer: SceneRenderer, rays: Rays, log: Log = print) -> bool:
+    """Compile the renderer's ``fields`` in place; whether that works and gives the same colors.
 
-    rays [B]: a few to try it on. Otherwise one warning, the networks stay as they were, and False.
+    rays [B]: a few on which to try it. If it fails, ``log`` gets a warning and the fields stay as
+    they were.
     """
     fields = renderer.fields
     with torch.no_grad():
@@ -169,12 +188,12 @@ def compile_fields(renderer: nn.Module, rays: Rays, warn=print) -> bool:
     if problem:
         for field in fields:
             field._compiled_call_impl = None
-        warn(f"--compile: not used, {problem}")
+        log(f"--compile: not used, {problem}")
     return problem is None
 
 
-def object_renderer(args: argparse.Namespace):
-    """The module that ``args`` asks for, with weights from torch's global seed."""
+def object_renderer(args: argparse.Namespace) -> ObjectRenderer | Particles | PixelImages:
+    """The module to optimize, with weights drawn from torch's global generator, on the CPU."""
     if args.space == "2d":
         return PixelImages(args.batch_views, int(highest(args.train_res)))
     members = [_one_object(args) for _ in range(args.n_particles)]
@@ -182,6 +201,7 @@ def object_renderer(args: argparse.Namespace):
 
 
 def _one_object(args: argparse.Namespace) -> ObjectRenderer:
+    field: Field
     if args.field == "mlp":
         field = NeRFField(
             args.netdepth,
@@ -196,7 +216,7 @@ def _one_object(args: argparse.Namespace) -> ObjectRenderer:
         field = FeatureField(ENCODINGS[args.field](args.grid_res, **smooth), use_viewdirs=False)
     return ObjectRenderer(
         field,
-        OccupancyGrid(args.occ_res, decay=0.5),  # the fog it starts with goes in a few looks
+        OccupancyGrid(args.occ_res, decay=0.5),  # the initial fog leaves it within a few updates
         bound=args.bound,
         num_steps=args.march_steps,
         blob_scale=args.blob_scale,
@@ -209,7 +229,7 @@ def _one_object(args: argparse.Namespace) -> ObjectRenderer:
 
 
 def orbit_ranges(args: argparse.Namespace) -> OrbitRanges:
-    """Where random cameras stand."""
+    """The ranges of random cameras."""
     return OrbitRanges(
         azimuth_deg=tuple(args.azimuth_range),
         elevation_deg=tuple(args.elevation_range),
@@ -223,7 +243,7 @@ def orbit_ranges(args: argparse.Namespace) -> OrbitRanges:
 
 
 def lighting_settings(args: argparse.Namespace) -> LightingSettings:
-    """By which laws views are lit."""
+    """The settings of random lighting."""
     return LightingSettings(
         ambient=args.ambient,
         p_diffuse=args.p_diffuse,
@@ -234,13 +254,16 @@ def lighting_settings(args: argparse.Namespace) -> LightingSettings:
 
 
 def scheduled_flags(args: argparse.Namespace, step: int) -> dict[str, Any]:
-    """The flags that are schedules, as numbers at ``step``; train_res is a whole number."""
+    """The values at ``step`` of all flags that are schedules; train_res is a whole number."""
     now: dict[str, Any] = {name: scheduled(getattr(args, name), step) for name in SCHEDULES}
     return now | {"train_res": stepped(args.train_res, step)}
 
 
-def adopt_saved_flags(args: argparse.Namespace, saved: dict, log) -> None:
-    """Set the flags that decide which weights fit to those of a checkpoint, and log the changes."""
+def adopt_saved_flags(args: argparse.Namespace, saved: dict[str, Any], log: Log) -> None:
+    """Set the flags of the network and the object to those of a checkpoint; log the changes.
+
+    saved: the checkpoint's flags.
+    """
     for name in (*STRUCTURAL, "bound", "march_steps", "normals"):
         if name in saved and saved[name] != getattr(args, name):
             if not name.startswith(("prompt", "negative_")):

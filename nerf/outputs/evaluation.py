@@ -1,14 +1,13 @@
-"""What a run of posed pictures shows of its scene: validation, test metrics, videos, exports.
+"""Outputs of a run on posed pictures: validation, test metrics, videos, exports.
 
-Everything is rendered with the weights that a user would ship: the averaged ones where EMA is on.
-File names and JSON say which.
+Everything is rendered with the averaged weights if EMA is on, else with the trained ones;
+metrics.json records which.
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from nerf.metrics import load_lpips
 from nerf.outputs import export
@@ -30,11 +29,11 @@ METRICS = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}  # be
 
 
 class EvaluationSettings(NamedTuple):
-    """Plain values of the flags that evaluation knows."""
+    """The flags that evaluation needs, as plain values."""
 
-    render_factor: int  # pictures are rendered this many times smaller; 0 and 1: full size
-    metres_per_unit: float  # length of a scene unit, for depth files; 0: not known
-    true_depth: Path  # folder of exact depth, VIEW.npy; may be missing
+    render_factor: int  # pictures are rendered this many times smaller; 0 or 1: full size
+    metres_per_unit: float  # length of a scene unit, for depth files; 0: unknown
+    true_depth: Path  # folder of true depth, VIEW.npy; may be missing
     camera_path: Path | None  # key frames to render instead of the scene's own path
     flags: dict[str, Any]  # of the run, for metrics.json
 
@@ -46,7 +45,7 @@ class Evaluation:
         self,
         outputs: SceneOutputs,
         run: RunFolder,
-        renderer: nn.Module,
+        renderer: export.FieldRenderer,
         ema: EMA,
         settings: EvaluationSettings,
     ) -> None:
@@ -54,7 +53,7 @@ class Evaluation:
         self.renderer, self.ema = renderer, ema
 
     def validate(self, step: int) -> float:
-        """Validation PSNR over a fixed set of pixels, logged with the picture of one view."""
+        """The validation PSNR over a fixed set of pixels, logged with the picture of one view."""
         with self.ema.swap():
             psnr = validation_psnr(self.outputs)
             if self.run.is_main:
@@ -64,7 +63,7 @@ class Evaluation:
         return psnr
 
     def measure_test(self, step: int) -> None:
-        """Render and measure the test views; metrics.json in their folder and in the run's."""
+        """Render and measure the test views; write metrics.json to their folder and the run's."""
         outputs, run, settings = self.outputs, self.run, self.settings
         if not outputs.scene.splits.get("test"):
             run.log("there are no test views: no metrics.json")
@@ -97,7 +96,7 @@ class Evaluation:
             try_report(run.folder, run.log)
 
     def render_camera_path(self, step: int) -> None:
-        """Render the camera path into render_path_STEP/, and its videos."""
+        """Render the camera path and its videos into render_path_STEP/."""
         settings, folder = self.settings, self.run.folder / f"render_path_{step:06d}"
         key_path = read_path(settings.camera_path) if settings.camera_path else None
         with self.ema.swap():

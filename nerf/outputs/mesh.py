@@ -16,7 +16,6 @@ trimesh converts nothing: it reads linear colors back, with ``skip_materials=Tru
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from nerf.media import MESH_FORMATS
 from nerf.metrics import to_8bit
 from nerf.outputs.mesh_grid import SamplingGrid, sample_density, sample_near_surface
+from nerf.training.files import replace_file
 
 if TYPE_CHECKING:
     from trimesh import Trimesh
@@ -137,22 +137,13 @@ def write_mesh(path: Path, mesh: "Trimesh") -> None:
     else:
         exported = mesh.export(file_type="ply", vertex_normal=True)
         content = exported
-    replace_file(path, content)
+    write_export(path, content)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and rename it, so that ``path`` is always whole.
-
-    Creates the folder. ValueError if the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_export(path: Path, content: bytes) -> None:
+    """Write an exported file, replaced as a whole. ValueError if it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, content)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another path") from error
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nerf.outputs.mesh import replace_file
+from nerf.outputs.mesh import write_export
 
 NEIGHBORS = 16  # of a point, for its normal and for outlier removal
 OUTLIER_DEVIATIONS = 2.0  # standard deviations above the mean distance to neighbors
@@ -58,4 +58,4 @@ def write_points(path: Path, cloud: PointCloud) -> None:
     kinds = {"<f4": "float", "u1": "uchar"}
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
     header += [f"property {kinds[kind]} {name}" for name, kind in names] + ["end_header", ""]
-    replace_file(path, "\n".join(header).encode() + rows.tobytes())
+    write_export(path, "\n".join(header).encode() + rows.tobytes())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nerf.outputs import html
+from nerf.training.files import replace_file
 
 MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
@@ -218,10 +219,10 @@ def write_report(folder: Path) -> Path:
 
 def write_page(path: Path, content: str) -> Path:
     """Write a page, replaced as a whole, and return its path. ValueError if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
+        replace_file(path, content.encode("utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}); choose another path") from None
     return path

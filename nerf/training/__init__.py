@@ -1,1 +1,1 @@
-"""A run, whatever it trains: processes, checkpoints, logs, recovery. No rays, no text."""
+"""A training run: processes, checkpoints, logs, recovery. Nothing here knows of rays or text."""

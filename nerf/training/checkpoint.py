@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash, under nerf-pytorch's keys so that either program opens both's.
+"""Checkpoints that survive a crash. Their keys are nerf-pytorch's, so either program opens both.
 
 A file is written beside its final name, flushed to disk, read back, and only then renamed; old
 ones are removed last. Loading runs no code (``weights_only=True``), checks every byte (zip CRC)
@@ -11,10 +11,10 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nerf import __version__
 from nerf.training.distributed import World
@@ -22,9 +22,8 @@ from nerf.training.ema import EMA
 from nerf.training.run_folder import RunFolder
 
 NAME = re.compile(r"^(\d{6,})\.tar$")
-FORMAT = 1  # of the keys that are ours
-Log = Callable[[str], None]
-PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is not used
+FORMAT = 1  # version of the keys that nerf-pytorch does not have
+PARTS = {  # types of a checkpoint's entries; None stands for a part that is not used
     "network_fn_state_dict": dict,
     "network_fine_state_dict": dict,
     "optimizer_state_dict": dict,
@@ -34,24 +33,37 @@ PARTS = {  # kinds of what a checkpoint may hold; None stands for a part that is
     "background_state_dict": dict,
     "args": dict,
     "best": dict,
-    "told": dict,
+    "told": dict,  # the prompts that a viewer set
     "format": int,
 }
-
-
 COUNTS = "global_step attempt draws rays_drawn".split()
+
+Log = Callable[[str], None]
+LoadStateDict = Callable[[nn.Module, dict[str, Any], str], None]
+SavedState = tuple[Path, dict[str, Any]]  # a checkpoint's file and its content
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why."""
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+class Restorable(Protocol):
+    """A module that is saved in entries of its own; a renderer."""
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The entries of a checkpoint that hold this module."""
+
+    def load_checkpoint_state(self, state: dict[str, Any], load: LoadStateDict, where: str) -> None:
+        """Restore what ``checkpoint_state`` returned, with ``load_strictly``."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint after ``step`` updates."""
     return folder / f"{step:06d}.tar"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, newest first; other files are never mistaken for one."""
+    """The checkpoints of a run folder, newest first: files named by at least six digits, .tar."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.match(path.name))]
@@ -59,9 +71,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path`` so that at any moment either the old file or the new is whole."""
+    """Write ``state`` to ``path``, which at any moment is either the old file or the new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
     try:
         with open(temporary, "wb") as file:
             torch.save({**state, "format": FORMAT, "version": __version__}, file)
@@ -79,7 +91,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in ``path``, on the CPU. CheckpointError names the file and what is wrong."""
+    """The content of ``path``, on the CPU. CheckpointError if it is damaged or no checkpoint."""
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -90,43 +102,40 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a broken file can fail anywhere inside zip, pickle or torch
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Unsupported global" in str(error):
-            reason = "it holds more than tensors and plain values, and could run code; refused"
+            reason = "it holds more than tensors and plain values, so loading it could run code"
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
     _check_state(path, state)
     return state
 
 
 def _check_archive(path: Path) -> None:
-    """CheckpointError unless every byte is as written and nothing claims more than the file has."""
+    """CheckpointError unless all checksums match and no entry claims more bytes than the file."""
     if path.is_dir():
-        raise CheckpointError(
-            f"{path}: is a folder; expected a checkpoint, a .tar that a run wrote"
-        )
+        raise CheckpointError(f"{path}: is a folder; expected a .tar file that a run wrote")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(4)
         if start == b"PK\3\4":
-            raise CheckpointError(f"{path}: it breaks off: its end is missing")
-        if not start.startswith(b"\x80"):  # what torch before 1.6 wrote begins so
+            raise CheckpointError(f"{path}: truncated, the end of the file is missing")
+        if not start.startswith(b"\x80"):  # the first byte of files from torch before 1.6
             kind = "not a checkpoint, it is neither zip nor pickle" if start else "empty (0 bytes)"
-            raise CheckpointError(f"{path}: {kind}; expected a .tar that a run wrote")
+            raise CheckpointError(f"{path}: {kind}; expected a .tar file that a run wrote")
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise CheckpointError(f"{path}: it claims to hold more bytes than it has; refused")
+            raise CheckpointError(f"{path}: its entries claim more bytes than the file has")
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
 
 
-def _tensors(value, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """(path, tensor) of every tensor in nested dicts and lists; shared ones once."""
-    seen = set() if seen is None else seen
+def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """(path of keys, tensor) of all tensors in nested dicts and lists, skipping ids in ``seen``."""
     if id(value) in seen:
         return
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict | list | tuple):
         seen.add(id(value))
@@ -134,40 +143,42 @@ def _tensors(value, name: str = "", seen: set[int] | None = None) -> Iterator[tu
             yield from _tensors(item, f"{name} {key}".strip(), seen)
 
 
-def _check_state(path: Path, state) -> None:
-    """CheckpointError unless ``state`` has a checkpoint's parts, and finite numbers in them."""
+def _check_state(path: Path, state: Any) -> None:
+    """CheckpointError unless ``state`` has a checkpoint's entries, and all numbers are finite."""
     if not isinstance(state, dict) or "network_fn_state_dict" not in state:
         raise CheckpointError(f"{path}: not a NeRF checkpoint (no network_fn_state_dict inside)")
     for key, kind in PARTS.items():
         if not isinstance(state.get(key, kind()), kind) and state[key] is not None:
-            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is no {kind.__name__})")
+            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is not a {kind.__name__})")
     for key in COUNTS:
         count = state.get(key, 0 if key != "global_step" else None)
         if type(count) is not int or not 0 <= count < 2**53:
-            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is no count)")
+            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is not a count)")
     seconds, best = state.get("train_seconds", 0.0), state.get("best") or {"step": None, "psnr": 0}
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (train_seconds is no time)")
-    kinds = type(best.get("step")) in (int, type(None)), type(best.get("psnr")) in (int, float)
-    if not all(kinds):
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (best is no step and PSNR)")
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (train_seconds is not a time)")
+    if type(best.get("step")) not in (int, type(None)) or type(best.get("psnr")) not in (
+        int,
+        float,
+    ):
+        raise CheckpointError(f"{path}: not a NeRF checkpoint (best is not a step and a PSNR)")
     if state.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
-            f"{path}: written by a newer version (format {state['format']}, this one reads up to "
-            f"{FORMAT}); update the program"
+            f"{path}: written by a newer version (format {state['format']}; this one reads "
+            f"formats up to {FORMAT}); update the program"
         )
     size = path.stat().st_size
-    for name, value in _tensors(state):
+    for name, value in _tensors(state, "", set()):
         if value.layout != torch.strided or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name} is no plain tensor; refused")
-        if value.numel() * value.element_size() > size:  # one number, repeated without end
-            raise CheckpointError(f"{path}: {name} claims more numbers than the file has; refused")
+            raise CheckpointError(f"{path}: {name} is not a dense tensor on the CPU")
+        if value.numel() * value.element_size() > size:  # expanded with stride 0
+            raise CheckpointError(f"{path}: {name} claims more numbers than the file has")
         if not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
 def finished_updates(state: dict[str, Any]) -> int:
-    """How many updates made ``state``. nerf-pytorch writes one less than it made; Adam knows."""
+    """The updates that ``state`` has had: nerf-pytorch's global_step is one less than Adam's."""
     step = int(state["global_step"])
     if "format" in state:
         return step
@@ -175,10 +186,10 @@ def finished_updates(state: dict[str, Any]) -> int:
     return max([step] + [int(entry["step"]) for entry in adam.values() if "step" in entry])
 
 
-def newest_checkpoint(folder: Path, warn) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; bad ones are named through ``warn``.
+def newest_checkpoint(folder: Path, warn: Log) -> SavedState | None:
+    """The newest checkpoint that can be loaded; ``warn`` gets a line for every bad one.
 
-    None if there is none at all. CheckpointError if there are some and all are bad.
+    None if there is no checkpoint. CheckpointError if there are some and all are bad.
     """
     paths = list_checkpoints(folder)
     for path in paths:
@@ -188,18 +199,15 @@ def newest_checkpoint(folder: Path, warn) -> tuple[Path, dict[str, Any]] | None:
             warn(f"skipping a bad checkpoint: {error}")
     if paths:
         raise CheckpointError(
-            f"{folder}: none of its {len(paths)} checkpoints can be read; move them away to start "
-            "anew, or use --no_reload with another --expname"
+            f"{folder}: none of its {len(paths)} checkpoints can be read; to start from scratch, "
+            "move them away or use another --expname"
         )
     return None
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all.
-
-    What a killed save left half written goes too.
-    """
-    for path in folder.glob(".*.tar.tmp"):
+    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all."""
+    for path in folder.glob(".*.tar.tmp"):  # unfinished files of saves that were killed
         path.unlink(missing_ok=True)
     if keep == 0:
         return
@@ -209,25 +217,25 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def archive_checkpoints(folder: Path, log) -> None:
-    """Move the checkpoints of ``folder`` into a folder inside it: a run that starts anew is coming.
+def archive_checkpoints(folder: Path, log: Log) -> None:
+    """Move the checkpoints of ``folder`` to before_1/ (2, ...) in it, for --no_reload.
 
-    Left where they are, their higher steps would make the new run's own look old, to be removed.
+    If they stayed, the new run's checkpoints, of lower steps, would be taken for old and removed.
     """
     paths = list_checkpoints(folder)
     if not paths:
         return
     number = 1
-    while (folder / f"before_{number}").exists():
+    while (archive := folder / f"before_{number}").exists():
         number += 1
-    (folder / f"before_{number}").mkdir()
+    archive.mkdir()
     for path in paths:
-        path.rename(folder / f"before_{number}" / path.name)
-    log(f"starting anew; {len(paths)} earlier checkpoints are in {folder / f'before_{number}'}")
+        path.rename(archive / path.name)
+    log(f"starting from scratch; {len(paths)} earlier checkpoints are in {archive}")
 
 
-def load_strictly(module, state: dict, where: str) -> None:
-    """Load a state dict; CheckpointError names the first missing, extra or misshapen weight."""
+def load_strictly(module: nn.Module, state: dict[str, Any], where: str) -> None:
+    """Load a state dict; CheckpointError if weights are missing, extra or of another shape."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -238,8 +246,8 @@ def load_strictly(module, state: dict, where: str) -> None:
         ) from None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) -> None:
-    """Adam's moments from ``state``; options such as fused stay as this run chose them."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: str) -> None:
+    """Load Adam's moments; options such as ``fused`` stay those of this run."""
     options = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -256,7 +264,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, where: str) ->
         group.update(own)
 
 
-# --------------------------------------------------------------- the parts of a run, as one file
+# ------------------------------------------------------- a run's checkpoint, and all parts from it
 
 
 def find_checkpoint(
@@ -267,13 +275,13 @@ def find_checkpoint(
     *,
     reload: bool = True,
     prefer_given: bool = False,
-) -> tuple[Path, dict[str, Any]] | None:
-    """(path, state) to start from, or None. Rank 0 decides, all ranks read the same file.
+) -> SavedState | None:
+    """The checkpoint to start from, or None. Rank 0 chooses, and all ranks read the same file.
 
-    The newest of the run's ``folder``, unless ``reload`` is off; else the file ``given``, which
-    also comes first with ``prefer_given``.
+    It is the newest of the run's ``folder``, unless ``reload`` is off or there is none; then the
+    file ``given`` (--ft_path). prefer_given: the other way round.
     """
-    found = None
+    found: SavedState | None = None
     if reload and world.is_main:
         found = newest_checkpoint(folder, log)
         if given and (prefer_given or found is None):
@@ -288,12 +296,12 @@ def restore(
     path: Path,
     state: dict[str, Any],
     log: Log,
-    renderer: nn.Module,
+    renderer: Restorable,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     ema: EMA | None = None,
 ) -> None:
-    """Load ``state`` into the given parts, strictly: every weight must be there and fit."""
+    """Load ``state`` into the parts given; CheckpointError if one is missing or does not fit."""
     try:
         renderer.load_checkpoint_state(state, load_strictly, str(path))
         if optimizer is not None:
@@ -304,11 +312,13 @@ def restore(
             if "ema_state_dict" in state:
                 ema.load_state_dict(state["ema_state_dict"])
             else:
-                log(f"{path} has no averaged weights; averaging starts from its own")
+                log(f"{path} has no averaged weights; averaging starts from its weights")
                 ema.reset()
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: a part of it is missing or misshapen ({what})") from None
+        raise CheckpointError(
+            f"{path}: a part of it is missing or has another shape ({what})"
+        ) from None
 
 
 def save_run(
@@ -316,7 +326,7 @@ def save_run(
 ) -> bool:
     """Write the checkpoint of ``step``; then remove all but the newest ``keep`` and the best one.
 
-    A failed write is tried once more, then logged; the checkpoint before it stays. Returns whether
+    A failed write is tried once more, then logged; earlier checkpoints then stay. Returns whether
     it was written.
     """
     path = checkpoint_path(run.folder, step)

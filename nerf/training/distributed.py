@@ -1,19 +1,23 @@
 """The processes of a run: rank, world size, device and collectives.
 
-Correct with no process group at all, so that call sites never branch on the number of processes.
+Everything also works in a single process without a process group, so that call sites never branch
+on the number of processes.
 """
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` of them; rank 0 writes."""
+    """This process, number ``rank`` of ``size``. Only rank 0 writes files."""
 
     rank: int
     size: int
@@ -21,18 +25,19 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def shard(self, total: int) -> slice:
-        """This rank's contiguous part of ``total`` items, which must divide evenly."""
+        """This rank's contiguous part of ``total`` items, a multiple of ``size``."""
         part = total // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
-    def gather(self, item) -> list:
-        """Every rank's ``item`` (anything picklable), in rank order, on every rank."""
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's ``item`` in the order of ranks, on every rank. Items must be picklable."""
         if self.size == 1:
             return [item]
-        items: list = [None] * self.size
+        items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
 
@@ -53,13 +58,13 @@ class World:
         return number.item()
 
     @contextmanager
-    def raise_on_all_ranks(self):
-        """What a disk refuses to one rank inside the block is an OSError on all of them.
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """An OSError of one rank inside the block is raised on all ranks at its end.
 
-        Or that rank would go on alone, while the others wait for it in their next message. Nothing
-        inside the block may talk to other ranks.
+        Otherwise the others would wait for that rank in their next collective. The block must not
+        call collectives itself.
         """
-        error = None
+        error: OSError | None = None
         try:
             yield
         except OSError as caught:
@@ -71,8 +76,8 @@ class World:
             if reason is not None:
                 raise OSError(f"{reason}, on rank {rank}")
 
-    def average_gradients(self, parameters) -> None:
-        """Replace every gradient by its mean over all ranks, in one message."""
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace every gradient by its mean over all ranks, with one all-reduce."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -84,15 +89,16 @@ class World:
             gradient.copy_(mean.view_as(gradient))
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def setup(device: str) -> World:
-    """Join the process group that ``torchrun`` announces, if any, and choose the device.
+    """Join the process group if ``torchrun`` has started this process, and choose the device.
 
     device: auto, cpu, cuda, cuda:1 or mps. Under torchrun each process takes the GPU of its local
-    rank (nccl), or the CPU (gloo).
+    rank (nccl), or the CPU (gloo). ValueError if the device does not exist.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -101,8 +107,8 @@ def setup(device: str) -> World:
         chosen = torch.device("cuda", local_rank if size > 1 else chosen.index or 0)
         if chosen.index >= torch.cuda.device_count():
             raise ValueError(
-                f"--device {device}: GPU {chosen.index} of {torch.cuda.device_count()}; "
-                "start as many processes as there are GPUs"
+                f"--device {device}: GPU {chosen.index}, but only {torch.cuda.device_count()} GPUs "
+                "found; start at most one process per GPU"
             )
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
@@ -112,7 +118,10 @@ def setup(device: str) -> World:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device that a ``--device`` value names; "auto" takes cuda, then mps, then cpu."""
+    """The device that ``--device`` names; "auto" takes cuda, else mps, else cpu.
+
+    ValueError if it does not exist.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -132,6 +141,6 @@ def choose_device(device: str) -> torch.device:
 
 
 def cleanup() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if this process is in one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,19 +1,21 @@
 """Exponential moving average of weights."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
     """shadow <- d shadow + (1 - d) weights after every update, d = min(decay, (1 + n) / (10 + n)).
 
-    The ramp in the number of updates n keeps the first, random weights from lingering. decay 0
-    switches it off; every call is a no-op then.
+    With the ramp in the number of updates n, the initial, random weights soon lose their influence.
+    decay 0 switches the average off: then every method does nothing.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.enabled = decay > 0
         self.parameters = list(module.parameters()) if self.enabled else []
@@ -21,17 +23,17 @@ class EMA:
 
     @property
     def kind(self) -> str:
-        """What a picture made inside ``swap`` was made with: "ema" or "raw"."""
+        """The weights inside ``swap``, for file names and JSON: "ema" or "raw"."""
         return "ema" if self.enabled else "raw"
 
     def reset(self) -> None:
-        """Start averaging from the module's present weights."""
+        """Start averaging again from the module's present weights."""
         self.shadow = [parameter.detach().clone().float() for parameter in self.parameters]
         self.num_updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Call once after every optimizer step."""
+        """Average the present weights in; call once after every optimizer step."""
         if not self.enabled:
             return
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
@@ -39,8 +41,8 @@ class EMA:
         self.num_updates += 1
 
     @contextmanager
-    def swap(self):
-        """Inside the block the module holds the averaged weights; afterwards its own again."""
+    def swap(self) -> Iterator[None]:
+        """Inside the block, the module holds the averaged weights; after it, its own again."""
         if not self.enabled:
             yield
             return
@@ -52,23 +54,25 @@ class EMA:
             self._copy_in(own)
 
     def keep(self) -> None:
-        """Leave the averaged weights in the module for good."""
+        """Copy the averaged weights into the module for good."""
         if self.enabled:
             self._copy_in(self.shadow)
 
     @torch.no_grad()
-    def _copy_in(self, values) -> None:
+    def _copy_in(self, values: Iterable[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights on the CPU, and the number of updates."""
         return {"num_updates": self.num_updates, "shadow": [value.cpu() for value in self.shadow]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``. ValueError if the number of weights differs."""
         if len(state["shadow"]) != len(self.shadow):
             raise ValueError(
-                f"the checkpoint averages {len(state['shadow'])} weights, this run "
-                f"{len(self.shadow)}; keep --ema_decay as it was (0 or not)"
+                f"the checkpoint has {len(state['shadow'])} averaged weights, this run has "
+                f"{len(self.shadow)}; use the --ema_decay with which it was trained"
             )
         self.num_updates = state["num_updates"]
         for own, saved in zip(self.shadow, state["shadow"], strict=True):

@@ -1,4 +1,4 @@
-"""How a training script runs its body and ends: one line and an exit code for every mistake."""
+"""Exit of a training script: every mistake gives one line and an exit code, not a traceback."""
 
 import os
 import sys
@@ -8,7 +8,10 @@ from nerf.training import distributed
 
 
 def exit_code(program: str, body: Callable[[], int]) -> int:
-    """body()'s exit code. A mistake in flags or data is one line on stderr and 2, a disk's 3."""
+    """The exit code of ``body``; on an error print one line to stderr.
+
+    ValueError, a mistake in flags or data, gives 2; OSError, such as a full disk, gives 3.
+    """
     try:
         return body()
     except ValueError as error:
@@ -22,12 +25,12 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
 
 
 def exit_process(code: int) -> None:
-    """End this process with ``code``, once everything is closed and the process group is left.
+    """End this process with ``code``; call it after all files and the process group are closed.
 
-    One of several processes skips the interpreter's own teardown: DDP and gloo leave threads
-    behind that may still ask for Python's lock, and once it is gone they abort the process
+    One of several processes skips the interpreter's teardown. DDP and gloo leave threads behind
+    that may still want Python's lock, and once the interpreter is gone they abort the process
     ("terminate called without an active exception", SIGABRT: on busy machines about once in a
-    hundred exits), so that torchrun calls a finished run a failure.
+    hundred exits), so that torchrun takes a finished run for a failed one.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Watches every update: is it finite, is the start dead, must the run stop? One verdict a step."""
+"""Checks every step: are its numbers finite, is the start dead, must the run stop?"""
 
 import math
 from typing import NamedTuple
@@ -16,14 +16,14 @@ WATCHED_STEPS = 2000  # a run that has learned something by then does not die th
 
 
 class Verdict(NamedTuple):
-    """What the loop must know about a step once its gradients are there; the same on every rank."""
+    """What the loop must know about a step after backward; equal on all ranks except ``loss``."""
 
-    finite: bool  # loss and gradients are finite on all ranks: the update may be made
+    finite: bool  # loss and gradients are finite on all ranks: make the update
     diverged: bool  # MAX_SKIPPED updates in a row were not finite
-    dead: bool  # for DEAD_STEPS steps every rank's batch has been rendered in one single color
-    signal: int  # number of the signal that asks the run to stop; 0: none
+    dead: bool  # for DEAD_STEPS steps every rank's batch was rendered in one single color
+    signal: int  # number of the signal that stops the run; 0: none
     time_up: bool  # --max_minutes have passed
-    samples: float  # samples of the step, over all ranks
+    samples: float  # of the step, over all ranks
     loss: float  # of this rank
     grad_norm: float
 
@@ -31,9 +31,9 @@ class Verdict(NamedTuple):
 class Monitor:
     """One verdict per step, from one device read, the same on every rank.
 
-    A rank that decided alone to leave out an update, to stop or to start again would leave the
-    others waiting in their next collective, so every decision is reduced over the ranks first.
-    max_minutes: 0: no limit. ``skipped``: updates left out because a number was not finite.
+    If a rank alone skipped an update, stopped or started again, the others would wait for it in
+    their next collective, so every decision is reduced over the ranks first. max_minutes: 0: no
+    limit. ``skipped``: the number of updates skipped because a number was not finite.
     """
 
     def __init__(self, world: World, stop: StopSignal, clock: Clock, max_minutes: float) -> None:
@@ -46,8 +46,8 @@ class Monitor:
     ) -> Verdict:
         """Judge a step by its loss [] and gradient norm [], before the optimizer uses them.
 
-        flat: bool [], whether this rank's batch was rendered in one single color; None: not
-        watched (any more). samples: of this rank.
+        flat: bool [], whether this rank's batch was rendered in one single color; None: do not
+        watch for a dead start. samples: of this rank.
         """
         numbers = [loss.detach().float(), grad_norm.detach().float()]
         numbers += [] if flat is None else [flat.float()]
@@ -56,17 +56,17 @@ class Monitor:
         broken = not (math.isfinite(loss_value) and math.isfinite(norm))
         alive = self.flat_steps < DEAD_STEPS
         time_up = bool(self.max_seconds) and self.clock.seconds >= self.max_seconds
-        signal, time_up, alive, broken = self.world.all_reduce_max(
+        signal, any_time_up, any_alive, any_broken = self.world.all_reduce_max(
             self.stop.number, time_up, alive, broken
         )
-        self.skipped += bool(broken)
-        self.skipped_in_row = self.skipped_in_row + 1 if broken else 0
+        self.skipped += bool(any_broken)
+        self.skipped_in_row = self.skipped_in_row + 1 if any_broken else 0
         return Verdict(
-            finite=not broken,
+            finite=not any_broken,
             diverged=self.skipped_in_row >= MAX_SKIPPED,
-            dead=not alive,
+            dead=not any_alive,
             signal=int(signal),
-            time_up=bool(time_up),
+            time_up=bool(any_time_up),
             samples=self.world.all_reduce_sum(samples),
             loss=loss_value,
             grad_norm=norm,

@@ -1,14 +1,14 @@
-"""How far a run is: the training clock, speed, progress bar and the line a person reads."""
+"""Progress of a run: the training clock, speeds, the progress bar and the logged line."""
 
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 
 class Clock:
-    """Seconds spent training: it runs on from ``seconds`` and stands still while paused."""
+    """Seconds of training, counted from ``seconds`` on. It is paused inside its with-block."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before = seconds
@@ -20,8 +20,8 @@ class Clock:
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._before + running
 
-    def __enter__(self) -> "Clock":
-        """Pause: what runs inside the with-block is not training."""
+    def __enter__(self) -> Self:
+        """Pause: the with-block does not count as training."""
         self._before, self._since = self.seconds, None
         return self
 
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Counters(Protocol):
-    """What of ``nerf.training.state.TrainState`` measures progress."""
+    """The part of ``nerf.training.state.TrainState`` that ``Progress`` reads."""
 
     step: int
     rays_drawn: int
@@ -43,9 +43,10 @@ class Counters(Protocol):
 
 
 class Progress:
-    """Speed since the last report, a tqdm bar on a terminal, and a logged line elsewhere.
+    """Speeds since the last report, and a tqdm bar on a terminal or else a logged line.
 
-    total: updates in all (--N_iters). state: the run's counters, read whenever they are needed.
+    total: the number of updates (--N_iters). state: the run's counters, which change meanwhile.
+    show: whether to show the bar if there is a terminal.
     """
 
     def __init__(self, total: int, state: Counters, *, show: bool) -> None:
@@ -64,7 +65,7 @@ class Progress:
         self.seconds_per_step = self.rays_per_second = self.steps_per_second = 0.0
 
     def measure(self) -> None:
-        """Set the speeds to their means since the last call."""
+        """Set the speeds to their means since the last call of this method."""
         state, seconds = self.state, self.state.clock.seconds
         passed = max(seconds - self._seconds, 1e-9)
         self.rays_per_second = (state.rays_drawn - self._rays) / passed
@@ -73,16 +74,16 @@ class Progress:
         self._step, self._rays, self._seconds = state.step, state.rays_drawn, seconds
 
     def advance(self) -> None:
-        """One step more on the bar."""
+        """Advance the bar by one step."""
         self.bar.update()
 
     def report(self, log: Callable[[str], None], line: str) -> None:
-        """Show ``line`` beside the bar, or log it with the step and the time that is left."""
+        """Show ``line`` beside the bar; without a bar, log it with the step and the time left."""
         self.bar.set_postfix_str(line, refresh=False)
         if not self.on_terminal:
             minutes = (self.total - self.state.step) * self.seconds_per_step / 60
             log(f"step {self.state.step}/{self.total}  {line}  ETA {minutes:.1f} min")
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self.bar.close()

@@ -1,55 +1,55 @@
-"""What a run does about numbers that are not finite, a dead start, and memory that runs out.
+"""Recovery from numbers that are not finite, from a dead start, and from running out of memory.
 
-An update with NaN or infinity anywhere is left out, on all ranks together. After
-``monitor.MAX_SKIPPED`` in a row the run rolls back to its last good checkpoint and draws other
-random numbers from there; if that does not lead past the step, it stops with a diagnosis and a
-dump. A dead start (NeRF's ReLU density can be negative everywhere, and then no gradient flows)
-begins again from another seed.
+An update is skipped on all ranks if its loss or gradient is NaN or infinite on any of them. After
+``monitor.MAX_SKIPPED`` skipped updates in a row the run rolls back to its last good checkpoint and
+continues with other random numbers. If the same happens again before it has passed that step, it
+stops with a diagnosis and a dump. A dead start (NeRF's ReLU density can be negative everywhere, and
+then no gradient flows) starts again from another seed.
 
-Both ways of starting again are exceptions, ``Restart``, that the loop raises and ``next_attempt``
-turns into an ``Attempt``: from which checkpoint, and with which random numbers, to train.
+For both, the loop raises a ``Restart``, and ``next_attempt`` turns it into an ``Attempt``: the
+checkpoint and the random numbers with which to train.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nerf.training import checkpoint, monitor
+from nerf.training.checkpoint import SavedState
 from nerf.training.distributed import World
 from nerf.training.run_folder import RunFolder
 
 T = TypeVar("T")
 
-# Added to the seed at every rollback. Far from seed + 1, seed + 2 ..., which dead starts try.
+# Added to the seed at every rollback. Far from seed + 1, seed + 2 ..., those of dead starts.
 ROLLBACK_SEED_STEP = 1_000_003
 
 
 class StepTensors(NamedTuple):
-    """The tensors of one step, in the order in which they are computed, and the module trained."""
+    """The tensors of one step, in the order of their computation, and the trained module."""
 
     named: dict[str, Tensor]
     module: nn.Module
 
     def first_non_finite(self) -> str:
-        """The first tensor or gradient that is not finite, and how much of it; "" if all are."""
+        """Name the first tensor or gradient that is not finite, and count; "" if all are finite."""
         return first_non_finite(**self.named) or non_finite_gradients(self.module)
 
 
 class Restart(Exception):
-    """This attempt cannot go on; ``next_attempt`` says how the run starts again."""
+    """This attempt cannot go on; ``next_attempt`` returns the one that replaces it."""
 
 
 class DeadStart(Restart):
-    """All rays have had one color since the first steps: nothing can be learned any more.
+    """All rays have had one color since the first steps, so nothing more can be learned.
 
-    diagnosis: which level renders what.
+    diagnosis: what each level renders.
     """
 
     def __init__(self, step: int, diagnosis: str) -> None:
@@ -58,9 +58,10 @@ class DeadStart(Restart):
 
 
 class NonFinite(Restart):
-    """Too many updates in a row were left out.
+    """Too many updates in a row were skipped.
 
-    cause: what was not finite first, on any rank. dump: that rank's tensors; None on the others.
+    cause: the first tensor that was not finite, on any rank. dump: that rank's tensors; None on the
+    others.
     """
 
     def __init__(self, step: int, cause: str, dump: dict[str, Tensor] | None) -> None:
@@ -69,7 +70,7 @@ class NonFinite(Restart):
 
     @classmethod
     def diagnose(cls, step: int, world: World, tensors: StepTensors) -> Self:
-        """The exception to raise, with the cause found on the first rank that has one."""
+        """The exception to raise, with the cause on the first rank that finds one; collective."""
         causes = world.gather(tensors.first_non_finite())
         rank = next((number for number, text in enumerate(causes) if text), 0)
         cause = causes[rank] or "the gradient"
@@ -79,7 +80,7 @@ class NonFinite(Restart):
 
 
 def first_non_finite(**tensors: Tensor | None) -> str:
-    """The name of the first tensor that is not finite, and how much of it; "" if all are."""
+    """Name the first tensor that is not finite, and count its numbers; "" if all are finite."""
     for name, value in tensors.items():
         if value is None:
             continue
@@ -91,7 +92,7 @@ def first_non_finite(**tensors: Tensor | None) -> str:
 
 
 def non_finite_gradients(module: nn.Module) -> str:
-    """Which weights' gradients are not finite after a backward pass; "" if all are."""
+    """Name the weights whose gradients are not finite; "" if all are finite."""
     names = [
         name
         for name, parameter in module.named_parameters()
@@ -105,44 +106,47 @@ def non_finite_gradients(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Attempt:
-    """From which checkpoint, and with which random numbers, a run is trained.
+    """The checkpoint and the random numbers with which a run is trained.
 
-    seed: of the run (--seed). saved: (path, state) of the checkpoint to start from; None: new
-    weights. dead_starts and rollback_count: how often the run has started again for either reason;
-    both are in checkpoints (as "attempt" and "draws"), so that a resumed run goes on with the same
-    random numbers.
+    seed: of the run (--seed). saved: the checkpoint to start from; None: new weights. dead_starts,
+    rollback_count: how often the run has started again for either reason. Both are in checkpoints
+    (as "attempt" and "draws"), so that a resumed run continues with the same random numbers.
     """
 
     seed: int
-    saved: tuple[Path, dict[str, Any]] | None = None
+    saved: SavedState | None = None
     dead_starts: int = 0
     rollback_count: int = 0
     failed_at: float = -math.inf  # step of the last rollback of this process
 
     @classmethod
-    def from_checkpoint(cls, seed: int, saved: tuple[Path, dict[str, Any]] | None) -> Self:
-        """The attempt that ``saved`` is of, to be continued; None: the first one."""
+    def from_checkpoint(cls, seed: int, saved: SavedState | None) -> Self:
+        """The attempt that wrote the checkpoint ``saved``, to continue it; None: the first one."""
         state = saved[1] if saved else {}
         return cls(seed, saved, state.get("attempt", 0), state.get("draws", 0))
 
     @property
     def weights_seed(self) -> int:
-        """The seed of the initial weights: another one after every dead start."""
+        """The seed of the initial weights, another one after every dead start."""
         return self.seed + self.dead_starts
 
     @property
     def rng_seed(self) -> int:
-        """The seed of every step's random numbers: others after every restart and rollback."""
+        """The seed of the steps' random numbers, another one after every dead start or rollback."""
         return self.seed + self.dead_starts + self.rollback_count * ROLLBACK_SEED_STEP
 
 
 def next_attempt(
-    attempt: Attempt, reason: Restart, run: RunFolder, world: World, find: Callable
+    attempt: Attempt,
+    reason: Restart,
+    run: RunFolder,
+    world: World,
+    find: Callable[[], SavedState | None],
 ) -> Attempt:
-    """How to start again after ``reason``.
+    """The attempt that replaces ``attempt``, which ended with ``reason``.
 
-    find(): (path, state) of the newest good checkpoint, or None. ValueError with the diagnosis,
-    and a dump in the run folder, if the last rollback did not lead past the step.
+    find: returns the newest good checkpoint. ValueError with the diagnosis, and a dump in the run
+    folder, if the last rollback did not help.
     """
     if isinstance(reason, NonFinite):
         return _roll_back(attempt, reason, run, find)
@@ -151,7 +155,7 @@ def next_attempt(
         f"step {reason.step}: stuck, {reason.diagnosis}; starting again with seed "
         f"{attempt.weights_seed + 1} (--dead_restarts 0 to go on instead)"
     )
-    # Whatever the dead attempt saved is as dead as its weights.
+    # The dead attempt's checkpoints cannot learn either.
     if world.is_main:
         for path in checkpoint.list_checkpoints(run.folder):
             path.unlink()
@@ -160,30 +164,33 @@ def next_attempt(
     return replace(attempt, saved=None, dead_starts=attempt.dead_starts + 1)
 
 
-def _roll_back(attempt: Attempt, error: NonFinite, run: RunFolder, find: Callable) -> Attempt:
+def _roll_back(
+    attempt: Attempt, error: NonFinite, run: RunFolder, find: Callable[[], SavedState | None]
+) -> Attempt:
+    """The attempt from the newest checkpoint with other random numbers; see ``next_attempt``."""
     if error.step <= attempt.failed_at + monitor.MAX_SKIPPED:
         dumped = _write_dump(error, run)
         raise ValueError(
             f"{monitor.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
             f"{error.step}, again after rolling back: {error.cause}{dumped}; lower --lrate, "
-            "set --grad_clip 1, use --amp bf16 or off, or mend the data named"
+            "set --grad_clip 1, use --amp bf16 or off, or correct the data if that is named"
         )
     saved = find()
     count = max(attempt.rollback_count, saved[1].get("draws", 0) if saved else 0) + 1
-    place = saved[0].name if saved else "the start: there is no checkpoint yet"
+    target = saved[0].name if saved else "the start: there is no checkpoint yet"
     run.log(
-        f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row left out, {error.cause}; "
-        f"rolling back to {place}, with other random numbers"
+        f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row skipped, {error.cause}; "
+        f"rolling back to {target}, with other random numbers"
     )
     run.close_tables()
     return replace(attempt, saved=saved, rollback_count=count, failed_at=error.step)
 
 
 def _write_dump(error: NonFinite, run: RunFolder) -> str:
-    """Save the tensors of the broken step beside the checkpoints, on the rank that has them."""
+    """Save the tensors of the failed step, on the rank that has them; a note for the message."""
     if error.dump is None:
         return ""
-    path = Path(run.folder) / f"broken_{error.step:06d}.pt"
+    path = run.folder / f"broken_{error.step:06d}.pt"
     tensors = {name: value.detach().cpu() for name, value in error.dump.items()}
     try:
         torch.save({"step": error.step, "trouble": error.cause, **tensors}, path)
@@ -196,7 +203,7 @@ def _write_dump(error: NonFinite, run: RunFolder) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that memory ran out, on a GPU or a CPU."""
+    """Whether ``error`` means that the memory of a GPU or CPU is used up."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -207,8 +214,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def explain_out_of_memory(advice: str):
-    """Inside the block, memory that runs out is a ValueError of one line with ``advice``."""
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Inside the block, an out-of-memory error becomes a ValueError of one line with ``advice``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -226,11 +233,11 @@ def halve_until_it_fits(
     unit: str = "rays",
     advice: str = "lower --chunk, --N_rand, --netwidth or --N_samples",
 ) -> tuple[T, int]:
-    """(job(size), size), with ``size`` halved whenever memory runs out.
+    """job(size), called again with half the size whenever memory runs out, and the size used.
 
-    job must give the same result whatever the size, and bear being interrupted and called again.
-    ValueError with ``advice`` at size 1, or without ``may_halve``: of several processes the others
-    would wait.
+    job must give the same result for every size, and work when it is called again after an error.
+    ValueError with ``advice`` if memory runs out at size 1 or if not ``may_halve`` (one of several
+    processes must not halve: the others would wait for it).
     """
     while True:
         try:
@@ -239,7 +246,7 @@ def halve_until_it_fits(
             if not out_of_memory(error):
                 raise
             reason = _reason(error)
-        # Outside the handler: the error's traceback held what filled the memory.
+        # Outside of the handler, because the error's traceback keeps the tensors alive.
         if size <= 1 or not may_halve:
             raise ValueError(f"out of memory with {size} {unit} at a time ({reason}); {advice}")
         size //= 2
@@ -249,10 +256,10 @@ def halve_until_it_fits(
 
 
 class MicroBatches:
-    """Accumulates a step's gradients in pieces, which are halved when memory runs out.
+    """Accumulates a step's gradients over micro-batches, which are halved when memory runs out.
 
-    size: rays or views (``unit``) that go through the networks together. The gradients are those
-    of the whole batch whatever the size, up to rounding.
+    size: number of rays or views (``unit``) in a micro-batch; up to rounding, the gradients are
+    those of the whole batch for every size. advice: see ``halve_until_it_fits``.
     """
 
     def __init__(
@@ -262,7 +269,7 @@ class MicroBatches:
         self.may_halve = world.size == 1  # the other ranks would wait for the extra all-reduces
 
     def run(self, accumulate: Callable[..., T], *inputs: Any) -> T:
-        """accumulate(*inputs, size), called again with half the size while memory runs out."""
+        """accumulate(*inputs, size), called again with half the size if memory runs out."""
         result, self.size = halve_until_it_fits(
             partial(accumulate, *inputs),
             self.size,

@@ -1,4 +1,4 @@
-"""Random numbers: a global seed for initial weights, a generator per step for all else."""
+"""Random numbers: a global seed for the initial weights, a generator per step for the rest."""
 
 import random
 
@@ -7,24 +7,25 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch. The same on every rank: it decides the initial weights.
+    """Seed Python, NumPy and torch for the initial weights, with the same seed on every rank.
 
-    Draws of the training loop never come from these global states, see ``step_generator``.
+    The training loop never draws from these global generators, see ``step_generator``.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def step_generator(seed: int, step: int, device) -> torch.Generator:
-    """The source of every random number of one step: a pure function of (seed, step).
+def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Generator:
+    """The generator of all random numbers of one step: a pure function of (seed, step).
 
-    Resuming needs no saved state. All ranks draw the same global batch and keep their share, so
-    the result does not depend on how many there are.
+    So checkpoints hold no generator state. All ranks draw the same global batch and keep their
+    shard, so results do not depend on the number of ranks.
     """
     generator = torch.Generator(device=device)
-    # Consecutive seeds are unrelated in Philox (CUDA) but not in the CPU's Mersenne twister, whose
-    # seeding mixes 32 bits; spread (seed, step) over them (Knuth's multiplicative hash).
+    # Consecutive seeds give unrelated numbers in Philox (CUDA) but not in the CPU's Mersenne
+    # twister, which is seeded with 32 bits: spread (seed, step) over them (Knuth's multiplicative
+    # hash).
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**64
     mixed ^= mixed >> 29
     return generator.manual_seed(mixed % 2**63)

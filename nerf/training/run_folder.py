@@ -1,70 +1,80 @@
-"""The run folder: what was run, what happened, and nothing that a second process could spoil."""
+"""The run folder: what was run and what happened, written by one process at a time."""
 
 import fcntl
 import json
 import math
-import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import numpy as np
 
-from nerf import __version__
 from nerf.media import write_png
+from nerf.training.files import replace_file
+from nerf.training.provenance import describe_start
 
-LIBRARIES = (
-    "torch numpy ConfigArgParse imageio pillow scikit-image tensorboard "
-    "diffusers transformers trimesh"
-).split()
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunFolder:
-    """``basedir/expname``: one writer at a time. On ranks other than 0 every method is a no-op.
+    """The folder ``basedir/expname`` of a run. On ranks other than 0 its methods do nothing.
 
-    ValueError if another process is training in the same folder.
+    is_main: whether this is rank 0. lock: of a run that trains; ValueError if another process is
+    training in the same folder.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, lock: bool):
+    def __init__(self, folder: Path, *, is_main: bool, lock: bool) -> None:
         self.folder, self.is_main = folder, is_main
-        self._lock = self._writer = self._csv = self._val = self._wandb = None
-        self._locked, self._logged = lock, set()
         self.failed: dict[str, str] = {}  # kind of file that could not be written -> reason
+        self._locked, self._logged = lock, set[str]()
+        self._lock: TextIO | None = None
+        self._csv: TextIO | None = None  # metrics.csv
+        self._val: TextIO | None = None  # val.csv
+        self._writer: SummaryWriter | None = None
+        self._wandb: Any = None  # wandb.Run
         if not is_main:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be made ({error.strerror})") from None
+            raise ValueError(
+                f"{folder}: cannot be made ({error.strerror}); choose another --basedir"
+            ) from None
         if lock:
             self._take_lock()
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback_) -> None:
-        """Close everything; the traceback of a mistake goes to log.txt, never to the terminal."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback_: TracebackType | None,
+    ) -> None:
+        """Close everything; the traceback of a user's mistake goes to log.txt only."""
         if isinstance(error, ValueError | OSError):
             self.log_file_only("".join(traceback.format_exception(error)))
         self.close()
 
     def _take_lock(self) -> None:
         try:
-            self._lock = open(self.folder / ".lock", "a")
+            lock = self._lock = open(self.folder / ".lock", "a")
         except OSError as error:
             raise ValueError(
                 f"{self.folder}: cannot be written to ({error.strerror}); choose another --basedir"
             ) from None
         try:
-            # Held by the open file, not by its existence: a killed process never leaves it behind.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The system releases the lock when its process ends, even if that is killed.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"{self.folder}: another process is training here; wait for it, "
@@ -72,7 +82,7 @@ class RunFolder:
             ) from None
 
     def log(self, message: str) -> None:
-        """One line to the terminal and to log.txt."""
+        """Write one line to the terminal and to log.txt."""
         if not self.is_main:
             return
         from tqdm import tqdm
@@ -80,14 +90,14 @@ class RunFolder:
         tqdm.write(message, file=sys.stderr)
         self.log_file_only(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
-    def log_once(self, step: int, complaint: str | None) -> None:
-        """Log a complaint about the run at ``step``, unless the same was logged before."""
-        if complaint is not None and complaint not in self._logged:
-            self._logged.add(complaint)
-            self.log(f"step {step}: {complaint}")
+    def log_once(self, step: int, warning: str | None) -> None:
+        """Log a warning about the run at ``step``, unless the same was logged before."""
+        if warning is not None and warning not in self._logged:
+            self._logged.add(warning)
+            self.log(f"step {step}: {warning}")
 
     def log_file_only(self, text: str) -> None:
-        """``text`` to log.txt alone, if that can be written."""
+        """Append ``text`` to log.txt, if that can be written, and not to the terminal."""
         if not self.is_main:
             return
         try:
@@ -96,32 +106,32 @@ class RunFolder:
         except OSError as error:
             self.failed["log.txt"] = error.strerror or str(error)
 
-    # ---------------------------------------------------------- a disk that is full, or gone
+    # ------------------------------------------------------------ a disk that is full or missing
 
     @contextmanager
-    def guard(self, what: str):
-        """Inside the block a file that cannot be written is said and remembered, not fatal."""
+    def guard(self, what: str) -> Iterator[None]:
+        """Inside the block, a file that cannot be written is logged and remembered, not fatal."""
         try:
             yield
         except OSError as error:
             self.mark_failed(what, what, error)
         except ValueError as error:
-            if not isinstance(error.__context__, OSError):  # one that was put into our words
+            if not isinstance(error.__context__, OSError):  # not caused by a failed write
                 raise
             self.mark_failed(what, what, error.__context__)
 
     def mark_failed(self, kind: str, what: str, error: Exception) -> None:
-        """Say that ``what`` is not written, and go on; ``exit_code`` tells it at the end."""
+        """Log that ``what`` is not written; unless ``mark_recovered``, ``exit_code`` will be 3."""
         reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
         self.failed[kind] = reason
         self.log(f"warning: {what} is not written ({reason}); training goes on")
 
     def mark_recovered(self, kind: str) -> None:
-        """A later file of this ``kind`` makes up for the ones that were lost."""
+        """Forget the failures of this ``kind``: a later file of it replaces those not written."""
         self.failed.pop(kind, None)
 
     def exit_code(self, code: int = 0) -> int:
-        """``code``, or 3, with a line that says so, if something could not be written."""
+        """``code``; but 3, with a line in the log, if something could not be written."""
         if not self.failed:
             return code
         lost = ", ".join(f"{what} ({reason})" for what, reason in self.failed.items())
@@ -129,7 +139,7 @@ class RunFolder:
         return 3
 
     def recreate(self) -> None:
-        """Make the run folder again if it was removed; tables then start anew."""
+        """Make the run folder again if it was removed; its tables then start empty."""
         if not self.is_main or self.folder.is_dir():
             return
         try:
@@ -139,12 +149,16 @@ class RunFolder:
             return
         self.close_tables()
         if self._locked:
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
             self._take_lock()
         self.log(f"warning: {self.folder} was removed during the run; it is made again")
 
-    def record(self, flags: dict, as_config: str) -> None:
-        """args.json, args.txt, config.txt and cmd.txt of this start."""
+    def record(self, flags: dict[str, Any], as_config: str) -> None:
+        """Write args.json, args.txt, config.txt, and this start's entry in cmd.txt.
+
+        as_config: the flags as a config file.
+        """
         if not self.is_main:
             return
         self.write_json("args.json", flags)
@@ -152,23 +166,18 @@ class RunFolder:
         if flags.get("config"):
             shutil.copyfile(flags["config"], self.folder / "config.txt")
         with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
-            file.write(_provenance())
+            file.write(describe_start())
 
-    def write_json(self, name: str, content) -> None:
-        """``content`` to a JSON file, replaced as a whole; null where a number is not finite."""
-        if not self.is_main:
-            return
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        text = json.dumps(_finite(content), indent=1, allow_nan=False)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+    def write_json(self, name: str, content: Any) -> None:
+        """Write ``content`` to a JSON file, replaced as a whole; numbers not finite become null."""
+        if self.is_main:
+            text = json.dumps(_finite(content), indent=1, allow_nan=False)
+            replace_file(self.folder / name, text.encode("utf-8"))
 
-    def start_wandb(self, flags: dict) -> None:
-        """Log to Weights & Biases as well, from now on; a run that is resumed goes on there.
+    def start_wandb(self, flags: dict[str, Any]) -> None:
+        """From now on log to Weights & Biases too; a resumed run continues its run on that service.
 
-        ValueError without the package, or where it cannot start.
+        ValueError if the package is missing or cannot start.
         """
         if not self.is_main:
             return
@@ -191,7 +200,7 @@ class RunFolder:
         id_file.write_text(self._wandb.id, encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One row of metrics.csv and its TensorBoard points. Keys must be the same every time."""
+        """Write a row of metrics.csv and TensorBoard's points. Every call needs the same keys."""
         if not self.is_main:
             return
         self.recreate()
@@ -207,7 +216,10 @@ class RunFolder:
             self._wandb.log(values, step=step)
 
     def validation(self, step: int, score: float, strip: np.ndarray) -> None:
-        """Validation PSNR and picture: TensorBoard, and val_strip.png (the latest)."""
+        """Write validation PSNR and picture to val.csv, val_strip.png (newest) and TensorBoard.
+
+        strip: uint8 [H, W, 3].
+        """
         if not self.is_main:
             return
         self.recreate()
@@ -223,7 +235,7 @@ class RunFolder:
             self._wandb.log({"val_psnr": score}, step=step)
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """uint8 [H, W, 3] to <name>s/STEP.png and TensorBoard."""
+        """Write a picture, uint8 [H, W, 3], to NAMEs/STEP.png and TensorBoard."""
         if not self.is_main:
             return
         self.recreate()
@@ -232,8 +244,8 @@ class RunFolder:
             self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
 
     @contextmanager
-    def _table(self, what: str):
-        """``guard``, after which everything is opened again: half a row may be in a buffer."""
+    def _table(self, what: str) -> Iterator[None]:
+        """``guard``; after a failure all tables are reopened, as a buffer may hold half a row."""
         try:
             with self.guard(what):
                 yield
@@ -241,24 +253,24 @@ class RunFolder:
             if what in self.failed:
                 self.close_tables()
 
-    def tensorboard(self, step: int):
-        """The TensorBoard writer; points that a crashed run left behind ``step`` are dropped."""
+    def tensorboard(self, step: int) -> "SummaryWriter":
+        """The TensorBoard writer; a new one drops a crashed run's points from ``step`` on."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            threading.excepthook = _without_disk_errors
+            threading.excepthook = _skip_disk_errors
             self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step)
         return self._writer
 
     def close_tables(self) -> None:
-        """Close tables and TensorBoard; the next row reopens them and drops what it overtakes."""
+        """Close tables and TensorBoard; the next row reopens them and drops rows of later steps."""
         resources = (self._csv, self._val, self._writer)
         self._csv = self._val = self._writer = None
         for resource in resources:
             if resource is not None:
                 try:
                     resource.close()
-                except (OSError, ValueError) as error:  # what it still held has no room
+                except (OSError, ValueError) as error:  # no space for what its buffer still held
                     self.failed["tables"] = str(error).splitlines()[0]
 
     def close(self) -> None:
@@ -272,14 +284,14 @@ class RunFolder:
             self._lock = None
 
 
-def _without_disk_errors(caught) -> None:
-    """A thread's traceback, unless it is of a disk: TensorBoard's raises that in ours as well."""
+def _skip_disk_errors(caught: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, unless TensorBoard's thread raises it in the main thread too."""
     if not isinstance(caught.exc_value, OSError):
         threading.__excepthook__(caught)
 
 
-def _finite(content):
-    """``content`` with None for every number that JSON cannot hold."""
+def _finite(content: Any) -> Any:
+    """``content`` with None for every number that JSON cannot hold: NaN and infinity."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -287,8 +299,8 @@ def _finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _open_table(path: Path, step: int, header: list[str]):
-    """A CSV file to append to, without the rows from ``step`` on that a broken-off run left."""
+def _open_table(path: Path, step: int, header: list[str]) -> TextIO:
+    """Open a CSV file to append to; drop the rows from ``step`` on that a crashed run left."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = text.splitlines(keepends=True)
     kept = [",".join(header) + "\n"] + [
@@ -301,41 +313,10 @@ def _open_table(path: Path, step: int, header: list[str]):
     return open(path, "a", encoding="utf-8")
 
 
-def _provenance() -> str:
-    """Command, versions, commit and local changes of this start, for cmd.txt."""
-
-    def git(*words: str) -> str:
-        root = Path(__file__).resolve().parent
-        try:
-            result = subprocess.run(
-                ["git", *words], cwd=root, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    def version(library: str) -> str:
-        try:
-            return f"{library} {metadata.version(library)}"
-        except metadata.PackageNotFoundError:
-            return f"{library} absent"
-
-    parts = [
-        f"# {datetime.now():%Y-%m-%d %H:%M:%S}, version {__version__}",
-        shlex.join([Path(sys.executable).name, *sys.argv]),
-        f"# python {platform.python_version()}, " + ", ".join(version(name) for name in LIBRARIES),
-        f"# commit {git('rev-parse', 'HEAD') or 'unknown'}",
-    ]
-    difference = git("diff", "HEAD")
-    if difference:
-        parts.append("# local changes:\n" + difference)
-    return "\n".join(parts) + "\n\n"
-
-
 def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
-    """Name of the run below ``basedir`` that was started last; None if there is none.
+    """The name of the run in ``basedir`` that was started last, or None.
 
-    Only runs of the same ``config`` file count (None: of any), whose flags include ``needs``.
+    config: only runs of this config file count; None: of any. needs: a flag that they must have.
     """
     runs = []
     for path in basedir.glob("*/args.json"):

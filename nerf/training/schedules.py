@@ -2,6 +2,7 @@
 
 import argparse
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -10,6 +11,8 @@ import numpy as np
 def parse_schedule(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Steps and values of ``text``. ValueError unless steps ascend and all are finite numbers."""
     pieces = [piece.strip() for piece in text.split(",")]
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
     try:
         if len(pieces) == 1 and ":" not in text:
             steps, values = (0.0,), (float(text),)
@@ -19,17 +22,17 @@ def parse_schedule(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
             values = tuple(float(value) for _, value in pairs)
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a schedule; expected a number, or step:value,step:value"
+            f"{text!r} is not a schedule; expected a number or step:value,step:value"
         ) from None
     if not np.isfinite(values).all() or not np.isfinite(steps).all() or min(steps) < 0:
-        raise ValueError(f"{text!r}: expected finite numbers and steps from 0")
-    if any(late <= early for early, late in zip(steps, steps[1:], strict=False)):
-        raise ValueError(f"{text!r}: the steps have to ascend")
+        raise ValueError(f"{text!r}: expected finite numbers, and steps of at least 0")
+    if any(second <= first for first, second in pairwise(steps)):
+        raise ValueError(f"{text!r}: the steps must ascend")
     return steps, values
 
 
 def schedule(text: str) -> str:
-    """A schedule of a flag, kept as text: that is what config files and args.json hold."""
+    """A flag's type: ``text`` itself, once it is checked; config files and args.json hold text."""
     try:
         parse_schedule(text)
     except ValueError as error:
@@ -38,17 +41,17 @@ def schedule(text: str) -> str:
 
 
 def scheduled(text: str, step: int) -> float:
-    """The value at ``step``: linear between the given steps, constant before and after them."""
+    """The value at ``step``: linear between the steps of ``text``, constant outside of them."""
     steps, values = parse_schedule(text)
     return float(np.interp(step, steps, values))
 
 
 def stepped(text: str, step: int) -> int:
-    """The value at ``step`` that was set last, a whole number: for sizes, which cannot glide."""
+    """The value at ``step`` without interpolation: a whole number, for sizes."""
     steps, values = parse_schedule(text)
     return int(values[max(0, int(np.searchsorted(steps, step, side="right")) - 1)])
 
 
 def highest(text: str) -> float:
-    """The largest value it ever takes."""
+    """The largest value of the schedule ``text``."""
     return max(parse_schedule(text)[1])

@@ -1,4 +1,4 @@
-"""The state of a run: all that a checkpoint holds, saved and restored in one place."""
+"""The state of a run: everything that a checkpoint holds, saved and restored in one place."""
 
 import math
 import time
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from nerf.training import checkpoint
 from nerf.training.ema import EMA
@@ -18,14 +17,14 @@ from nerf.training.run_folder import RunFolder
 
 @dataclass
 class TrainState:
-    """The parts that learn, and the counters of a run.
+    """The parts of a run that training changes, and its counters.
 
-    step: finished updates, also those left out because they were not finite. rays_drawn: training
-    rays so far, over all ranks. best: step and PSNR of the best validation so far. clock: seconds
-    of training. saved_at: ``time.monotonic()`` of the last save.
+    step: number of updates so far, including those skipped because they were not finite.
+    rays_drawn: training rays so far, over all ranks. best: step and PSNR of the best validation so
+    far. clock: seconds of training. saved_at: ``time.monotonic()`` of the last save.
     """
 
-    renderer: nn.Module
+    renderer: checkpoint.Restorable  # an nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA
@@ -37,9 +36,9 @@ class TrainState:
     saved_at: float = field(default_factory=time.monotonic)
 
     def restore(self, log: Callable[[str], None], rays_per_step: int = 0) -> dict[str, Any]:
-        """Go on from the attempt's checkpoint; nothing to do without one. Returns its content.
+        """Restore the attempt's checkpoint and return its content; {} if it has none.
 
-        rays_per_step: for checkpoints that do not hold ``rays_drawn``, such as nerf-pytorch's.
+        rays_per_step: for checkpoints without ``rays_drawn``, such as nerf-pytorch's.
         """
         if self.attempt.saved is None:
             return {}
@@ -55,7 +54,7 @@ class TrainState:
         """Write a checkpoint, on rank 0; then remove all but the newest ``keep`` and the best.
 
         extra: further entries of the file, such as args. A failed write is tried once more, then
-        logged; the checkpoint before it stays. Returns whether nothing of this rank is unsaved.
+        logged; earlier checkpoints then stay. Returns False after a failed write, else True.
         """
         if not run.is_main:
             return True
@@ -78,23 +77,23 @@ class TrainState:
         return saved
 
     def save_and_stop(self, run: RunFolder, signal: int, keep: int, **extra: Any) -> int:
-        """Save because of a signal; the exit code that says so, as a shell would."""
+        """Save after a stop signal; the exit code, which is 128 + signal as in shells."""
         saved = "saved" if self.save(run, keep, **extra) else "not saved"
         run.log(f"stopped by signal {signal}; step {self.step} is {saved}")
         return 128 + signal
 
     def due(self, seconds: float) -> bool:
-        """Whether to save now: the step is the best, or the last save is ``seconds`` ago."""
+        """Whether to save now: the step has the best PSNR, or the last save is ``seconds`` ago."""
         if self.best["step"] == self.step:
             return True
         return seconds > 0 and time.monotonic() - self.saved_at >= seconds
 
     def advance(self, num_rays: int) -> None:
-        """One update has been made, or left out, with ``num_rays`` rays over all ranks."""
+        """Count an update, made or skipped, with ``num_rays`` rays over all ranks."""
         self.step += 1
         self.rays_drawn += num_rays
 
     def record_validation(self, psnr: float) -> None:
-        """Remember the best validation; its checkpoint is kept."""
+        """Remember this validation if it is the best so far; ``save`` keeps its checkpoint."""
         if psnr > self.best["psnr"]:
             self.best = {"step": self.step, "psnr": psnr}

@@ -5,16 +5,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
+from typing import Any, Self, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, amp: str):
-    """Half precision for matrix products; a no-op for ``amp`` = "off"."""
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
+    """The context of matrix products in half precision; of no effect for ``amp`` "off"."""
     dtype = AMP_DTYPES[amp]
     if dtype is None:
         return nullcontext()
@@ -22,10 +26,10 @@ def autocast(device: torch.device, amp: str):
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices by instructions of its own.
+    """Whether this CPU has the instructions for fast matrix products in bfloat16.
 
-    It is PyTorch's own test, for its oneDNN kernels: AVX512 on x86, BF16 on ARM. Without them a
-    matrix product in bfloat16 takes about 20 times as long as in float32.
+    PyTorch's own test for its oneDNN kernels: AVX512 on x86, BF16 on ARM. Without them a matrix
+    product in bfloat16 takes about 20 times as long as in float32.
     """
     return torch.backends.mkldnn.is_available() and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -33,7 +37,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def usable_amp(amp: str, device: torch.device, log: Callable[[str], None]) -> str:
-    """``amp``; but "off", with a line in the log, where it would only make the run slower."""
+    """``amp``; but "off", with a line in the log, for bf16 on a CPU that is slower with it."""
     if amp == "bf16" and device.type == "cpu" and not cpu_has_bfloat16():
         log("--amp bf16 -> off: this CPU has no bfloat16 arithmetic, float32 is 20 times as fast")
         return "off"
@@ -41,15 +45,17 @@ def usable_amp(amp: str, device: torch.device, log: Callable[[str], None]) -> st
 
 
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """Loss scaling, which float16's narrow range needs; a no-op for other precisions."""
+    """Loss scaling, which float16's narrow range needs; of no effect for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def map_on_threads(function: Callable, items: Iterable, device: torch.device) -> None:
-    """Call ``function`` on every item; on a CPU on as many items at a time as it has threads.
+def map_on_threads(
+    function: Callable[[T], object], items: Iterable[T], device: torch.device
+) -> None:
+    """Call ``function`` on every item; on a CPU, on as many items at a time as torch has threads.
 
-    Each call then computes on one thread of its own. For work in small pieces that is far better
-    than splitting every operation over all threads: those wait for one another at each.
+    Each call then computes on a single thread. For small items that is much faster than splitting
+    every operation over all threads, which wait for each other after each operation.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -59,16 +65,16 @@ def map_on_threads(function: Callable, items: Iterable, device: torch.device) ->
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for _ in pool.map(function, items):
-                pass  # raises what a call raised
+                pass  # raises the first exception of a call
     finally:
-        torch.set_num_threads(threads)  # a part of that setting is global
+        torch.set_num_threads(threads)  # the pool's threads changed a part of it for all
 
 
 def release_memory() -> None:
-    """Hand what the C library keeps of freed memory back to the system (glibc; else nothing).
+    """Return freed memory that the C library keeps to the system (glibc only; else do nothing).
 
-    Pictures and steps ask for blocks of other sizes. Between them its heap grows holes, for hours,
-    though what is in use stays the same. Takes milliseconds.
+    Renders and training steps allocate blocks of different sizes, which fragments the heap: without
+    this call it grows for hours, though the memory in use stays the same. Takes milliseconds.
     """
     import ctypes
 
@@ -78,13 +84,13 @@ def release_memory() -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process (resident)."""
+    """Peak memory so far in MiB: on the GPU, or on a CPU the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
 
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure includes that of the process which started this one
+    if status.exists():  # getrusage's value includes that of the parent process
         for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
@@ -93,32 +99,32 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class StopSignal:
-    """Notes a signal of ``KINDS`` instead of dying; the loop looks at ``number`` once a step.
+    """Inside its block, a signal of ``KINDS`` sets ``number`` instead of ending the process.
 
-    SIGUSR1 is what SLURM sends ahead of a time limit (``--signal=USR1@60``).
-
-    A second signal meets the default handler and ends the process at once.
+    The loop reads ``number`` once per step; 0: no signal has come. SLURM sends SIGUSR1 before a
+    time limit (``--signal=USR1@60``). A second signal meets the previous handler, which usually
+    ends the process at once.
     """
 
     KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.number = 0
-        self._previous = {}
+        self._previous: dict[signal.Signals, Any] = {}  # their handlers outside of the block
 
     def is_set(self) -> bool:
         """Whether a signal has come."""
         return self.number != 0
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> Self:
         for number in self.KINDS:
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def _note(self, number, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
 
