@@ -280,8 +280,10 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
 class StepStats(NamedTuple):
     """What a batch leaves behind besides its gradients."""
 
-    levels: tuple  # Rendered of each level (coarse, fine), of the last micro-batch
-    target: Tensor  # [b, 3] of the last micro-batch
+    # Of the first micro-batch: it is the largest, the last one may hold a single ray, and the
+    # standard deviation of a single color, by which a dead start is noticed, is NaN.
+    levels: tuple  # Rendered of each level (coarse, fine)
+    target: Tensor  # [b, 3]
     loss: Tensor  # [] of the batch
     error: Tensor  # [] squared error of the final level, for PSNR
     samples: int  # of this rank
@@ -297,6 +299,7 @@ def accumulate_gradients(args, world, model, state: TrainState, batch, block: in
     renderer, scaler = state.renderer, state.scaler
     renderer.zero_grad(set_to_none=True)  # also of an attempt that did not fit into memory
     loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
+    first_levels = None
     pieces = [slice(start, start + block) for start in range(0, len(target), block)]
     for piece in pieces:
         # One all-reduce per step is enough: DDP synchronizes at the last micro-batch.
@@ -309,10 +312,11 @@ def accumulate_gradients(args, world, model, state: TrainState, batch, block: in
             errors = [squared_error(level.rgb, target[piece]) * weight for level in levels]
             loss = sum(errors) + weight * renderer.penalty()
             scaler.scale(loss).backward()
+        first_levels = first_levels or levels
         loss_sum += loss.detach()
         error_sum += errors[-1].detach()
         samples += renderer.batch_samples
-    return StepStats(levels, target[pieces[-1]], loss_sum, error_sum, samples)
+    return StepStats(first_levels, target[pieces[0]], loss_sum, error_sum, samples)
 
 
 def step_tensors(renderer, rays, target, stats: StepStats) -> StepTensors:

@@ -66,7 +66,7 @@ ROWS = {
         "no warm-up": "--lrate_warmup 0",
         "half the steps along a ray": "--march_steps 64",
         "rays never end early": "--early_stop 0",
-        "32 samples a ray, drawn anew": "--resample 32",
+        "32 samples a ray, importance resampled": "--resample 32",
         "float32": "--amp off",
     },
     "dream": {
