@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nerf import build
 from nerf.build import load_scene
+from nerf.datasets.identity import scene_difference, scene_identity
 from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
 from nerf.metrics import psnr_from_mse
@@ -110,18 +111,24 @@ def resume(args, run, state: TrainState) -> None:
     for change in common_flags.other_changes(saved.get("args") or {}, args, nerf_flags.STRUCTURAL):
         run.log(f"changed since the checkpoint: {change}")
     state.restore(run.log, rays_per_step=args.N_rand)
-    done = f"; it is done: raise --N_iters {args.N_iters}" if state.step >= args.N_iters else ""
-    run.log(f"resumed from {path} at step {state.step}{done}")
+    if state.step < args.N_iters:
+        run.log(f"resumed from {path} at step {state.step}")
+    else:
+        run.log(f"{path} has all {state.step} updates; to train on, set --N_iters to more")
 
 
-def check_same_run(args, saved) -> None:
-    """ValueError if the checkpoint was made with another network or other data."""
+def check_same_run(args, saved, scene) -> None:
+    """ValueError if the checkpoint was made with another network, or of another scene."""
     path, content = saved
-    common_flags.check_same_run(path, content.get("args", {}), args, nerf_flags.STRUCTURAL)
+    difference = scene_difference(content.get("scene"), scene)
+    other = [f"another scene in {args.datadir}: {difference}"] if difference else []
+    flags = content.get("args", {})
+    common_flags.check_same_run(path, flags, args, nerf_flags.STRUCTURAL, other)
 
 
-def make_evaluation(args, world, run, scene, renderer, ema, stop=None) -> Evaluation:
+def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Evaluation:
     """What renders, measures and exports the scene of this run."""
+    renderer, saved = state.renderer, state.attempt.saved
 
     def render(rays):
         with system.autocast(world.device, args.amp):
@@ -133,9 +140,10 @@ def make_evaluation(args, world, run, scene, renderer, ema, stop=None) -> Evalua
         args.metres_per_unit,
         true_depth=Path(args.datadir) / "depth",
         camera_path=Path(args.camera_path) if args.camera_path else None,
+        variant=build.output_variant(args, saved[1].get("args", {}) if saved else {}),
         flags=vars(args),
     )
-    return Evaluation(outputs, run, renderer, ema, settings)
+    return Evaluation(outputs, run, renderer, state.ema, settings)
 
 
 def render_block(args, renderer, world) -> int:
@@ -166,10 +174,11 @@ def train(args, world, run) -> int:
     find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
     attempt = Attempt.from_checkpoint(args.seed, find(reload=not args.no_reload))
     if attempt.saved:
-        check_same_run(args, attempt.saved)
-    run.record(vars(args), common_flags.as_config(args, nerf_flags.nerf_parser()))
-    if args.wandb:
-        run.start_wandb(vars(args))
+        check_same_run(args, attempt.saved, scene)
+    if attempt.finished_updates < args.N_iters:  # else args.json would tell what never ran
+        run.record(vars(args), common_flags.as_config(args, nerf_flags.nerf_parser()))
+        if args.wandb:
+            run.start_wandb(vars(args))
     viewer = start_viewer(args, world, run, scene)
     with system.StopSignal() as stop, viewer or nullcontext():
         while True:
@@ -192,7 +201,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         build.compile_fields(renderer, scene.pick(*few)[0], run.log)
     # DDP averages gradients in backward(). Call ``model``, never model.module: that skips it.
     model = DistributedDataParallel(renderer) if world.size > 1 else renderer
-    evaluation = make_evaluation(args, world, run, scene, renderer, state.ema, stop)
+    evaluation = make_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
     micro = MicroBatches(
@@ -201,6 +210,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
     monitor = Monitor(world, stop, state.clock, args.max_minutes)
     progress = Progress(args.N_iters, state, show=world.is_main)
+    content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
         # ---- one update. Every random number comes from (seed, step), not from a running
@@ -230,13 +240,10 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         )
         # NeRF's ReLU density can be negative everywhere at the start: all rays show one color, no
         # gradient flows, and nothing ever changes. The first steps are watched for that.
-        watched = state.step + 1 < WATCHED_STEPS
-        verdict = monitor.check(
-            stats.loss,
-            grad_norm,
-            flat=renders_one_color(stats.levels, stats.target) if watched else None,
-            samples=stats.samples,
-        )
+        flat = None
+        if state.step + 1 < WATCHED_STEPS:
+            flat = renders_one_color(stats.levels, stats.target)
+        verdict = monitor.check(stats.loss, grad_norm, flat=flat, samples=stats.samples)
         if verdict.finite:  # on every rank: one that skipped alone would drift from the others
             scaler.step(optimizer)
             state.ema.update()
@@ -251,7 +258,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         if verdict.diverged:
             raise NonFinite.diagnose(state.step, world, step_tensors(renderer, rays, target, stats))
         if verdict.signal:
-            return state.save_and_stop(run, verdict.signal, args.keep_ckpts, args=vars(args))
+            return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
         if verdict.dead and attempt.dead_starts < args.dead_restarts:
             progress.close()
             raise DeadStart(state.step, diagnose_flat(stats.levels))
@@ -265,15 +272,17 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
                 state.record_validation(evaluation.validate(state.step))
         if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
             with state.clock:
-                state.save(run, args.keep_ckpts, args=vars(args))
-        with state.clock, run.guard("a rendering"):
-            if every(state.step, args.i_video) or (last and args.i_video):
-                evaluation.render_camera_path(state.step)
-            if every(state.step, args.i_testset) or last:
-                evaluation.measure_test(state.step)
+                state.save(run, args.keep_ckpts, **content)
         if last:
             break
+        with state.clock, run.guard("a rendering"):
+            if every(state.step, args.i_testset):
+                evaluation.measure_test(state.step)
+            if every(state.step, args.i_video):
+                evaluation.render_camera_path(state.step)
     progress.close()
+    with run.guard("a rendering"):  # also what a run that was stopped here still owes
+        evaluation.finish(state.step, video=args.i_video > 0)
     return 0
 
 
@@ -362,14 +371,14 @@ def render_and_export(args, world, run) -> int:
         )
     path, content = saved
     scene = load_scene(args, run.log).to(world.device)
-    renderer = prepare(args, world, run, scene, Attempt(args.seed)).renderer
+    check_same_run(args, saved, scene)
+    state = prepare(args, world, run, scene, Attempt(args.seed, saved))
     # Training measured its averaged weights, so these are rendered too.
-    ema = EMA(renderer, content.get("args", {}).get("ema_decay", 0.0))
-    check_same_run(args, saved)
-    checkpoint.restore(path, content, run.log, renderer, ema=ema)
+    state.ema = EMA(state.renderer, content.get("args", {}).get("ema_decay", 0.0))
+    checkpoint.restore(path, content, run.log, state.renderer, ema=state.ema)
     step = checkpoint.finished_updates(content)
-    run.log(f"{path}: step {step}, {ema.kind} weights; {scene.describe()}")
-    evaluation = make_evaluation(args, world, run, scene, renderer, ema)
+    run.log(f"{path}: step {step}, {state.ema.kind} weights; {scene.describe()}")
+    evaluation = make_evaluation(args, world, run, scene, state)
     if args.export:
         evaluation.export_mesh(
             Path(args.export), args.export_bound, resolution=args.mesh_res, level=args.mesh_level

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nerf.datasets import DataSettings
 from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, Field, NeRFField
+from nerf.flags import nerf as nerf_flags
 from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
@@ -49,6 +50,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
         store_dir=Path(args.store_dir) if args.store_dir else None,
         pixel_center=args.pixel_center,
         render_factor=args.render_factor,
+        given=nerf_flags.given_flags(args),
     )
 
 
@@ -269,3 +271,22 @@ def adopt_saved_flags(args: argparse.Namespace, saved: dict[str, Any], log: Log)
             if not name.startswith(("prompt", "negative_")):
                 log(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
             setattr(args, name, saved[name])
+
+
+# Flags that decide which pictures a run renders and measures, and at which size.
+PICTURE_FLAGS = ("testskip", "llffhold", "factor", "downscale", "half_res")
+
+
+def output_variant(args: argparse.Namespace, saved: Mapping[str, Any]) -> str:
+    """How the folders of rendered pictures end: "" for the run's own full test and path.
+
+    Other views or a smaller size than the run was trained for, flags ``saved``, get folders of
+    their own, so that they never replace its evaluation.
+    """
+    changed = [
+        name
+        for name in PICTURE_FLAGS
+        if saved.get(name, getattr(args, name)) != getattr(args, name)
+    ]
+    endings = [f"_{name}{getattr(args, name):d}" for name in changed]
+    return "".join(endings) + (f"_f{args.render_factor}" if args.render_factor > 1 else "")

@@ -35,6 +35,7 @@ class EvaluationSettings(NamedTuple):
     metres_per_unit: float  # length of a scene unit, for depth files; 0: unknown
     true_depth: Path  # folder of true depth, VIEW.npy; may be missing
     camera_path: Path | None  # key frames to render instead of the scene's own path
+    variant: str  # ending of folders that do not hold the run's own full test and path; "": they do
     flags: dict[str, Any]  # of the run, for metrics.json
 
 
@@ -63,18 +64,22 @@ class Evaluation:
         return psnr
 
     def measure_test(self, step: int) -> None:
-        """Render and measure the test views; write metrics.json to their folder and the run's."""
+        """Render and measure the test views into render_test_STEP/, with a metrics.json.
+
+        The run's own metrics.json and report are made of its full test only, never of fewer views
+        or smaller pictures (``EvaluationSettings.variant``).
+        """
         outputs, run, settings = self.outputs, self.run, self.settings
         if not outputs.scene.splits.get("test"):
             run.log("there are no test views: no metrics.json")
             return
-        name = f"render_test_{step:06d}"
+        folder = self._test_folder(step)
         lpips, missing = load_lpips(outputs.world.device)
         with self.ema.swap():
             metrics = measure_views(
                 outputs,
                 "test",
-                run.folder / name,
+                folder,
                 settings.render_factor,
                 lpips=lpips,
                 true_depth=settings.true_depth,
@@ -82,22 +87,33 @@ class Evaluation:
             )
         release_memory()
         metrics.update(step=step, weights=self.ema.kind, args=settings.flags)
-        run.write_json(f"{name}/metrics.json", metrics)
-        run.write_json("metrics.json", metrics)
+        run.write_json(f"{folder.name}/metrics.json", metrics)
+        if metrics.get("psnr") is None:
+            run.log(
+                f"test: {metrics['num_views']} views at 1 / {settings.render_factor} of their size "
+                f"-> {folder}/; no PSNR: one ray a pixel is not what a reduced picture averages"
+            )
+            return
         others = [
             f", {label} {metrics[key]:.4f}" for key, label in METRICS.items() if metrics.get(key)
         ]
         run.log(
             f"test: PSNR {metrics['psnr']:.2f} dB{''.join(others)} over {metrics['num_views']} "
-            f"views, {metrics['seconds_per_view']:.2f} s each -> {run.folder / name}/, metrics.json"
-            + (f"; no LPIPS ({missing})" if missing else "")
+            f"views, {metrics['seconds_per_view']:.2f} s each -> {folder}/"
         )
-        if run.is_main:
-            try_report(run.folder, run.log)
+        if missing:
+            run.log_once(step, f"no LPIPS ({missing})")
+        if not settings.variant:
+            run.write_json("metrics.json", metrics)
+            if run.is_main:
+                try_report(run.folder, run.log)
 
     def render_camera_path(self, step: int) -> None:
-        """Render the camera path and its videos into render_path_STEP/."""
-        settings, folder = self.settings, self.run.folder / f"render_path_{step:06d}"
+        """Render the camera path and its videos into render_path_STEP/.
+
+        Key frames of the user's own go to render_path_STEP_NAME/, beside the scene's path.
+        """
+        settings, folder = self.settings, self._path_folder(step)
         key_path = read_path(settings.camera_path) if settings.camera_path else None
         with self.ema.swap():
             videos = render_path(
@@ -110,6 +126,34 @@ class Evaluation:
             )
         self.run.log("video: " + (", ".join(map(str, videos)) or f"frames only, in {folder}/"))
         release_memory()
+
+    def finish(self, step: int, *, video: bool) -> None:
+        """Make what a run of ``step`` updates ends with, as far as it is not there yet.
+
+        That is the test, then the video, if wanted. A run that was stopped while it made them
+        makes up for them when it is started again.
+        """
+        world, tested, filmed = self.outputs.world, self._test_folder(step), self._path_folder(step)
+        owed = [
+            not (tested / "metrics.json").exists() and bool(self.outputs.scene.splits.get("test")),
+            video and not (filmed / f"{len(self.outputs.scene.render_poses) - 1:03d}.png").exists(),
+        ]
+        owed = world.gather(owed)[0]  # all ranks see the same folder, or do as rank 0 does
+        if owed[0]:
+            self.measure_test(step)
+        if owed[1]:
+            self.render_camera_path(step)
+        if not any(owed):
+            self.run.log(f"nothing is left to do: see {self.run.folder}/report.html")
+        elif self.run.is_main and not self.settings.variant:
+            try_report(self.run.folder, self.run.log)  # again, with the video in it
+
+    def _test_folder(self, step: int) -> Path:
+        return self.run.folder / f"render_test_{step:06d}{self.settings.variant}"
+
+    def _path_folder(self, step: int) -> Path:
+        path, variant = self.settings.camera_path, self.settings.variant
+        return self.run.folder / f"render_path_{step:06d}{variant}{f'_{path.stem}' if path else ''}"
 
     def free_view(self, *view: Any) -> np.ndarray:
         """The picture of a free camera, for the live viewer: see ``scene.render_free_view``."""

@@ -140,8 +140,9 @@ def measure_views(
 
     The metrics are means over views, and "views" holds those of each view; docs/outputs.md lists
     the keys. ``psnr_8bit`` is measured on the pictures as saved. factor: render pictures this many
-    times smaller. lpips: of ``metrics.load_lpips``. true_depth: folder with the exact depth of
-    views, NAME.npy [H, W]. metres_per_unit: length of a scene unit for depth files; 0: not known.
+    times smaller, without metrics: one ray through a large pixel is not its average. lpips: of
+    ``metrics.load_lpips``. true_depth: folder with the exact depth of views, NAME.npy [H, W].
+    metres_per_unit: length of a scene unit for depth files; 0: not known.
     """
     scene = outputs.scene.resized(factor)
     world, views = outputs.world, outputs.scene.splits[split]
@@ -158,18 +159,16 @@ def measure_views(
             write_view(folder, number, picture, target)
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
             np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
-            saved = to_8bit(picture) / 255.0
-            row: dict[str, Any] = {
-                "name": scene.names[view],
-                "psnr": psnr(picture, target, mask),
-                "psnr_8bit": psnr(saved, to_8bit(target) / 255.0, mask),
-                "ssim": ssim(picture, target, mask),
-                "seconds": seconds,
-                "number": number,
-            }
-            if lpips is not None:
-                row["lpips"] = lpips(picture, target)
-            own_rows.append(row | depth_errors(depth, true_depth, scene.names[view]))
+            row: dict[str, Any] = {"name": scene.names[view], "seconds": seconds, "number": number}
+            if factor <= 1:
+                saved = to_8bit(picture) / 255.0
+                row["psnr"] = psnr(picture, target, mask)
+                row["psnr_8bit"] = psnr(saved, to_8bit(target) / 255.0, mask)
+                row["ssim"] = ssim(picture, target, mask)
+                if lpips is not None:
+                    row["lpips"] = lpips(picture, target)
+                row |= depth_errors(depth, true_depth, scene.names[view])
+            own_rows.append(row)
         if world.is_main and views:
             write_depth_unit(folder / "depth", outputs.scene, metres_per_unit, values=True)
     gathered = (row for rows_of_rank in world.gather(own_rows) for row in rows_of_rank)

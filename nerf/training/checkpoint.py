@@ -34,6 +34,7 @@ PARTS = {  # types of a checkpoint's entries; None stands for a part that is not
     "args": dict,
     "best": dict,
     "told": dict,  # the prompts that a viewer set
+    "scene": dict,  # which scene it was trained on, see nerf.datasets.identity
     "format": int,
 }
 COUNTS = "global_step attempt draws rays_drawn".split()

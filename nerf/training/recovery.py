@@ -126,6 +126,11 @@ class Attempt:
         return cls(seed, saved, state.get("attempt", 0), state.get("draws", 0))
 
     @property
+    def finished_updates(self) -> int:
+        """Updates that the checkpoint to start from holds; 0 without one."""
+        return checkpoint.finished_updates(self.saved[1]) if self.saved else 0
+
+    @property
     def weights_seed(self) -> int:
         """The seed of the initial weights, another one after every dead start."""
         return self.seed + self.dead_starts

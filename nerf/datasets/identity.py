@@ -1,0 +1,65 @@
+"""Which scene a run was trained on: a fingerprint in its checkpoints, compared when it is resumed.
+
+It holds what the training views are, not where their files lie: poses, focal lengths relative to
+the picture size, picture names and mean colors. So a moved or renamed folder, another resolution
+or fewer test views are the same scene; other pictures, poses or training views are another one.
+"""
+
+import hashlib
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nerf.datasets.scene import Scene
+
+MAX_COLORS = 16  # training views whose mean color is compared, evenly taken
+POSE_TOLERANCE = 1e-3  # of the cameras' extent; machines and versions differ by rounding
+FOCAL_TOLERANCE = 5e-3  # of the focal length: pictures reduced to whole pixels differ by some
+COLOR_TOLERANCE = 0.03  # in [0, 1]: another resolution changes a mean color by less
+
+
+def scene_identity(scene: Scene) -> dict[str, Any]:
+    """The fingerprint of a scene, for a checkpoint: poses [V, 3, 4], focal [V], colors [N, 3].
+
+    V training views, in order. names: a hash of their names without folder and ending.
+    """
+    views = scene.splits["train"]
+    some = views[:: max(1, -(-len(views) // MAX_COLORS))]
+    names = "\n".join(PurePath(scene.names[view]).stem for view in views)
+    widths = torch.tensor([scene.view_size(view)[1] for view in views], dtype=torch.float32)
+    return {
+        "poses": scene.c2w[views].float().cpu().clone(),
+        "focal": scene.intrinsics[views, 0].float().cpu() / widths,
+        "colors": torch.stack([scene.picture(view).mean((0, 1)) for view in some]),
+        "names": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }
+
+
+def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:
+    """What differs between ``saved``, a checkpoint's fingerprint, and ``scene``; "" for nothing.
+
+    Names alone do not make another scene: pictures may have been converted.
+    """
+    if not saved:  # nerf-pytorch's checkpoints and those of our first release have none
+        return ""
+    own = scene_identity(scene)
+    if saved["poses"].shape != own["poses"].shape:
+        return f"{len(saved['poses'])} training views -> {len(own['poses'])}"
+    extent = float(own["poses"][:, :, 3].std(0).norm()) if len(own["poses"]) > 1 else 1.0
+    if _largest(saved["poses"][:, :, 3], own["poses"][:, :, 3]) > POSE_TOLERANCE * max(
+        extent, 1e-6
+    ):
+        return "other camera positions"
+    if _largest(saved["poses"][:, :, :3], own["poses"][:, :, :3]) > POSE_TOLERANCE:
+        return "other camera directions"
+    if _largest(saved["focal"] / own["focal"], torch.ones(len(own["focal"]))) > FOCAL_TOLERANCE:
+        return "other focal lengths"
+    if _largest(saved["colors"], own["colors"]) > COLOR_TOLERANCE:
+        return "other pictures"
+    return ""
+
+
+def _largest(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max())
