@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,9 +14,11 @@ from nerf.training.progress import Clock
 from nerf.training.recovery import Attempt
 from nerf.training.run_folder import RunFolder
 
+R = TypeVar("R", bound=checkpoint.Restorable)
+
 
 @dataclass
-class TrainState:
+class TrainState(Generic[R]):
     """The parts of a run that training changes, and its counters.
 
     step: number of updates so far, including those skipped because they were not finite.
@@ -24,7 +26,7 @@ class TrainState:
     far. clock: seconds of training. saved_at: ``time.monotonic()`` of the last save.
     """
 
-    renderer: checkpoint.Restorable  # an nn.Module
+    renderer: R  # an nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA
