@@ -11,6 +11,7 @@ saved, so that the same command resumes there.
 
 import argparse
 import math
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -75,13 +76,19 @@ def run_prompts(args) -> int:
     world, models = distributed.setup(args.device), {}  # a model is opened once for all prompts
     if not args.prompt_file:
         return run_prompt(args, world, models)
-    code = 0
-    for prompt in dream_flags.read_prompts(Path(args.prompt_file)):
-        named = {"prompt": prompt, "expname": dream_flags.slug(prompt)}
-        code = run_prompt(argparse.Namespace(**(vars(args) | named)), world, models)
-        if code >= 128:  # stopped by a signal
+    prompts, codes = dream_flags.read_prompts(Path(args.prompt_file)), []
+    names = dream_flags.run_names(args, prompts)  # all of them first: no two share a folder
+    for prompt, name in zip(prompts, names, strict=True):
+        own = argparse.Namespace(**(vars(args) | {"prompt": prompt, "expname": name}))
+        codes.append(
+            entry.report_mistakes("run_dreamfusion.py", partial(run_prompt, own, world, models))
+        )
+        if codes[-1] >= 128:  # stopped by a signal
             break
-    return code
+    for prompt, name, code in zip(prompts, names, [*codes, *[None] * len(prompts)], strict=False):
+        result = {0: "done", None: "not begun"}.get(code, f"exit code {code}")
+        print(f"{name}: {result} ({prompt!r})", file=sys.stderr)
+    return max(codes)
 
 
 def run_prompt(args, world, models) -> int:
@@ -109,7 +116,7 @@ def run_prompt(args, world, models) -> int:
 
 def name_run_to_read(args) -> None:
     """Name the run that ``--render_only`` or ``--export`` reads, where no prompt was given."""
-    if args.prompt or args.ft_path or args.expname != dream_flags.slug(""):
+    if args.prompt or args.ft_path or args.expname != dream_flags.run_name(args, ""):
         return
     name = newest_run(Path(args.basedir), args.config, needs="guidance")
     if name is None:
@@ -146,8 +153,10 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
     for change in common_flags.other_changes(saved.get("args", {}), args, dream_flags.STRUCTURAL):
         run.log(f"changed since the checkpoint: {change}")
     guide.restore(state.restore(run.log), str(path))
-    done = f"; it is done: raise --N_iters {args.N_iters}" if state.step >= args.N_iters else ""
-    run.log(f"resumed from {path} at step {state.step}{done}")
+    if state.step < args.N_iters:
+        run.log(f"resumed from {path} at step {state.step}")
+    else:
+        run.log(f"{path} has all {state.step} updates; to train on, set --N_iters to more")
 
 
 def start_from(args, run, state: TrainState) -> None:
@@ -214,13 +223,16 @@ def train(args, world, run, models) -> int:
         checkpoint.archive_checkpoints(run.folder, run.log)
     find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
     attempt = Attempt.from_checkpoint(args.seed, find(reload=not args.no_reload))
+    if unused := build.unused_flags(args):
+        run.log(f"--space 2d has no shape: {', '.join(unused)} left out")
     saved = attempt.saved[1] if attempt.saved else {}
     guide = make_guide(args, world.device, run.log, models, saved)
     if attempt.saved:
         check_same_run(args, attempt.saved, guide.prior.fingerprint)
-    run.record(vars(args), common_flags.as_config(args, dream_flags.dream_parser()))
-    if args.wandb:
-        run.start_wandb(vars(args))
+    if attempt.finished_updates < args.N_iters:  # else args.json would tell what never ran
+        run.record(vars(args), common_flags.as_config(args, dream_flags.dream_parser()))
+        if args.wandb:
+            run.start_wandb(vars(args))
     try:
         with system.StopSignal() as stop:
             while True:
@@ -475,8 +487,11 @@ def write_attention(args, run, prior, inputs: StepInputs, stats: StepStats, step
 
 def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -> None:
     """What a finished run leaves: turntable, mesh, LoRA, metrics.json and a report."""
-    seconds = state.clock.seconds
-    metrics = {"prompt": args.prompt, "step": state.step, "weights": outputs.ema.kind}
+    seconds, finished = state.clock.seconds, run.read_json("metrics.json")
+    if outputs.world.gather(finished.get("step") == state.step)[0]:
+        run.log(f"nothing is left to do: see {run.folder}/report.html")
+        return
+    metrics = {"prompt": guide.prompt, "step": state.step, "weights": outputs.ema.kind}
     metrics |= {"prompts_by_viewer": guide.prompt_history} if guide.prompt_history else {}
     metrics |= {"train_seconds": seconds, "args": vars(args)}
     if args.space == "3d":

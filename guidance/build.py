@@ -40,6 +40,13 @@ class Guide:
     lora: LoRAScoreNetwork | None
     conditions: ConditionsAt
     prompt_history: dict[int, str]
+    first_prompt: str
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that is followed now."""
+        history = self.prompt_history
+        return str(history[max(history)]) if history else self.first_prompt
 
     def set_prompt(self, args: argparse.Namespace, log: Log, prompt: str, step: int) -> None:
         """Follow ``prompt``, typed into the viewer, from now on, unless it cannot be embedded."""
@@ -90,7 +97,7 @@ def make_guide(
     lora = make_lora(args, prior, log, models)
     if isinstance(prior, StableDiffusion) and not (args.prompt_file or args.viewer):
         prior.free_text_encoder()
-    return Guide(prior, lora, conditions, history)
+    return Guide(prior, lora, conditions, history, args.prompt)
 
 
 def _with_prompt(args: argparse.Namespace, prompt: str) -> argparse.Namespace:

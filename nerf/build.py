@@ -255,9 +255,21 @@ def lighting_settings(args: argparse.Namespace) -> LightingSettings:
     )
 
 
+SHAPE_LOSSES = ("lambda_opacity", "lambda_entropy", "lambda_orient", "lambda_spread", "lambda_tv")
+
+
+def unused_flags(args: argparse.Namespace) -> list[str]:
+    """Flags that are set, by a config for example, but that pictures (--space 2d) cannot use."""
+    if args.space != "2d":
+        return []
+    return [f"--{name}" for name in SHAPE_LOSSES if highest(getattr(args, name))]
+
+
 def scheduled_flags(args: argparse.Namespace, step: int) -> dict[str, Any]:
     """The values at ``step`` of all flags that are schedules; train_res is a whole number."""
     now: dict[str, Any] = {name: scheduled(getattr(args, name), step) for name in SCHEDULES}
+    if args.space == "2d":
+        now |= dict.fromkeys(SHAPE_LOSSES, 0.0)
     return now | {"train_res": stepped(args.train_res, step)}
 
 

@@ -97,5 +97,13 @@ def depth_error(depth: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def to_8bit(picture: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1] as uint8, rounded (nerf-pytorch truncates, which is half a level darker)."""
+    """Floats in [0, 1] as uint8, rounded (nerf-pytorch truncates, which is half a level darker).
+
+    ValueError for NaN, which would become black.
+    """
+    if bad := int(np.isnan(picture).sum()):
+        raise ValueError(
+            f"a picture holds NaN in {bad} of {picture.size} numbers: the weights are broken; go "
+            "on from an earlier checkpoint (--ft_path) with a lower --lrate, or --grad_clip 1"
+        )
     return np.round(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)

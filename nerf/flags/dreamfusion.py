@@ -6,6 +6,7 @@ Schedules are numbers or step:value,step:value (linear between). Sources of a fl
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,42 @@ def dream_parser() -> Parser:
     return parser
 
 
+# The recipe of the embedded model, which is the default one. The flags' own defaults are those of
+# Stable Diffusion: with the embedded model they take hours, and end in a ball that fills the view.
+TINY_MODEL = "guidance/tiny/model"
+TINY_CONFIGS = {"sds": "dream_tiny.txt", "csd": "dream_tiny.txt", "vsd": "prolificdreamer_tiny.txt"}
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this run of run_dreamfusion.py."""
-    return common.parse(dream_parser(), argv, lambda args: slug(args.prompt or ""))
+    """The flags of this run of run_dreamfusion.py.
+
+    Without --config, the embedded model takes its own (TINY_CONFIGS).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = common.parse(dream_parser(), argv, lambda args: run_name(args, args.prompt or ""))
+    recipe = TINY_CONFIGS.get(args.guidance)
+    if not args.config and args.sd_model == TINY_MODEL and recipe and args.prompt:
+        path = Path(__file__).resolve().parents[2] / "configs" / recipe
+        print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
+        given = ["--config", str(path), *argv]
+        args = common.parse(dream_parser(), given, lambda args: run_name(args, args.prompt or ""))
+    return args
+
+
+def run_name(args: argparse.Namespace, prompt: str) -> str:
+    """The folder name of a run without --expname: of its prompt, and of a seed that is not 0."""
+    return slug(prompt) + (f"_seed{args.seed}" if args.seed else "")
+
+
+def run_names(args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """The folder name of each of several prompts; those that would be the same are numbered."""
+    names: list[str] = []
+    for prompt in prompts:
+        name, number = run_name(args, prompt), 2
+        while name in names:
+            name, number = f"{run_name(args, prompt)}_{number}", number + 1
+        names.append(name)
+    return names
 
 
 def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:

@@ -23,6 +23,13 @@ def measurements(runs: list[Run]) -> str:
         values = [run.metrics.get(key) for run in runs]
         if any(value is not None for value in values):
             rows.append([label, *values])
+    sizes = [run.metrics.get("resolution") for run in runs]
+    if any(sizes):
+        rows.append(
+            ["picture size", *("x".join(map(str, size)) if size else None for size in sizes)]
+        )
+        rows.append(["test views", *(run.metrics.get("num_views") for run in runs)])
+        rows.append(["data", *(run.args.get("datadir") for run in runs)])
     rows.append(["updates", *(run.metrics.get("step") or run.last_step for run in runs)])
     rows.append(["training, s", *(run.last("train_seconds") for run in runs)])
     return html.table(["", *(run.name for run in runs)], rows)

@@ -131,7 +131,10 @@ def diagrams(runs: list[Run]) -> str:
 
 def measurements(run: Run) -> list[list[Any]]:
     """Rows of label and value: quality, number of updates, time and memory."""
-    rows: list[list[Any]] = [["text", run.args["prompt"]]] if "prompt" in run.args else []
+    rows: list[list[Any]] = []
+    if "prompt" in run.args:  # the prompt that the object shown was made for: a viewer may set it
+        rows.append(["text", run.metrics.get("prompt") or run.args["prompt"]])
+        rows.append(["seed", run.args.get("seed")])
     rows += [
         [label, run.metrics[key]] for key, label in MEASUREMENTS.items() if run.metrics.get(key)
     ]

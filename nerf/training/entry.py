@@ -7,7 +7,7 @@ from collections.abc import Callable
 from nerf.training import distributed
 
 
-def exit_code(program: str, body: Callable[[], int]) -> int:
+def report_mistakes(program: str, body: Callable[[], int]) -> int:
     """The exit code of ``body``; on an error print one line to stderr.
 
     ValueError, a mistake in flags or data, gives 2; OSError, such as a full disk, gives 3.
@@ -20,6 +20,12 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
     except OSError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 3
+
+
+def exit_code(program: str, body: Callable[[], int]) -> int:
+    """``report_mistakes``, and then leave the process group."""
+    try:
+        return report_mistakes(program, body)
     finally:
         distributed.cleanup()
 

@@ -40,6 +40,7 @@ class RunFolder:
         self._val: TextIO | None = None  # val.csv
         self._writer: SummaryWriter | None = None
         self._wandb: Any = None  # wandb.Run
+        self._created = is_main and not folder.exists()
         if not is_main:
             return
         try:
@@ -60,10 +61,17 @@ class RunFolder:
         error: BaseException | None,
         traceback_: TracebackType | None,
     ) -> None:
-        """Close everything; the traceback of a user's mistake goes to log.txt only."""
+        """Close everything; the traceback of a user's mistake goes to log.txt only.
+
+        A folder that this command created, and in which nothing was made, is removed again.
+        """
         if isinstance(error, ValueError | OSError):
             self.log_file_only("".join(traceback.format_exception(error)))
         self.close()
+        if error is not None and self._created and self.folder.is_dir():
+            files = {path.name for path in self.folder.iterdir()}
+            if files <= {".lock", "log.txt"}:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_lock(self) -> None:
         try:
@@ -167,6 +175,16 @@ class RunFolder:
             shutil.copyfile(flags["config"], self.folder / "config.txt")
         with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
             file.write(describe_start())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; {} if there is none, or on ranks other than 0."""
+        if not self.is_main:
+            return {}
+        try:
+            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` to a JSON file, replaced as a whole; numbers not finite become null."""

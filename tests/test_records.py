@@ -1,0 +1,58 @@
+"""Records of text to 3D that tell what was made: names, args.json, lists of prompts, modes."""
+
+import pytest
+from helpers import run_main
+
+import run_dreamfusion
+from nerf.flags import dreamfusion as dream_flags
+
+
+def dream(*arguments):
+    return run_main(run_dreamfusion.main, *arguments)
+
+
+def test_another_seed_makes_another_object_and_a_finished_one_stays_as_it_is(tiny_dream, tmp_path):
+    assert dream(*tiny_dream, "--N_iters", 2).returncode == 0
+    before = (tmp_path / "ball" / "args.json").read_bytes()
+    again = dream(*tiny_dream, "--N_iters", 2, "--lrate", 0.5)
+    assert again.returncode == 0
+    assert "lrate" in again.stderr and "nothing is left to do" in again.stderr
+    assert (tmp_path / "ball" / "args.json").read_bytes() == before
+    assert dream(*tiny_dream, "--N_iters", 2, "--seed", 3).returncode == 0
+    assert (tmp_path / "ball_seed3" / "metrics.json").exists()
+
+
+def test_prompts_that_share_a_name_get_folders_of_their_own_and_one_refusal_stops_none(
+    tiny_dream, tmp_path
+):
+    (tmp_path / "prompts.txt").write_text("a ball\nA ball!\nanother ball\n")
+    flags = [*tiny_dream, "--N_iters", 1, "--prompt_file", tmp_path / "prompts.txt"]
+    (tmp_path / "a_ball_2").write_text("a file where a run folder should be")
+    result = dream(*flags)
+    assert result.returncode == 2 and "a_ball_2: exit code 2" in result.stderr
+    assert result.stderr.count(": done (") == 2
+    assert {"a_ball", "another_ball"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["--space 2d", "--n_particles 2", "--guidance csd", "--perp_neg"])
+def test_the_embedded_models_config_runs_in_every_mode(mode, tmp_path):
+    flags = "--config configs/dream_tiny.txt --N_iters 2 --batch_views 1 --march_steps 16 --no-mesh"
+    flags += " --eval_res 16 --video_frames 1 --i_img 0 --device cpu --expname mode"
+    words = [*flags.split(), *mode.split(), "--prompt", "a red cone", "--basedir", tmp_path]
+    result = dream(*words)
+    assert result.returncode == 0, result.stderr
+    assert ("left out" in result.stderr) == ("2d" in mode)
+
+
+def test_a_failed_command_leaves_no_folder(tmp_path):
+    words = ["--prompt", "a cone", "--sd_model", tmp_path / "nowhere", "--basedir", tmp_path / "l"]
+    assert dream(*words, "--local_files_only").returncode == 2
+    assert not list((tmp_path / "l").glob("*"))
+
+
+def test_without_a_config_the_embedded_model_takes_its_own_recipe(capsys):
+    args = dream_flags.parse(["--prompt", "a red cube"])
+    assert args.config.endswith("configs/dream_tiny.txt") and args.guidance_scale == "7.5"
+    assert "taking configs/dream_tiny.txt" in capsys.readouterr().err
+    own = dream_flags.parse(["--prompt", "a red cube", "--sd_model", "some/model"])
+    assert own.config is None
