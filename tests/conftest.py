@@ -1,33 +1,34 @@
-"""What the tests share: import paths, small demo scenes in every format, the script runner."""
+"""What pytest sets up for all tests: import paths, markers, and the folders that tests share."""
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import make_demo
 import pytest
 import torch
+from helpers import DEMO_COUNTS, DEMO_SIZE, DREAM_TINY, NERF_TINY, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 # Programs that tests start import this checkout, whatever is installed; pytest itself has the
 # same folders from pyproject.toml.
 FOLDERS = [REPOSITORY, REPOSITORY / "data", REPOSITORY / "tests"]
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, FOLDERS))
-
-DEMO_SIZE = 32
-DEMO_COUNTS = {"train": 6, "val": 2, "test": 2}
-
+# Tiny tensors: a second thread costs more than it gains, and tests may run beside each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# The caller's own variables must not decide what a test sees.
+for name in [name for name in os.environ if name.startswith("NERF_")]:
+    del os.environ[name]
 
 
-@pytest.fixture(autouse=True)
-def _no_nerf_variables(monkeypatch):
-    """The caller's own NERF_* variables must not decide what a test sees."""
-    for name in list(os.environ):
-        if name.startswith("NERF_"):
-            monkeypatch.delenv(name)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# --------------------------------------------------- folders to read; tests change only a copy
 
 
 def _demo(tmp_path_factory, kind: str) -> Path:
@@ -38,7 +39,7 @@ def _demo(tmp_path_factory, kind: str) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_blender(tmp_path_factory) -> Path:
-    """The demo scene in Blender's format. As all demo folders: read it, change only a copy."""
+    """The demo scene in Blender's format."""
     return _demo(tmp_path_factory, "blender")
 
 
@@ -79,10 +80,40 @@ def demo_copy(request, tmp_path):
     return copy
 
 
-def run_script(args, launcher=(), script="run_nerf.py", **kw) -> subprocess.CompletedProcess:
-    """``python script *args`` in the repository's root, its text captured."""
-    environment = {key: text for key, text in os.environ.items() if not key.startswith("NERF_")}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    settings = {"cwd": REPOSITORY, "env": environment, "timeout": 120}
-    command = [sys.executable, *launcher, script, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **{**settings, **kw})
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The demo scene in Blender's format, 20 pixels wide, three test views."""
+    folder = tmp_path_factory.mktemp("scene") / "demo"
+    make_demo.make(folder, "blender", 20, {"train": 5, "val": 2, "test": 3})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory) -> Path:
+    """A model in Stable Diffusion's layout."""
+    from tiny_models import tiny_sd_folder  # importing diffusers takes seconds
+
+    return tiny_sd_folder(tmp_path_factory.mktemp("sd") / "model")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory) -> Path:
+    from tiny_models import tiny_sd_folder
+
+    folder = tmp_path_factory.mktemp("sd2") / "model"
+    return tiny_sd_folder(folder, "v_prediction", linear_projection=True)
+
+
+# -------------------------------------------------------------------- flags of runs of a second
+
+
+@pytest.fixture
+def tiny(data, tmp_path) -> list[str]:
+    """Flags of a tiny run of run_nerf.py; its run folder is tmp_path / "tiny"."""
+    return [*NERF_TINY, "--datadir", str(data), "--basedir", str(tmp_path)]
+
+
+@pytest.fixture
+def tiny_dream(tmp_path) -> list[str]:
+    """Flags of a tiny run of run_dreamfusion.py; its run folder is tmp_path / "ball"."""
+    return [*DREAM_TINY, "--basedir", str(tmp_path)]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_stable_diffusion import CPU, SIDE, draw, sd_folder  # noqa: F401
+from helpers import CPU
+from tiny_models import SIDE, draw
 
 from guidance.attention import (
     attention_sheet,
@@ -15,7 +16,7 @@ from guidance.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture
-def model(sd_folder):  # noqa: F811
+def model(sd_folder):
     return StableDiffusion(sd_folder, CPU)
 
 

@@ -8,7 +8,7 @@ import make_demo
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_COUNTS, DEMO_SIZE, REPOSITORY, run_script
+from helpers import DEMO_COUNTS, DEMO_SIZE, REPOSITORY, run_script
 from PIL import Image
 
 from nerf.build import load_scene
@@ -364,14 +364,14 @@ def test_a_run_on_mixed_sizes_and_masks_trains_measures_and_renders(demo_copy, t
     edit(folder, lambda content: content["frames"][-1].update(mask_path="left.png", w=32, h=24))
     flags = (
         "--dataset_type auto --white_bkgd --fast --occ_res 16 --target_samples 512 --N_iters 3 "
-        "--grid_res 32 --device cpu --i_img 3 --i_video 3 --render_factor 2 --expname run"
+        "--grid_res 32 --device cpu --i_img 3 --i_video 3 --expname run"
     ).split()
     result = run_script([*flags, "--datadir", folder, "--basedir", tmp_path])
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["num_views"] == 2 and all(0 < view["psnr"] < 60 for view in metrics["views"])
     pictures = sorted((tmp_path / "run" / "render_test_000003").glob("*.png"))
-    assert [Image.open(path).size for path in pictures] == [(16, 12), (16, 12)]
+    assert [Image.open(path).size for path in pictures] == [(32, 24), (32, 24)]
     assert "transforms (--dataset_type auto)" in (tmp_path / "run" / "log.txt").read_text()
 
 

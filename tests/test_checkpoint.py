@@ -6,34 +6,23 @@ import zipfile
 
 import pytest
 import torch
+from helpers import small_state, write_checkpoint
 
 from nerf.training import checkpoint
 from nerf.training.checkpoint import CheckpointError
 
 
-def state(step: int = 7) -> dict:
-    torch.manual_seed(step)
-    weights = {"layer.weight": torch.randn(20, 20), "layer.bias": torch.randn(20)}
-    return {"global_step": step, "network_fn_state_dict": weights, "args": {"expname": "x"}}
-
-
-def write(folder, step: int):
-    path = checkpoint.checkpoint_path(folder, step)
-    checkpoint.save_checkpoint(path, state(step))
-    return path
-
-
 def test_round_trip_is_exact_and_leaves_no_other_file(tmp_path):
-    path = write(tmp_path, 7)
+    path = write_checkpoint(tmp_path, 7)
     loaded = checkpoint.load_checkpoint(path)
-    for name, value in state(7)["network_fn_state_dict"].items():
+    for name, value in small_state(7)["network_fn_state_dict"].items():
         assert torch.equal(loaded["network_fn_state_dict"][name], value)
     assert [file.name for file in tmp_path.iterdir()] == ["000007.tar"]
     assert checkpoint.finished_updates(loaded) == 7
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
-    path = write(tmp_path, 7)
+    path = write_checkpoint(tmp_path, 7)
     before = path.read_bytes()
 
     def full_disk(state, file):
@@ -42,14 +31,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_checkpoint(path, state(7))
+        checkpoint.save_checkpoint(path, small_state(7))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["000007.tar"]
 
 
 @pytest.mark.parametrize("part", range(64))
 def test_truncation_is_noticed(tmp_path, part):
-    path = write(tmp_path, 7)
+    path = write_checkpoint(tmp_path, 7)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * part // 64])
     with pytest.raises(CheckpointError, match="000007.tar"):
@@ -57,9 +46,9 @@ def test_truncation_is_noticed(tmp_path, part):
 
 
 def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
-    path = write(tmp_path, 7)
+    path = write_checkpoint(tmp_path, 7)
     data = bytearray(path.read_bytes())
-    needle = state(7)["network_fn_state_dict"]["layer.weight"].numpy().tobytes()
+    needle = small_state(7)["network_fn_state_dict"]["layer.weight"].numpy().tobytes()
     place = bytes(data).index(needle)
     for offset in range(0, len(needle), 97):
         flipped = data.copy()
@@ -82,7 +71,7 @@ class Canary:
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
 def test_a_pickle_that_runs_code_is_refused(tmp_path, kind):
     canary, path = tmp_path / "canary", tmp_path / "000001.tar"
-    evil = {**state(1), "args": Canary(canary)}
+    evil = {**small_state(1), "args": Canary(canary)}
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps(evil))
     else:
@@ -93,7 +82,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, kind):
 
 
 def test_nan_weights_and_foreign_files_are_refused(tmp_path):
-    bad = state(3)
+    bad = small_state(3)
     bad["network_fn_state_dict"]["layer.bias"][4] = float("nan")
     torch.save(bad, tmp_path / "a.tar")
     with pytest.raises(CheckpointError, match="layer.bias holds NaN"):
@@ -109,7 +98,7 @@ def test_nan_weights_and_foreign_files_are_refused(tmp_path):
 
 def test_only_exact_names_count_and_the_highest_step_wins(tmp_path):
     for step in (999_999, 1_000_000, 20):
-        write(tmp_path, step)
+        write_checkpoint(tmp_path, step)
     for name in ("start.png", "000030.tar.bak", ".000040.tar.tmp", "target.tar", "12.tar"):
         (tmp_path / name).write_bytes(b"")
     names = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
@@ -117,7 +106,7 @@ def test_only_exact_names_count_and_the_highest_step_wins(tmp_path):
 
 
 def test_the_newest_good_one_is_used_and_the_bad_one_named(tmp_path):
-    write(tmp_path, 10)
+    write_checkpoint(tmp_path, 10)
     (tmp_path / "000020.tar").write_bytes(b"torn")
     warnings = []
     path, loaded = checkpoint.newest_checkpoint(tmp_path, warnings.append)
@@ -130,7 +119,7 @@ def test_the_newest_good_one_is_used_and_the_bad_one_named(tmp_path):
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (10, 20, 30, 40):
-        write(tmp_path, step)
+        write_checkpoint(tmp_path, step)
     checkpoint.prune_checkpoints(tmp_path, keep=2, best_step=10)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "000010.tar",
@@ -142,4 +131,4 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
 def test_a_network_of_another_shape_is_refused_with_the_weight_named(tmp_path):
     module = torch.nn.ModuleDict({"layer": torch.nn.Linear(10, 20)})
     with pytest.raises(CheckpointError, match="layer.weight.*netwidth"):
-        checkpoint.load_strictly(module, state()["network_fn_state_dict"], "x.tar")
+        checkpoint.load_strictly(module, small_state()["network_fn_state_dict"], "x.tar")

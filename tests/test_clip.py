@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import REPOSITORY  # noqa: F401  (puts the repository on the path)
+from helpers import REPOSITORY  # noqa: F401  (puts the repository on the path)
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks import judge, text_to_3d

@@ -11,7 +11,7 @@ import make_demo
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_COUNTS, DEMO_SIZE, run_script
+from helpers import DEMO_COUNTS, DEMO_SIZE, run_script
 from PIL import Image
 
 from nerf.build import load_scene

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from benchmarks import ablations
 from nerf.flags import dreamfusion as dream_flags

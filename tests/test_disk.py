@@ -9,9 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
-from test_run_dreamfusion import TINY as DREAM
-from test_run_nerf import TINY, data  # noqa: F401  a fixture
+from helpers import DREAM_TINY, NERF_TINY, REPOSITORY
 
 from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
@@ -65,8 +63,8 @@ def flags_of(kind: str, folder) -> tuple[list[str], str]:
     steps = ["--N_iters", "16", "--i_weights", "4", "--i_print", "1", "--keep_ckpts", "2"]
     if kind == "nerf":
         wanted = ["--i_img", "8", "--i_video", "16", "--expname", "run"]
-        return [*TINY, "--datadir", str(folder), *steps, *wanted], "run_nerf.py"
-    return [*DREAM, *steps, "--i_img", "8", "--mesh"], "run_dreamfusion.py"
+        return [*NERF_TINY, "--datadir", str(folder), *steps, *wanted], "run_nerf.py"
+    return [*DREAM_TINY, *steps, "--i_img", "8", "--mesh"], "run_dreamfusion.py"
 
 
 SIZES = ["16k", "48k", "96k", "160k", "256k", "400k"]
@@ -74,7 +72,7 @@ SIZES = ["16k", "48k", "96k", "160k", "256k", "400k"]
 
 @pytest.mark.parametrize("size", ["48k", "160k"])
 @pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
-def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):  # noqa: F811
+def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):
     flags, script = flags_of(kind, data)
     code, said, run = on_a_disk_of(size, tmp_path, flags, script)
     # With no room for the flags' record it does not begin; else it trains to the end and says so.
@@ -90,7 +88,7 @@ def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):  #
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
-def test_a_full_disk_at_other_writes(data, tmp_path, kind, size):  # noqa: F811
+def test_a_full_disk_at_other_writes(data, tmp_path, kind, size):
     test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size)
 
 
@@ -102,7 +100,7 @@ SPOILS = {
 
 @pytest.mark.parametrize("how", SPOILS)
 @pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
-def test_a_disk_that_goes_bad_later_leaves_the_last_checkpoint(data, tmp_path, kind, how):  # noqa: F811
+def test_a_disk_that_goes_bad_later_leaves_the_last_checkpoint(data, tmp_path, kind, how):
     flags, script = flags_of(kind, data)
     spoil, reason = SPOILS[how]
     code, said, run = on_a_disk_of("8m", tmp_path, flags, script, spoil)
@@ -113,7 +111,7 @@ def test_a_disk_that_goes_bad_later_leaves_the_last_checkpoint(data, tmp_path, k
 
 
 @pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
-def test_a_run_folder_that_is_removed_is_made_again(data, tmp_path, kind):  # noqa: F811
+def test_a_run_folder_that_is_removed_is_made_again(data, tmp_path, kind):
     flags, script = flags_of(kind, data)
     code, said, run = on_a_disk_of("8m", tmp_path, flags, script, "rm -r {disk}/run")
     assert code == 0 and "was removed during the run; it is made again" in said
@@ -121,7 +119,7 @@ def test_a_run_folder_that_is_removed_is_made_again(data, tmp_path, kind):  # no
 
 
 @pytest.mark.parametrize("kind", ["nerf", "dreamfusion"])
-def test_a_read_only_folder_is_one_line_at_the_start(data, tmp_path, kind):  # noqa: F811
+def test_a_read_only_folder_is_one_line_at_the_start(data, tmp_path, kind):
     flags, script = flags_of(kind, data)
     code, said, _ = on_a_disk_of("8m,ro", tmp_path, flags, script)
     assert code in (2, 3) and "Read-only file system" in said

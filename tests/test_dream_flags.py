@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
@@ -158,7 +158,7 @@ MISTAKES = [
     ("--config configs/lego.txt", "configs/lego.txt is a config of run_nerf.py"),
     ("--datadir x", "--datadir is a flag of run_nerf.py"),
     ("--prompt x --lambda_orient 1,2", "--lambda_orient 1,2: '1,2' is not a schedule"),
-    ("--prompt x --t_max 5:1,5:2", "--t_max 5:1,5:2: the steps have to ascend"),
+    ("--prompt x --t_max 5:1,5:2", "--t_max 5:1,5:2: the steps must ascend"),
     ("--prompt x --guidance_scale high", "expected a number, or step:value,step:value"),
     ("--prompt x --p_diffuse 1.1", "--p_diffuse 1.1: expected a number from 0 to 1"),
     ("--prompt x --blob_std 0", "--blob_std 0: expected a number above 0, from 1e-15 to 1e9"),

@@ -7,7 +7,7 @@ import demo_surface
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 
 import run_nerf
 from nerf.cameras import orbit_path

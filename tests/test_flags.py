@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from nerf import build
 from nerf.flags import common as common_flags

@@ -10,7 +10,7 @@ import numpy as np
 import photos
 import pytest
 import sfm
-from conftest import REPOSITORY, run_script
+from helpers import REPOSITORY, run_script
 from PIL import Image, ImageFilter
 
 from nerf.build import load_scene

@@ -4,17 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stable_diffusion import tiny_sd_folder
+from helpers import CPU
 
 from benchmarks import full_size
 from guidance.stable_diffusion import StableDiffusion
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
-def prior(tmp_path_factory):
-    return StableDiffusion(tiny_sd_folder(tmp_path_factory.mktemp("sd") / "model"), CPU)
+def prior(sd_folder):
+    return StableDiffusion(sd_folder, CPU)
 
 
 def unet(prior):

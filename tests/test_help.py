@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from nerf import __version__
 from nerf.flags import dreamfusion as dream_flags

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 # The lowest level that a file, or a folder, may import from is its own. docs/architecture.md
 # draws them. A name is matched from the longest: "nerf.text3d" covers the files inside.

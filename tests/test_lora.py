@@ -4,8 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import CPU
 from safetensors.torch import load_file, save_file
-from test_stable_diffusion import CPU, SIDE, draw, sd2_folder, sd_folder  # noqa: F401
+from tiny_models import SIDE, draw
 
 from guidance import sds, stable_diffusion
 from guidance.lora import LoRA, attention_layers, load_lora, save_lora
@@ -22,7 +23,7 @@ WORLD = World(0, 1, CPU)
 
 
 @pytest.fixture
-def model(sd_folder):  # noqa: F811
+def model(sd_folder):
     return StableDiffusion(sd_folder, CPU)
 
 
@@ -205,7 +206,7 @@ def test_vsd_starts_as_csd(model):
     torch.testing.assert_close(found["vsd"].gradient, found["csd"].gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_the_base_may_be_another_model(model, sd2_folder):  # noqa: F811
+def test_the_base_may_be_another_model(model, sd2_folder):
     other = StableDiffusion(sd2_folder, CPU)
     network = make_lora_score(other)
     x, t = noisy()
@@ -216,7 +217,7 @@ def test_the_base_may_be_another_model(model, sd2_folder):  # noqa: F811
     torch.testing.assert_close(network.epsilon(x, t, cameras()), wanted)
 
 
-def test_adapters_are_float32_on_a_half_precision_base(sd_folder, monkeypatch):  # noqa: F811
+def test_adapters_are_float32_on_a_half_precision_base(sd_folder, monkeypatch):
     monkeypatch.setattr(stable_diffusion, "_cpu_has_bfloat16", lambda: True)
     model = StableDiffusion(sd_folder, CPU, dtype="bf16")
     network = make_lora_score(model, lrate=1e-4)

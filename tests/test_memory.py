@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 import torch
-from test_stable_diffusion import CPU, SIDE, draw, pictures, sd_folder  # noqa: F401
+from helpers import CPU
+from tiny_models import SIDE, draw, pictures
 
 from guidance.build import next_memory_saving
 from guidance.memory import Memory, on_device
@@ -34,14 +35,14 @@ def guided(model):
 
 
 @pytest.mark.parametrize("name", SAVINGS)
-def test_a_saving_changes_rounding_only(sd_folder, name):  # noqa: F811
+def test_a_saving_changes_rounding_only(sd_folder, name):
     plain = guided(StableDiffusion(sd_folder, CPU))
     saved = guided(StableDiffusion(sd_folder, CPU, memory=SAVINGS[name]))
     for mine, whole in zip(saved, plain, strict=True):
         torch.testing.assert_close(mine, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_slicing_and_checkpointing_are_on(sd_folder):  # noqa: F811
+def test_slicing_and_checkpointing_are_on(sd_folder):
     model = StableDiffusion(sd_folder, CPU, memory=SAVINGS["all"])
     kinds = {type(p).__name__ for p in model.unet.attn_processors.values()}
     assert kinds == {"SlicedAttnProcessor"}
@@ -50,7 +51,7 @@ def test_slicing_and_checkpointing_are_on(sd_folder):  # noqa: F811
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_checkpointing_stores_less_for_the_backward_pass(sd_folder):  # noqa: F811
+def test_checkpointing_stores_less_for_the_backward_pass(sd_folder):
     """Bytes that autograd holds on to between the encoder and its backward pass."""
 
     def held(memory):
@@ -128,7 +129,7 @@ def test_out_of_memory_names_the_next_flag_each_time():
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_gives_the_same(sd_folder):  # noqa: F811
+def test_a_compiled_unet_gives_the_same(sd_folder):
     plain = guided(StableDiffusion(sd_folder, CPU))
     compiled = guided(StableDiffusion(sd_folder, CPU, memory=Memory(compile=True)))
     for mine, whole in zip(compiled, plain, strict=True):

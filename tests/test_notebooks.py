@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "notebooks").glob("*.py"))
 NAMES = [source.stem for source in SOURCES]

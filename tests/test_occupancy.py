@@ -4,22 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import random_rays
 
 from nerf.occupancy import Box, Contraction, OccupancyGrid
-from nerf.rays import Rays
 from nerf.volume import PACKED_WEIGHTS, blend_weights, sum_per_ray
-
-
-def rays_through(origins: torch.Tensor, directions: torch.Tensor) -> Rays:
-    near, far = torch.zeros(len(origins), 1), torch.full((len(origins), 1), 100.0)
-    unit = directions / directions.norm(dim=-1, keepdim=True)
-    return Rays(origins, directions, unit, near, far)
-
-
-def random_rays(count: int = 200, seed: int = 0) -> Rays:
-    torch.manual_seed(seed)
-    origins = torch.nn.functional.normalize(torch.randn(count, 3), dim=-1) * 4
-    return rays_through(origins, (torch.rand(count, 3) * 2 - 1 - origins) * 0.3)
 
 
 def unit_box(num_steps: int = 100) -> Box:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers import random_rays
 
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import RESAMPLE_AFTER, OccupancyRenderer
 from nerf.volume import scale_gradient
-from tests.test_occupancy import random_rays
 
 
 class Ball(torch.nn.Module):

@@ -1,44 +1,33 @@
 """Several processes as one: gradients, weights, metrics, frames, failures. gloo ranks on a CPU."""
 
+import ast
 import json
 import re
-import subprocess
-import sys
 import time
 
 import imageio.v3 as iio
-import make_demo
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_script
-from test_run_dreamfusion import TINY as DREAM
+from helpers import (
+    DREAM_TINY,
+    NERF_TINY,
+    REPOSITORY,
+    newest,
+    run_python,
+    run_script,
+    torchrun,
+)
 
-from nerf.training.checkpoint import list_checkpoints, load_checkpoint
-
-TINY = (
-    "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
-    "--N_samples 8 --N_importance 8 --multires 4 --N_rand 64 --lrate 5e-4 --device cpu --i_img 0 "
-    "--i_video 0 --i_print 50 --ckpt_secs 0 --dataset_type blender --testskip 1"
-).split()
-
-
-def ranks(count: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scene") / "demo"
-    make_demo.make(folder, "blender", 16, {"train": 5, "val": 2, "test": 3})
-    return folder
+# A small lrate: with a large one Adam turns sums in another order into other weights sooner.
+TINY = [*NERF_TINY, "--lrate", "5e-4", "--i_print", "50", "--expname", "run"]
 
 
 # ------------------------------------------------------------------------------------- gradients
 
 GRADIENTS = """
 import sys, torch
-from test_run_nerf import gradient_case
+from helpers import gradient_case
 from nerf.training import distributed, entry
 world = distributed.setup("cpu")
 renderer, rays, target, noise = gradient_case()
@@ -61,8 +50,7 @@ def gradients(path, count: int, way: str) -> torch.Tensor:
     """Gradients [ranks, N] of one global batch, as every rank holds them after backward."""
     script = path / "gradients.py"
     script.write_text(GRADIENTS)
-    launcher = ranks(count) if count > 1 else []
-    done = run_script([way, path / "found.pt"], launcher=launcher, script=str(script))
+    done = run_script([way, path / "found.pt"], ranks=count, script=str(script))
     assert done.returncode == 0, done.stderr
     return torch.load(path / "found.pt", weights_only=True)
 
@@ -76,7 +64,9 @@ def averaged(found: torch.Tensor, one: torch.Tensor) -> bool:
 def test_gradients_are_averaged_and_the_popular_bug_would_be_caught(tmp_path, count):
     """The bug: calling ``ddp.module`` goes past DDP, every rank keeps the gradient of its share."""
     one = gradients(tmp_path, 1, "through")
-    assert averaged(gradients(tmp_path, count, "through"), one)
+    right = gradients(tmp_path, count, "through")
+    assert averaged(right, one)
+    assert all(torch.equal(right[0], other) for other in right[1:])
     wrong = gradients(tmp_path, count, "past")
     assert not averaged(wrong, one)
     assert not torch.equal(wrong[0], wrong[1])
@@ -87,7 +77,8 @@ def test_the_loop_goes_through_ddp():
     """run_nerf.py has one forward a step, and it is the wrapper's."""
     source = (REPOSITORY / "run_nerf.py").read_text(encoding="utf-8")
     assert len(re.findall(r"levels = model\(", source)) == 1
-    assert ".module" not in re.sub(r"nn\.module", "", source)
+    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    assert not [node for node in attributes if node.attr == "module"]
     assert "model = DistributedDataParallel(renderer) if world.size > 1 else renderer" in source
 
 
@@ -96,9 +87,9 @@ def test_the_loop_goes_through_ddp():
 
 def train(data, folder, name, count, *more):
     flags = [*TINY, "--datadir", data, "--basedir", folder, "--expname", name, *more]
-    done = run_script(flags, launcher=ranks(count) if count > 1 else [], timeout=300)
+    done = run_script(flags, ranks=count)
     assert done.returncode == 0, done.stderr
-    state = load_checkpoint(list_checkpoints(folder / name)[0])
+    state = newest(folder / name)
     return state, json.loads((folder / name / "metrics.json").read_text())
 
 
@@ -139,8 +130,7 @@ def test_frames_are_shared_out_whatever_their_number(data, tmp_path, count):
     for many in (1, count):
         for picture in folder.glob("*.png"):
             picture.unlink()
-        launcher = ranks(many) if many > 1 else []
-        done = run_script([*flags, "--render_only", "--render_test"], launcher=launcher)
+        done = run_script([*flags, "--render_only", "--render_test"], ranks=many)
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
         rows = [(v["name"], v["psnr"], v["ssim"]) for v in metrics["views"]]
@@ -174,9 +164,9 @@ def test_nan_on_one_rank_is_left_out_by_all(data, tmp_path, rank):
     flags = [*TINY, "--datadir", data, "--basedir", tmp_path, "--expname", "run", "--N_iters", 6]
     flags += ["--i_print", 1]
     script = str(tmp_path / "poisoned.py")
-    done = run_script([rank, *flags], launcher=ranks(2), script=script, timeout=300)
+    done = run_script([rank, *flags], ranks=2, script=script)
     assert done.returncode == 0, done.stderr
-    state = load_checkpoint(list_checkpoints(tmp_path / "run")[0])  # refuses NaN anywhere
+    state = newest(tmp_path / "run")  # refuses NaN anywhere
     adam = state["optimizer_state_dict"]["state"].values()
     assert {int(entry["step"]) for entry in adam} == {4}
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
@@ -204,11 +194,11 @@ sys.exit(run_dreamfusion.main())
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nan_on_one_rank_of_text_to_3d_is_left_out_by_all(tmp_path, rank):
     (tmp_path / "poisoned.py").write_text(DREAM_POISONED)
-    flags = [*DREAM, "--basedir", tmp_path, "--N_iters", 6, "--i_print", 1]
+    flags = [*DREAM_TINY, "--basedir", tmp_path, "--N_iters", 6, "--i_print", 1]
     script = str(tmp_path / "poisoned.py")
-    done = run_script([rank, tmp_path, *flags], launcher=ranks(2), script=script, timeout=300)
+    done = run_script([rank, tmp_path, *flags], ranks=2, script=script)
     assert done.returncode == 0, done.stderr
-    state = load_checkpoint(list_checkpoints(tmp_path / "ball")[0])  # refuses NaN anywhere
+    state = newest(tmp_path / "ball")  # refuses NaN anywhere
     adam = state["optimizer_state_dict"]["state"].values()
     assert {int(entry["step"]) for entry in adam} == {4}
     rows = (tmp_path / "ball" / "metrics.csv").read_text().splitlines()
@@ -236,17 +226,17 @@ sys.exit(script.main())
 def test_a_disk_that_fails_one_rank_costs_pictures_only(data, tmp_path, name):
     """Among frames that are shared out: the other rank must neither wait for ever nor stop."""
     (tmp_path / "refused.py").write_text(REFUSED)
-    flags = [*(TINY if name == "run_nerf" else DREAM), "--basedir", tmp_path, "--N_iters", 6]
+    flags = [*(TINY if name == "run_nerf" else DREAM_TINY), "--basedir", tmp_path, "--N_iters", 6]
     flags += ["--datadir", data] if name == "run_nerf" else []
     flags += ["--expname", "run", "--i_weights", 2, "--i_video", 4]
     script = str(tmp_path / "refused.py")
-    done = run_script([name, *flags], launcher=ranks(2), script=script, timeout=300)
+    done = run_script([name, *flags], ranks=2, script=script)
     assert done.returncode != 0
     log = (tmp_path / "run" / "log.txt").read_text()
     refusals = "(No space left on device, on rank 1); training goes on"
     assert log.count(refusals) == 2  # at step 4 and at the end
     assert "not everything is on the disk" in log
-    assert load_checkpoint(list_checkpoints(tmp_path / "run")[0])["global_step"] == 6
+    assert newest(tmp_path / "run")["global_step"] == 6
 
 
 FAILING = """
@@ -269,11 +259,8 @@ sys.exit(run_nerf.main())
 def test_a_rank_that_fails_ends_all_soon_and_its_reason_is_seen(data, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = [*TINY, "--datadir", data, "--basedir", tmp_path, "--expname", "run"]
-    command = [sys.executable, *ranks(2), tmp_path / "failing.py", *flags, "--N_iters", 100000]
     began = time.monotonic()
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=100
-    )
+    done = run_python(*torchrun(2), tmp_path / "failing.py", *flags, "--N_iters", 100000)
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "this rank's disk is gone" in done.stderr
     assert not list((tmp_path / "run").glob("*.tar"))

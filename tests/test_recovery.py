@@ -4,8 +4,7 @@ import random
 
 import pytest
 import torch
-from test_checkpoint import state, write
-from test_run_nerf import assert_same_training, data, newest, tiny  # noqa: F401  fixtures
+from helpers import FAST_TINY, assert_same_training, newest, small_state, write_checkpoint
 
 import run_nerf
 from nerf.renderer import NeRFRenderer
@@ -36,7 +35,7 @@ def test_size_is_halved_until_it_fits_and_one_ray_is_the_end():
         recovery.halve_until_it_fits(lambda size: size / 0, 8)
 
 
-def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_training_in_smaller_pieces_gives_the_same_weights(tiny, tmp_path, monkeypatch):
     assert run_nerf.main([*tiny, "--expname", "roomy", "--N_iters", "3"]) == 0
     forward = NeRFRenderer.forward
 
@@ -105,15 +104,14 @@ PLACES = ["pixel", "infinite pixel", "ray", "pose", "loss", "gradient"]
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("path", ["vanilla", "fast"])
 def test_bad_numbers_are_left_out_counted_and_never_reach_weights(
-    tiny,  # noqa: F811
+    tiny,
     tmp_path,
     monkeypatch,
     where,
     path,
 ):
     poison(monkeypatch, where, (3, 4))
-    fast = "--fast --amp off --target_samples 512 --occ_res 16".split()
-    flags = [*(fast if path == "fast" else []), *tiny, "--N_iters", "10"]
+    flags = [*(FAST_TINY if path == "fast" else []), *tiny, "--N_iters", "10"]
     assert run_nerf.main(flags) == 0
     table = (tmp_path / "tiny" / "metrics.csv").read_text().splitlines()
     place = table[0].split(",").index("skipped")
@@ -124,7 +122,7 @@ def test_bad_numbers_are_left_out_counted_and_never_reach_weights(
     assert steps == {10 - int(table[-1].split(",")[place])}
 
 
-def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, monkeypatch):
     assert run_nerf.main([*tiny, "--N_iters", "5"]) == 0
     save = torch.save
 
@@ -144,7 +142,7 @@ def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, 
 
 def test_one_flipped_bit_is_refused_or_harmless(tmp_path):
     """At 200 places: either the file is refused, or what it held comes out to the bit."""
-    path = write(tmp_path, 7)
+    path = write_checkpoint(tmp_path, 7)
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(200):
         place = draw.randrange(len(whole))
@@ -158,13 +156,13 @@ def test_one_flipped_bit_is_refused_or_harmless(tmp_path):
             refused += 1
             continue
         assert loaded["global_step"] == 7
-        for name, value in state(7)["network_fn_state_dict"].items():
+        for name, value in small_state(7)["network_fn_state_dict"].items():
             assert torch.equal(loaded["network_fn_state_dict"][name], value)
     assert refused > 50
 
 
 def test_a_number_repeated_to_a_terabyte_is_refused_before_it_is_made(tmp_path):
-    huge = state(3)
+    huge = small_state(3)
     huge["network_fn_state_dict"]["layer.bias"] = torch.zeros(1).expand(1 << 38)
     torch.save(huge, tmp_path / "a.tar")
     with pytest.raises(CheckpointError, match="claims more numbers than the file has"):
@@ -173,12 +171,12 @@ def test_a_number_repeated_to_a_terabyte_is_refused_before_it_is_made(tmp_path):
 
 @pytest.mark.parametrize("part", ["global_step", "network_fn_state_dict", "args", "ema_state_dict"])
 def test_a_part_of_another_kind_is_refused(tmp_path, part):
-    torch.save({**state(3), part: "seven"}, tmp_path / "a.tar")
+    torch.save({**small_state(3), part: "seven"}, tmp_path / "a.tar")
     with pytest.raises(CheckpointError, match=part):
         load_checkpoint(tmp_path / "a.tar")
 
 
-def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):  # noqa: F811
+def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):
     assert run_nerf.main([*tiny, "--N_iters", "9"]) == 0
     assert run_nerf.main([*tiny, "--N_iters", "4", "--no_reload"]) == 0
     assert newest(tmp_path / "tiny")["global_step"] == 4

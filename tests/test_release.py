@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import imageio.v3 as iio
+import make_demo
 import numpy as np
 import pytest
 import torch
-from conftest import make_demo, run_script
+from helpers import run_script
 
 from nerf.training.checkpoint import finished_updates, load_checkpoint
 

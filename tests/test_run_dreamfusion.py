@@ -12,10 +12,18 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_script
+from helpers import (
+    DREAM_TINY,
+    REPOSITORY,
+    assert_same_training,
+    flat,
+    newest,
+    run_main,
+    run_python,
+    torchrun,
+)
 from safetensors.torch import load_file
-from test_run_nerf import flat, newest
-from test_stable_diffusion import tiny_sd_folder
+from tiny_models import tiny_sd_folder
 
 import run_dreamfusion
 from guidance import build as guidance_build
@@ -25,22 +33,11 @@ from guidance.stable_diffusion import StableDiffusion
 from nerf.training import monitor
 from nerf.training.checkpoint import list_checkpoints
 
-TINY = (
-    "--guidance gaussian --prompt ball --device cpu --netdepth 2 --netwidth 16 --multires 2 "
-    "--train_res 12 --batch_views 2 --march_steps 24 --occ_res 16 --lrate 1e-2 --i_print 5 "
-    "--i_img 0 --ckpt_secs 0 --eval_res 16 --video_frames 3 --radius_range 2.5 3 --fov_range 38 44 "
-    "--guidance_scale 1 --mesh_res 24 --albedo_steps 4 --background random"
-).split()
 MODEL = REPOSITORY / "guidance" / "tiny" / "model"
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    return [*TINY, "--basedir", str(tmp_path)]
-
-
-def script(*arguments, launcher=(), **kw):
-    return run_script(arguments, launcher, "run_dreamfusion.py", timeout=240, **kw)
+def dream(*arguments):
+    return run_main(run_dreamfusion.main, *arguments)
 
 
 def one_line(result) -> str:
@@ -51,18 +48,8 @@ def one_line(result) -> str:
     return lines[0]
 
 
-def assert_same_training(first: dict, second: dict) -> None:
-    names = "network_fn_state_dict background_state_dict optimizer_state_dict occupancy_state_dict"
-    for name in [*names.split(), "ema_state_dict", "scaler_state_dict", "global_step", "model"]:
-        one, other = flat(first.get(name)), flat(second.get(name))
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
-            assert same, f"{name}{key} differs"
-
-
-def test_a_run_leaves_everything_the_readme_names(tiny, tmp_path):
-    result = script(*tiny, "--N_iters", 10, "--i_img", 5, "--mesh")
+def test_a_run_leaves_everything_the_readme_names(tiny_dream, tmp_path):
+    result = run_python("run_dreamfusion.py", *tiny_dream, "--N_iters", 10, "--i_img", 5, "--mesh")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "ball"
     names = "args.json args.txt cmd.txt log.txt metrics.csv metrics.json mesh.glb 000010.tar"
@@ -80,11 +67,11 @@ def test_a_run_leaves_everything_the_readme_names(tiny, tmp_path):
     assert json.loads((run / "metrics.json").read_text())["prompt"] == "ball"
 
 
-def test_the_known_ball_is_found(tiny, tmp_path):
+def test_the_known_ball_is_found(tiny_dream, tmp_path):
     """The whole loop against algebra: the scene becomes the ball that the closed form asks for."""
     flags = ["--N_iters", 250, "--train_res", 20, "--netwidth", 32, "--march_steps", 48]
     flags += ["--eval_res", 32, "--p_diffuse", 0, "--ema_decay", 0.9, "--lr_schedule", "cosine"]
-    assert script(*tiny, *flags).returncode == 0
+    assert dream(*tiny_dream, *flags).returncode == 0
     seen = iio.imread(tmp_path / "ball" / "render_path_000250" / "000.png") / 255.0
     middle = seen[12:20, 12:20].reshape(-1, 3).mean(0)
     assert np.abs(middle - RGB).max() < 0.06
@@ -107,8 +94,8 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stop_and_resume_is_bit_exact(tiny, tmp_path, mode):
-    flags = [*tiny, *MODES[mode], "--video_frames", 1]
+def test_stop_and_resume_is_bit_exact(tiny_dream, tmp_path, mode):
+    flags = [*tiny_dream, *MODES[mode], "--video_frames", 1]
     for name, steps in (("whole", [8]), ("parts", [3, 8])):
         for count in steps:
             given = [*flags, "--expname", name, "--N_iters", str(count)]
@@ -116,8 +103,8 @@ def test_stop_and_resume_is_bit_exact(tiny, tmp_path, mode):
     assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
 
 
-def test_a_signal_saves_the_step_and_the_run_goes_on(tiny, tmp_path):
-    command = [sys.executable, "run_dreamfusion.py", *tiny, "--N_iters", "100000"]
+def test_a_signal_saves_the_step_and_the_run_goes_on(tiny_dream, tmp_path):
+    command = [sys.executable, "run_dreamfusion.py", *tiny_dream, "--N_iters", "100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
     table = tmp_path / "ball" / "metrics.csv"
@@ -129,17 +116,16 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tiny, tmp_path):
     assert process.wait(30) == 143
     step = newest(tmp_path / "ball")["global_step"]
     assert step > 5 and "Traceback" not in process.stderr.read().decode()
-    result = script(*tiny, "--N_iters", step + 2)
+    result = dream(*tiny_dream, "--N_iters", step + 2)
     assert result.returncode == 0 and f"at step {step}" in result.stderr
 
 
-def test_two_processes_give_the_same_object_as_one(tiny, tmp_path):
-    flags = [*tiny, "--N_iters", 4, "--video_frames", 2, "--background", "learned"]
+def test_two_processes_give_the_same_object_as_one(tiny_dream, tmp_path):
+    flags = [*tiny_dream, "--N_iters", 4, "--video_frames", 2, "--background", "learned"]
     flags += ["--lambda_opacity", 1]
-    single = script(*flags, "--expname", "one")
+    single = dream(*flags, "--expname", "one")
     assert single.returncode == 0, single.stderr
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    double = script(*flags, "--expname", "two", launcher=launcher)
+    double = run_python(*torchrun(2), "run_dreamfusion.py", *flags, "--expname", "two")
     assert double.returncode == 0, double.stderr
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
     for key in ("network_fn_state_dict", "background_state_dict"):
@@ -152,7 +138,7 @@ def test_two_processes_give_the_same_object_as_one(tiny, tmp_path):
 def finished(tmp_path_factory):
     """A run to read from."""
     base = tmp_path_factory.mktemp("runs")
-    assert run_dreamfusion.main([*TINY, "--basedir", str(base), "--N_iters", "20"]) == 0
+    assert run_dreamfusion.main([*DREAM_TINY, "--basedir", str(base), "--N_iters", "20"]) == 0
     return base
 
 
@@ -161,7 +147,7 @@ def test_export_from_a_finished_run(finished, tmp_path, ending):
     """Without a prompt it takes the newest run, and the flags that its weights were made with."""
     out = tmp_path / f"out.{ending}"
     flags = ["--basedir", finished, "--export", out, "--mesh_res", 24, "--mesh_level", 1]
-    result = script(*flags)
+    result = dream(*flags)
     assert result.returncode == 0, result.stderr
     import trimesh
 
@@ -172,14 +158,14 @@ def test_export_from_a_finished_run(finished, tmp_path, ending):
 def test_render_only_changes_nothing(finished):
     run = finished / "ball"
     before = list_checkpoints(run)[0].read_bytes()
-    result = script("--basedir", finished, "--prompt", "ball", "--render_only", "--video_frames", 2)
+    result = dream("--basedir", finished, "--prompt", "ball", "--render_only", "--video_frames", 2)
     assert result.returncode == 0, result.stderr
     assert list_checkpoints(run)[0].read_bytes() == before
     assert (run / "render_path_000020" / "rgb.mp4").exists()
 
 
-def test_another_run_starts_from_a_finished_object(finished, tiny, tmp_path):
-    given = [*tiny, "--expname", "next", "--N_iters", "1", "--lrate", "1e-12"]
+def test_another_run_starts_from_a_finished_object(finished, tiny_dream, tmp_path):
+    given = [*tiny_dream, "--expname", "next", "--N_iters", "1", "--lrate", "1e-12"]
     assert run_dreamfusion.main([*given, "--init_from", str(finished / "ball")]) == 0
     old, new = newest(finished / "ball"), newest(tmp_path / "next")
     for value, shadow in zip(
@@ -189,17 +175,17 @@ def test_another_run_starts_from_a_finished_object(finished, tiny, tmp_path):
     assert new["global_step"] == 1
 
 
-def test_a_file_of_prompts_makes_a_run_each(tiny, tmp_path):
+def test_a_file_of_prompts_makes_a_run_each(tiny_dream, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a first\na second one\n", encoding="utf-8")
-    flags = [*tiny, "--prompt_file", str(path), "--N_iters", "2", "--video_frames", "1"]
+    flags = [*tiny_dream, "--prompt_file", str(path), "--N_iters", "2", "--video_frames", "1"]
     assert run_dreamfusion.main(flags) == 0
     for name in ("a_first", "a_second_one"):
         assert json.loads((tmp_path / name / "metrics.json").read_text())["step"] == 2
 
 
-def test_pictures_instead_of_a_scene(tiny, tmp_path):
-    flags = [*tiny, "--space", "2d", "--N_iters", "150", "--lrate", "0.1", "--i_img", "150"]
+def test_pictures_instead_of_a_scene(tiny_dream, tmp_path):
+    flags = [*tiny_dream, "--space", "2d", "--N_iters", "150", "--lrate", "0.1", "--i_img", "150"]
     flags += ["--p_random_bg", "0", "--background", "white"]
     assert run_dreamfusion.main(flags) == 0
     seen = iio.imread(tmp_path / "ball" / "previews" / "000150.png") / 255.0
@@ -211,23 +197,29 @@ def test_pictures_instead_of_a_scene(tiny, tmp_path):
 # ------------------------------------------------------------------------------ with a model
 
 
-@pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory):
-    return tiny_sd_folder(tmp_path_factory.mktemp("sd") / "model")
+def with_model(tiny_dream, folder, *flags):
+    return [
+        *tiny_dream,
+        "--guidance",
+        "sds",
+        "--sd_model",
+        str(folder),
+        "--train_res",
+        "16",
+        *flags,
+    ]
 
 
-def with_model(tiny, folder, *flags):
-    return [*tiny, "--guidance", "sds", "--sd_model", str(folder), "--train_res", "16", *flags]
-
-
-def test_a_stable_diffusion_of_the_real_layout_runs_resumes_and_exports(tiny, sd_folder, tmp_path):
-    flags = with_model(tiny, sd_folder, "--prompt", "a cube", "--amp", "bf16")
+def test_a_stable_diffusion_of_the_real_layout_runs_resumes_and_exports(
+    tiny_dream, sd_folder, tmp_path
+):
+    flags = with_model(tiny_dream, sd_folder, "--prompt", "a cube", "--amp", "bf16")
     for steps in (2, 4):
-        result = script(*flags, "--N_iters", steps)
+        result = dream(*flags, "--N_iters", steps)
         assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stderr and "'a cube, side view'" in result.stderr
     out = tmp_path / "out.glb"
-    result = script("--basedir", tmp_path, "--export", out, "--mesh_res", 24, "--mesh_level", 1)
+    result = dream("--basedir", tmp_path, "--export", out, "--mesh_res", 24, "--mesh_level", 1)
     assert result.returncode == 0 and out.stat().st_size > 1000, result.stderr
 
 
@@ -235,7 +227,7 @@ def test_a_stable_diffusion_of_the_real_layout_runs_resumes_and_exports(tiny, sd
 def test_the_embedded_model_makes_a_step(tmp_path):
     flags = ["--config", REPOSITORY / "configs" / "dream_tiny.txt", "--basedir", tmp_path]
     flags += ["--prompt", "a red gizmo", "--N_iters", 2, "--video_frames", 1, "--no-mesh"]
-    result = script(*flags, "--eval_res", 16)
+    result = dream(*flags, "--eval_res", 16)
     assert result.returncode == 0, result.stderr
     assert "gizmo" in result.stderr.replace("a red gizmo", "")  # named as a word it never saw
     # The model knows the fine words, so it is asked in them.
@@ -245,16 +237,16 @@ def test_the_embedded_model_makes_a_step(tmp_path):
 # ------------------------------------------------------------------------------ one clear line
 
 
-def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny, sd_folder, tmp_path):
-    base = with_model(tiny, sd_folder, "--expname", "mine", "--video_frames", "1")
+def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny_dream, sd_folder, tmp_path):
+    base = with_model(tiny_dream, sd_folder, "--expname", "mine", "--video_frames", "1")
     assert run_dreamfusion.main([*base, "--prompt", "a cube", "--N_iters", "1"]) == 0
     before = list_checkpoints(tmp_path / "mine")
     record = (tmp_path / "mine" / "args.json").read_text()
-    line = one_line(script(*base, "--prompt", "a cone", "--N_iters", 2))
+    line = one_line(dream(*base, "--prompt", "a cone", "--N_iters", 2))
     assert "prompt: a cube -> a cone" in line and "--expname" in line
     other = tiny_sd_folder(tmp_path / "other", "v_prediction")
-    other_base = with_model(tiny, other, "--expname", "mine", "--prompt", "a cube")
-    assert "the model: " in one_line(script(*other_base, "--N_iters", 2))
+    other_base = with_model(tiny_dream, other, "--expname", "mine", "--prompt", "a cube")
+    assert "the model: " in one_line(dream(*other_base, "--N_iters", 2))
     assert list_checkpoints(tmp_path / "mine") == before
     assert (tmp_path / "mine" / "args.json").read_text() == record
 
@@ -271,18 +263,20 @@ def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny, sd_folder, 
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_mistakes_are_one_line(tiny, flags, complaint):
-    assert complaint in one_line(script(*tiny, "--N_iters", 1, *flags))
+def test_mistakes_are_one_line(tiny_dream, flags, complaint):
+    assert complaint in one_line(dream(*tiny_dream, "--N_iters", 1, *flags))
 
 
-def test_a_model_whose_vae_cannot_divide_the_size(tiny, sd_folder):
-    line = one_line(script(*with_model(tiny, sd_folder, "--guidance_res", "15", "--N_iters", "1")))
+def test_a_model_whose_vae_cannot_divide_the_size(tiny_dream, sd_folder):
+    line = one_line(
+        dream(*with_model(tiny_dream, sd_folder, "--guidance_res", "15", "--N_iters", "1"))
+    )
     assert "15" in line
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [((), None), (("--guidance_res", "16"), 16)])
 def test_the_model_sees_pictures_of_its_own_size(
-    tiny, sd_folder, tmp_path, monkeypatch, flags, wanted
+    tiny_dream, sd_folder, tmp_path, monkeypatch, flags, wanted
 ):
     """Whatever the renders' size: 8 x 8 latents of a 64 x 64 render are nothing that it knows."""
     seen, encode = [], StableDiffusion.encode
@@ -293,26 +287,23 @@ def test_the_model_sees_pictures_of_its_own_size(
 
     monkeypatch.setattr(StableDiffusion, "encode", spy)
     sizes = ["--train_res", "0:9,1:12", "--N_iters", "2", "--prompt", "a cube"]
-    assert run_dreamfusion.main([str(w) for w in with_model(tiny, sd_folder, *sizes, *flags)]) == 0
+    assert (
+        run_dreamfusion.main([str(w) for w in with_model(tiny_dream, sd_folder, *sizes, *flags)])
+        == 0
+    )
     assert len(seen) == 2
     for height, width, native in seen:
         assert height == width == (wanted or native)
 
 
-def test_collapse_is_said(tiny):
+def test_collapse_is_said(tiny_dream):
     """With no guidance and a heavy wish for empty space nothing is left."""
     flags = ["--lambda_sds", 0, "--lambda_opacity", 300, "--N_iters", 330, "--train_res", 8]
-    result = script(*tiny, *flags, "--lrate", 3e-2, "--video_frames", 1)
+    result = dream(*tiny_dream, *flags, "--lrate", 3e-2, "--video_frames", 1)
     assert "the object has vanished; lower --lambda_opacity" in result.stderr
 
 
 # ------------------------------------------------------------------------- the guidance family
-
-
-def inside(capsys, *arguments):
-    """(exit code, what was said) of the script in this process: sooner than a new one."""
-    code = run_dreamfusion.main([str(each) for each in arguments])
-    return code, capsys.readouterr().err
 
 
 GUIDED = ["--prompt", "a red cube", "--video_frames", 1, "--ema_decay", 0.9]
@@ -337,31 +328,28 @@ GUIDED = ["--prompt", "a red cube", "--video_frames", 1, "--ema_decay", 0.9]
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_each_guidance_resumes_to_the_bit(tiny, sd_folder, tmp_path, capsys, flags):
-    common = [*with_model(tiny, sd_folder, *GUIDED), *flags]
-    assert inside(capsys, *common, "--N_iters", 4, "--expname", "whole")[0] == 0
+def test_each_guidance_resumes_to_the_bit(tiny_dream, sd_folder, tmp_path, flags):
+    common = [*with_model(tiny_dream, sd_folder, *GUIDED), *flags]
+    assert dream(*common, "--N_iters", 4, "--expname", "whole").returncode == 0
     # A schedule that ends with the run would differ: stop the same run half way instead.
     halves = [*common, "--N_iters", 4, "--expname", "halves", "--i_weights", 2]
-    assert inside(capsys, *halves)[0] == 0
+    assert dream(*halves).returncode == 0
     (tmp_path / "halves" / "000004.tar").unlink()
-    code, said = inside(capsys, *halves)
-    assert code == 0 and "resumed from" in said and "at step 2" in said
-    first, second = (torch.load(tmp_path / name / "000004.tar") for name in ("whole", "halves"))
-    for name in ("network_fn_state_dict", "particles", "copy", "optimizer_state_dict"):
-        one, other = flat(first.get(name)), flat(second.get(name))
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
-            assert same, f"{name}{key} differs"
+    result = dream(*halves)
+    assert (
+        result.returncode == 0 and "resumed from" in result.stderr and "at step 2" in result.stderr
+    )
+    first, second = newest(tmp_path / "whole"), newest(tmp_path / "halves")
+    assert_same_training(first, second)
     if "vsd" in flags:
         assert first["copy"]["weights"]["steps"] == 4
         assert (tmp_path / "whole" / "lora.safetensors").stat().st_size > 1000
 
 
-def test_particles_are_shown_and_exported_one_by_one(tiny, sd_folder, tmp_path, capsys):
-    flags = with_model(tiny, sd_folder, *GUIDED, "--n_particles", 2, "--N_iters", 2, "--mesh")
-    code, said = inside(capsys, *flags, "--mesh_level", 1)
-    assert code == 0, said
+def test_particles_are_shown_and_exported_one_by_one(tiny_dream, sd_folder, tmp_path):
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--n_particles", 2, "--N_iters", 2, "--mesh")
+    result = dream(*flags, "--mesh_level", 1)
+    assert result.returncode == 0, result.stderr
     run = tmp_path / "a_red_cube"
     assert (run / "mesh.glb").exists() and (run / "mesh_1.glb").exists()
     assert (run / "render_path_000002").is_dir() and (run / "render_path_1_000002").is_dir()
@@ -370,21 +358,21 @@ def test_particles_are_shown_and_exported_one_by_one(tiny, sd_folder, tmp_path, 
     one, other = (flat(e["network_fn_state_dict"]) for e in (kept, *kept["particles"]))
     assert not all(torch.equal(one[key], other[key]) for key in one)
     flags[flags.index("--n_particles") + 1] = 3
-    code, said = inside(capsys, *flags)
-    assert code == 2 and "n_particles: 2 -> 3" in said
+    result = dream(*flags)
+    assert result.returncode == 2 and "n_particles: 2 -> 3" in result.stderr
 
 
-def test_where_each_word_is_looked_at(tiny, sd_folder, tmp_path, capsys):
-    flags = with_model(tiny, sd_folder, *GUIDED, "--N_iters", 2, "--i_attn", 2)
-    assert inside(capsys, *flags, "--attn_tokens", "red,cube")[0] == 0
+def test_where_each_word_is_looked_at(tiny_dream, sd_folder, tmp_path):
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--N_iters", 2, "--i_attn", 2)
+    assert dream(*flags, "--attn_tokens", "red,cube").returncode == 0
     sheet = iio.imread(tmp_path / "a_red_cube" / "attentions" / "000002.png")
     assert sheet.shape == (2 * 128 + 16, 3 * 128, 3)  # two views; the render and two words
-    code, said = inside(capsys, *flags, "--attn_tokens", "cone", "--no_reload")
-    assert code == 2 and "--attn_tokens cone: not in the prompt" in said
+    result = dream(*flags, "--attn_tokens", "cone", "--no_reload")
+    assert result.returncode == 2 and "--attn_tokens cone: not in the prompt" in result.stderr
 
 
 def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
-    tiny, sd_folder, tmp_path, capsys, monkeypatch
+    tiny_dream, sd_folder, tmp_path, monkeypatch
 ):
     opened = {}
     original = guidance_build.open_model
@@ -395,38 +383,44 @@ def test_a_file_of_prompts_leaves_no_adapters_on_the_shared_model(
 
     monkeypatch.setattr(guidance_build, "open_model", open_model)
     (tmp_path / "prompts.txt").write_text("a red cube\na green sphere\n")
-    flags = with_model(tiny, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1)
-    assert inside(capsys, *flags, "--prompt_file", tmp_path / "prompts.txt")[0] == 0
+    flags = with_model(
+        tiny_dream, sd_folder, "--guidance", "vsd", "--N_iters", 1, "--video_frames", 1
+    )
+    assert dream(*flags, "--prompt_file", tmp_path / "prompts.txt").returncode == 0
     layers = attention_layers(opened["model"].unet).values()
     assert layers and not any(layer._forward_hooks for layer in layers)
 
 
-def test_a_lora_file_starts_the_copy(tiny, sd_folder, tmp_path, capsys):
-    flags = with_model(tiny, sd_folder, *GUIDED, "--guidance", "vsd", "--N_iters", 2)
-    assert inside(capsys, *flags, "--lrate_lora", 0.1)[0] == 0
+def test_a_lora_file_starts_the_copy(tiny_dream, sd_folder, tmp_path):
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--guidance", "vsd", "--N_iters", 2)
+    assert dream(*flags, "--lrate_lora", 0.1).returncode == 0
     file = tmp_path / "a_red_cube" / "lora.safetensors"
     again = [*flags, "--expname", "again", "--lrate_lora", 1e-12, "--lora_file", file]
-    assert inside(capsys, *again)[0] == 0
+    assert dream(*again).returncode == 0
     copies = [load_file(path) for path in (file, tmp_path / "again" / "lora.safetensors")]
     for name, value in copies[0].items():
         torch.testing.assert_close(copies[1][name], value, atol=1e-6, rtol=0)
-    code, said = inside(capsys, *flags, "--expname", "third", "--lora_file", file, "--lora_rank", 2)
-    assert code == 2 and "expected" in said and "--lora_rank" in said
+    result = dream(*flags, "--expname", "third", "--lora_file", file, "--lora_rank", 2)
+    assert result.returncode == 2 and "expected" in result.stderr and "--lora_rank" in result.stderr
 
 
 def test_out_of_memory_names_a_flag_and_keeps_what_is_saved(
-    tiny, sd_folder, tmp_path, capsys, monkeypatch
+    tiny_dream, sd_folder, tmp_path, monkeypatch
 ):
-    flags = with_model(tiny, sd_folder, *GUIDED, "--N_iters", 4)
-    assert inside(capsys, *flags, "--N_iters", 2)[0] == 0
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--N_iters", 4)
+    assert dream(*flags, "--N_iters", 2).returncode == 0
 
     def full(*args, **kw):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
 
     monkeypatch.setattr(run_dreamfusion.sds, "distill", full)
-    code, said = inside(capsys, *flags)
-    assert code == 2 and "out of memory" in said and "try --vae_checkpointing" in said
-    assert "Traceback" not in said
+    result = dream(*flags)
+    assert (
+        result.returncode == 2
+        and "out of memory" in result.stderr
+        and "try --vae_checkpointing" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
     assert (tmp_path / "a_red_cube" / "000002.tar").exists()
 
 
@@ -447,20 +441,19 @@ def test_out_of_memory_names_a_flag_and_keeps_what_is_saved(
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_contradictory_guidance_is_one_line(tiny, sd_folder, capsys, flags, complaint):
-    try:
-        code, said = inside(capsys, *with_model(tiny, sd_folder, *GUIDED, "--N_iters", 2, *flags))
-    except SystemExit as stop:  # of the parser
-        code, said = stop.code, capsys.readouterr().err
-    assert code == 2 and complaint in said and "Traceback" not in said
+def test_contradictory_guidance_is_one_line(tiny_dream, sd_folder, flags, complaint):
+    result = dream(*with_model(tiny_dream, sd_folder, *GUIDED, "--N_iters", 2, *flags))
+    assert (
+        result.returncode == 2 and complaint in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 # ------------------------------------------------------------------- bad numbers, little memory
 
 
-def test_views_in_smaller_pieces_give_the_same_object(tiny, sd_folder, tmp_path, monkeypatch):
+def test_views_in_smaller_pieces_give_the_same_object(tiny_dream, sd_folder, tmp_path, monkeypatch):
     """With every term, light and a copy of the model: five views at once, then one by one."""
-    flags = with_model(tiny, sd_folder, *GUIDED, "--guidance", "vsd", "--batch_views", 5)
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--guidance", "vsd", "--batch_views", 5)
     flags += ["--train_res", 64]
     flags += ["--N_iters", 2, "--albedo_steps", 0, "--lambda_entropy", 1, "--lambda_orient", 5]
     flags += ["--lambda_opacity", 1, "--lambda_spread", 1, "--background", "learned"]
@@ -508,9 +501,11 @@ def poisoned(monkeypatch, where, steps):
 
 
 @pytest.mark.parametrize("where", ["camera", "light", "background", "noise"])
-def test_nan_in_a_step_is_left_out_and_never_reaches_weights(tiny, tmp_path, monkeypatch, where):
+def test_nan_in_a_step_is_left_out_and_never_reaches_weights(
+    tiny_dream, tmp_path, monkeypatch, where
+):
     poisoned(monkeypatch, where, (2, 3))
-    flags = [*tiny, "--N_iters", "5", "--albedo_steps", "0", "--p_diffuse", "1"]
+    flags = [*tiny_dream, "--N_iters", "5", "--albedo_steps", "0", "--p_diffuse", "1"]
     assert run_dreamfusion.main(flags) == 0
     newest(tmp_path / "ball")  # refuses NaN anywhere
     with open(tmp_path / "ball" / "metrics.csv") as file:
@@ -519,41 +514,51 @@ def test_nan_in_a_step_is_left_out_and_never_reaches_weights(tiny, tmp_path, mon
         assert int(last["skipped"]) + int(last["views_left_out"]) >= 2
 
 
-def test_endless_nan_goes_back_once_and_then_stops_with_a_dump(tiny, tmp_path, capsys, monkeypatch):
-    assert inside(capsys, *tiny, "--N_iters", 4)[0] == 0
+def test_endless_nan_goes_back_once_and_then_stops_with_a_dump(tiny_dream, tmp_path, monkeypatch):
+    assert dream(*tiny_dream, "--N_iters", 4).returncode == 0
     poisoned(monkeypatch, "background", range(1000))
     monkeypatch.setattr(monitor, "MAX_SKIPPED", 5)
-    code, said = inside(capsys, *tiny, "--N_iters", 40)
-    assert code == 2 and "rolling back to 000004.tar, with other random numbers" in said
-    assert "again after rolling back: rendered colors (NaN" in said and "Traceback" not in said
+    result = dream(*tiny_dream, "--N_iters", 40)
+    assert (
+        result.returncode == 2
+        and "rolling back to 000004.tar, with other random numbers" in result.stderr
+    )
+    assert (
+        "again after rolling back: rendered colors (NaN" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     dump = torch.load(next((tmp_path / "ball").glob("broken_*.pt")), weights_only=True)
     assert dump["rendered_colors"].isnan().any()
 
 
-def test_a_way_back_leads_past_a_bad_place(tiny, tmp_path, capsys, monkeypatch):
+def test_a_way_back_leads_past_a_bad_place(tiny_dream, tmp_path, monkeypatch):
     poisoned(monkeypatch, "background", range(4, 10))
     monkeypatch.setattr(monitor, "MAX_SKIPPED", 5)
-    code, said = inside(capsys, *tiny, "--N_iters", 12, "--i_weights", 2)
-    assert code == 0 and "with other random numbers" in said
+    result = dream(*tiny_dream, "--N_iters", 12, "--i_weights", 2)
+    assert result.returncode == 0 and "with other random numbers" in result.stderr
     found = newest(tmp_path / "ball")
     assert found["global_step"] == 12 and found["draws"] == 1
 
 
-def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):
-    assert run_dreamfusion.main([*tiny, "--N_iters", "9"]) == 0
-    assert run_dreamfusion.main([*tiny, "--N_iters", "4", "--no_reload"]) == 0
+def test_no_reload_keeps_what_was_there_out_of_the_way(tiny_dream, tmp_path):
+    assert run_dreamfusion.main([*tiny_dream, "--N_iters", "9"]) == 0
+    assert run_dreamfusion.main([*tiny_dream, "--N_iters", "4", "--no_reload"]) == 0
     assert newest(tmp_path / "ball")["global_step"] == 4
     assert newest(tmp_path / "ball" / "before_1")["global_step"] == 9
 
 
-def test_a_text_typed_into_the_viewer_outlives_a_restart(tiny, sd_folder, tmp_path, capsys):
-    flags = with_model(tiny, sd_folder, *GUIDED, "--expname", "told")
-    assert inside(capsys, *flags, "--N_iters", 2)[0] == 0
+def test_a_text_typed_into_the_viewer_outlives_a_restart(tiny_dream, sd_folder, tmp_path):
+    flags = with_model(tiny_dream, sd_folder, *GUIDED, "--expname", "told")
+    assert dream(*flags, "--N_iters", 2).returncode == 0
     path = list_checkpoints(tmp_path / "told")[0]
     saved = torch.load(path, weights_only=True)
     assert saved["told"] == {}
     torch.save({**saved, "told": {1: "a blue cone", 2: "a red cone"}}, path)
-    code, said = inside(capsys, *flags, "--N_iters", 4)
-    assert code == 0 and "'a red cone" in said and "a blue cone" not in said
+    result = dream(*flags, "--N_iters", 4)
+    assert (
+        result.returncode == 0
+        and "'a red cone" in result.stderr
+        and "a blue cone" not in result.stderr
+    )
     metrics = json.loads((tmp_path / "told" / "metrics.json").read_text())
     assert metrics["prompts_by_viewer"] == {"1": "a blue cone", "2": "a red cone"}

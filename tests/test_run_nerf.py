@@ -3,7 +3,7 @@
 import csv
 import fcntl
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,72 +11,31 @@ import time
 from pathlib import Path
 
 import imageio.v3 as iio
-import make_demo
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import (
+    NERF_TINY,
+    REPOSITORY,
+    assert_same_training,
+    newest,
+    run_main,
+    run_python,
+    run_script,
+    torchrun,
+)
 
 import run_nerf
 from nerf import build
 from nerf.flags import nerf as nerf_flags
-from nerf.training import distributed, rng, system
+from nerf.metrics import psnr
+from nerf.training import system
 from nerf.training.checkpoint import list_checkpoints, load_checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--use_viewdirs --white_bkgd --netdepth 2 --netwidth 16 --netdepth_fine 2 --netwidth_fine 16 "
-    "--N_samples 8 --N_importance 8 --multires 4 --N_rand 64 --lrate 5e-3 --device cpu --i_img 0 "
-    "--i_video 0 --i_print 5 --ckpt_secs 0 --expname tiny --dataset_type blender --testskip 1"
-).split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scene") / "demo"
-    make_demo.make(folder, "blender", 20, {"train": 5, "val": 2, "test": 3})
-    return folder
-
-
-@pytest.fixture
-def tiny(data, tmp_path):
-    """Flags of a tiny run in a folder of its own."""
-    return [*TINY, "--datadir", str(data), "--basedir", str(tmp_path)]
-
-
-def script(*arguments, launcher=()):
-    return run_script(arguments, launcher=launcher, timeout=180)
-
-
-def newest(folder: Path) -> dict:
-    return load_checkpoint(list_checkpoints(folder)[0])
-
-
-def flat(value, prefix="") -> dict:
-    """Every tensor and number of a nested state, by path."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {k: v for name, item in items for k, v in flat(item, f"{prefix}/{name}").items()}
-
-
-def assert_same_training(first: dict, second: dict) -> None:
-    names = ["network_fn_state_dict", "network_fine_state_dict", "optimizer_state_dict"]
-    names += ["occupancy_state_dict", "num_rays", "box"]
-    names += ["ema_state_dict", "scaler_state_dict", "global_step"]
-    for name in names:
-        one, other = flat(first.get(name)), flat(second.get(name))
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
-            assert same, f"{name}{key} differs"
 
 
 def test_a_run_leaves_everything_the_readme_names(tiny, tmp_path):
-    result = script(*tiny, "--N_iters", 20, "--i_img", 10, "--i_video", 20, "--ema_decay", 0.9)
+    flags = [*tiny, "--N_iters", 20, "--i_img", 10, "--i_video", 20, "--ema_decay", 0.9]
+    result = run_python("run_nerf.py", *flags)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "tiny"
     for name in ("args.json", "args.txt", "cmd.txt", "log.txt", "metrics.csv", "val_strip.png"):
@@ -156,7 +115,7 @@ def test_another_seed_gives_other_weights(tiny, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_that_very_step_and_the_run_goes_on_from_it(tiny, tmp_path, number):
     flags = [sys.executable, "run_nerf.py", *tiny, "--N_iters", "100000", "--i_print", "1"]
-    process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(flags, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("step 3/"):
             break
@@ -175,20 +134,24 @@ def test_a_signal_saves_that_very_step_and_the_run_goes_on_from_it(tiny, tmp_pat
 def test_a_signal_while_rendering_stops_at_the_next_picture(tiny, tmp_path):
     flags = [sys.executable, "run_nerf.py", *tiny, "--N_iters", "2", "--N_samples", "2000"]
     flags += ["--i_video", "2"]
-    process = subprocess.Popen(flags, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.rglob("render_path_000002/*.png")) and process.poll() is None:
+    process = subprocess.Popen(flags, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("render_test_000002/*.png")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     error = process.stderr.read()
     assert process.wait(timeout=60) == 143
     assert "while rendering" in error and "Traceback" not in error
-    assert newest(tmp_path / "tiny")["global_step"] == 2
+    run = tmp_path / "tiny"
+    assert newest(run)["global_step"] == 2 and not (run / "metrics.json").exists()
+    # The same command makes up for the test, the video and the report.
+    assert run_nerf.main([*tiny, "--N_iters", "2", "--i_video", "2"]) == 0
+    made = ["metrics.json", "report.html", "render_path_000002/000.png"]
+    assert all((run / name).exists() for name in made)
 
 
 def test_two_processes_train_as_one(tiny, tmp_path):
     flags = [*tiny, "--N_iters", "6", "--ema_decay", "0.9"]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
-    result = script(*flags, "--expname", "two", launcher=launcher)
+    result = run_python(*torchrun(2), "run_nerf.py", *flags, "--expname", "two")
     assert result.returncode == 0, result.stderr
     assert run_nerf.main([*flags, "--expname", "one"]) == 0
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
@@ -205,8 +168,7 @@ def test_two_processes_train_as_one(tiny, tmp_path):
 def test_two_processes_train_the_fast_path_as_one(tiny, tmp_path):
     flags = ["--fast", "--amp", "off", "--target_samples", "512", "--occ_res", "16", *tiny]
     flags += ["--N_iters", "20"]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
-    result = script(*flags, "--expname", "two", launcher=launcher)
+    result = run_script([*flags, "--expname", "two"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert run_nerf.main([*flags, "--expname", "one"]) == 0
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
@@ -214,47 +176,6 @@ def test_two_processes_train_the_fast_path_as_one(tiny, tmp_path):
     assert torch.equal(*grids) and one["num_rays"] == two["num_rays"]
     metrics = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
     assert metrics[0]["psnr"] == pytest.approx(metrics[1]["psnr"], abs=0.05)
-
-
-def two_rank_gradients(rank: int, port: int, folder: str) -> None:
-    """Process body: the gradients of one step of half a batch under DDP, saved by each rank."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = distributed.setup("cpu")
-    renderer, rays, target, noise = gradient_case()
-    model = torch.nn.parallel.DistributedDataParallel(renderer)
-    share = world.shard(len(target))
-    levels = model(rays.part(share), noise.part(share))
-    sum(((level.rgb - target[share]) ** 2).mean() for level in levels).backward()
-    torch.save([p.grad for p in renderer.parameters()], f"{folder}/{rank}.pt")
-    distributed.cleanup()
-
-
-def gradient_case():
-    """A small renderer and one global batch, the same in every process."""
-    args = nerf_flags.parse(TINY)
-    rng.seed_everything(3)
-    renderer = build.build_renderer(args)
-    generator = rng.step_generator(3, 0, "cpu")
-    from nerf.rays import Rays
-
-    directions = torch.randn(32, 3, generator=generator)
-    unit = directions / directions.norm(dim=-1, keepdim=True)
-    near, far = torch.full((32, 1), 2.0), torch.full((32, 1), 6.0)
-    rays = Rays(-4 * unit, unit, unit, near, far)
-    target = torch.rand(32, 3, generator=generator)
-    return renderer, rays, target, renderer.draw_noise(32, generator)
-
-
-def test_gradients_of_two_ranks_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(two_rank_gradients, args=(29572, str(tmp_path)), nprocs=2)
-    renderer, rays, target, noise = gradient_case()
-    levels = renderer(rays, noise)
-    sum(((level.rgb - target) ** 2).mean() for level in levels).backward()
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for parameter, first, second in zip(renderer.parameters(), *both, strict=True):
-        assert torch.equal(first, second)
-        assert (first - parameter.grad).abs().max() <= 1e-6 * max(1, parameter.grad.abs().max())
 
 
 def test_float16_overflow_is_skipped_counted_and_recovered_from(tiny, tmp_path, monkeypatch):
@@ -294,27 +215,75 @@ def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_pat
     built.clear()
     # Told not to restart, it goes on as it is.
     quiet = [*tiny, "--expname", "stay", "--N_iters", "210", "--dead_restarts", "0"]
-    assert run_nerf.main(quiet) == 0 and len(built) == 1
+    assert run_nerf.main(quiet) == 4 and len(built) == 1  # and says that nothing was learned
 
 
 def test_render_only_uses_the_checkpoint_and_scales_intrinsics(tiny, tmp_path):
     assert run_nerf.main([*tiny, "--N_iters", "30", "--ema_decay", "0.9"]) == 0
     trained = json.loads((tmp_path / "tiny" / "metrics.json").read_text())
-    result = script(*tiny, "--render_only", "--render_test")
+    result = run_main(run_nerf.main, *tiny, "--render_only", "--render_test")
     assert result.returncode == 0, result.stderr
     again = json.loads((tmp_path / "tiny" / "metrics.json").read_text())
     assert again["weights"] == "ema"  # also without the flag: it is what training measured
     assert again["psnr"] == pytest.approx(trained["psnr"], abs=1e-4)
     small = [*tiny, "--render_only", "--render_test", "--render_factor", "2"]
     assert run_nerf.main(small) == 0
-    half = json.loads((tmp_path / "tiny" / "metrics.json").read_text())
-    assert half["resolution"] == [10, 10]
+    # Smaller pictures go beside the run's own evaluation, and have no PSNR.
+    assert json.loads((tmp_path / "tiny" / "metrics.json").read_text())["psnr"] == again["psnr"]
+    folder = tmp_path / "tiny" / "render_test_000030_f2"
+    half = json.loads((folder / "metrics.json").read_text())
+    assert half["resolution"] == [10, 10] and "psnr" not in half and "psnr" not in half["views"][0]
     # Same field of view: about the same error against area-averaged pictures, not a crop's.
-    assert abs(half["psnr"] - trained["psnr"]) < 3
+    pairs = [(iio.imread(folder / f"{n:03d}.png"), iio.imread(folder / "target" / f"{n:03d}.png"))
+             for n in range(half["num_views"])]  # fmt: skip
+    reduced = float(np.mean([psnr(picture / 255.0, target / 255.0) for picture, target in pairs]))
+    assert abs(reduced - trained["psnr"]) < 3
+
+
+def test_fewer_test_views_or_another_path_never_replace_the_runs_evaluation(tiny, tmp_path):
+    assert run_nerf.main([*tiny, "--N_iters", "3", "--i_video", "3"]) == 0
+    run = tmp_path / "tiny"
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".txt"]
+    before = {path: path.read_bytes() for path in files}
+    assert run_nerf.main([*tiny, "--render_only", "--render_test", "--testskip", "2"]) == 0
+    keys = [{"c2w": np.eye(4)[:3].tolist(), "fov_deg": 50.0}] * 2
+    (tmp_path / "mine.json").write_text(json.dumps({"seconds": 0.1, "keys": keys}))
+    own = ["--render_only", "--camera_path", str(tmp_path / "mine.json")]
+    assert run_nerf.main([*tiny, *own]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    few = json.loads((run / "render_test_000003_testskip2" / "metrics.json").read_text())
+    assert few["num_views"] < json.loads((run / "metrics.json").read_text())["num_views"]
+    assert (run / "render_path_000003_mine" / "002.png").exists()
+
+
+def test_another_scene_is_refused_and_a_moved_one_is_not(tiny, tmp_path):
+    assert run_nerf.main([*tiny, "--N_iters", "3"]) == 0
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny[tiny.index("--datadir") + 1], tmp_path / "elsewhere")
+    assert run_nerf.main([*tiny, "--datadir", str(tmp_path / "elsewhere"), "--N_iters", "4"]) == 0
+    other = tmp_path / "elsewhere" / "transforms_train.json"
+    content = json.loads(other.read_text())
+    for frame in content["frames"]:
+        frame["transform_matrix"][0][3] += 0.5
+    other.write_text(json.dumps(content))
+    before = (run / "metrics.json").read_bytes()
+    for mode in (["--N_iters", "5"], ["--render_only", "--render_test"]):
+        result = run_main(run_nerf.main, *tiny, "--datadir", tmp_path / "elsewhere", *mode)
+        assert result.returncode == 2 and "other camera positions" in result.stderr
+    assert (run / "metrics.json").read_bytes() == before
+
+
+def test_a_finished_run_with_other_flags_changes_nothing(tiny, tmp_path):
+    assert run_nerf.main([*tiny, "--N_iters", "3"]) == 0
+    before = (tmp_path / "tiny" / "args.json").read_bytes()
+    result = run_main(run_nerf.main, *tiny, "--N_iters", "2", "--lrate", "0.5")
+    assert result.returncode == 0 and "changed since the checkpoint: lrate" in result.stderr
+    assert "set --N_iters to more" in result.stderr and "nothing is left to do" in result.stderr
+    assert (tmp_path / "tiny" / "args.json").read_bytes() == before
 
 
 def test_render_only_without_a_checkpoint_is_an_error(tiny, tmp_path):
-    result = script(*tiny, "--render_only")
+    result = run_main(run_nerf.main, *tiny, "--render_only")
     assert result.returncode == 2
     assert "no checkpoint to render or export" in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.png"))
@@ -377,7 +346,7 @@ def test_time_limit_and_timed_checkpoints(tiny, tmp_path):
 
 
 def test_a_checkpoint_from_nerf_pytorch_resumes(tmp_path, data):
-    peer = ROOT.parent / "shared" / "peer" / "lego_small" / "004251.tar"
+    peer = REPOSITORY.parent / "shared" / "peer" / "lego_small" / "004251.tar"
     if not peer.exists():
         pytest.skip("needs ../shared/peer")
     flags = [
@@ -421,17 +390,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_it(tiny, capsys, mistake):
-    try:
-        code = run_nerf.main([*tiny, "--N_iters", "1", *mistake.split()])
-    except SystemExit as stop:  # argparse ends the program itself
-        code = stop.code
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2
-    assert MISTAKES[mistake] in error
+def test_a_mistake_is_one_line_that_names_it(tiny, mistake):
+    result = run_main(run_nerf.main, *tiny, "--N_iters", 1, *mistake.split())
+    assert result.returncode == 2
+    assert MISTAKES[mistake] in result.stderr.strip().splitlines()[-1]
 
 
 def test_rays_that_do_not_divide_by_the_processes_are_refused(data):
-    args = nerf_flags.parse([*TINY, "--N_rand", "100"])
+    args = nerf_flags.parse([*NERF_TINY, "--N_rand", "100"])
     with pytest.raises(ValueError, match="N_rand 100 does not divide by 3 processes"):
         nerf_flags.check_nerf_flags(args, 3)

@@ -6,9 +6,9 @@ import sys
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import REPOSITORY
 from diffusers import DDIMScheduler
-from test_stable_diffusion import CPU, SIDE, draw, sd2_folder, sd_folder  # noqa: F401
+from helpers import CPU, REPOSITORY
+from tiny_models import SIDE, draw
 
 from guidance.sample import ddim, sample, script, sheet
 from guidance.stable_diffusion import StableDiffusion
@@ -36,7 +36,7 @@ def test_ddim_agrees_with_diffusers(folder, request):
     torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-3)
 
 
-def test_each_text_has_its_own_noise_whatever_the_number(sd_folder):  # noqa: F811
+def test_each_text_has_its_own_noise_whatever_the_number(sd_folder):
     model = StableDiffusion(sd_folder, CPU)
     texts = ["a red cube", "a green sphere", "a red cube"]
     three = sample(model, texts, steps=2)

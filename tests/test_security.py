@@ -15,7 +15,7 @@ import download
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from nerf.build import load_scene
 from nerf.datasets.images import inside

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from benchmarks import soak
 

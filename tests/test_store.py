@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 
 import run_nerf
 from nerf.build import load_scene
@@ -237,8 +237,7 @@ def test_resuming_is_bit_exact(demo_blender, tmp_path, mode):
 def test_two_processes_train_as_one_from_a_store(demo_blender, tmp_path):
     flags = [*TINY, "--datadir", str(demo_blender), "--basedir", str(tmp_path), "--N_iters", "6"]
     flags += ["--store_dir", str(tmp_path / "store")]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    result = run_script([*flags, "--expname", "two"], launcher=launcher)
+    result = run_script([*flags, "--expname", "two"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert run_nerf.main([*flags, "--expname", "one"]) == 0
     one, two = (load_checkpoint(list_checkpoints(tmp_path / n)[0]) for n in ("one", "two"))

@@ -4,41 +4,17 @@ import math
 
 import pytest
 import torch
+from helpers import BALL_RADIUS, BALL_SHARPNESS, Ball, ball_renderer
 from torch import nn
 
 from nerf import build
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
 from nerf.flags import dreamfusion as dream_flags
-from nerf.occupancy import OccupancyGrid
 from nerf.text3d import losses
 from nerf.text3d.orbit import orbit_cameras
 from nerf.text3d.particles import Particles
-from nerf.text3d.renderer import ObjectRenderer
 from nerf.text3d.shading import preview_lighting
-
-RADIUS = 0.5
-SHARP = 2000.0  # raw density per unit of distance to the surface
-
-
-class Ball(nn.Module):
-    """Dense within RADIUS of the origin; its red is 0.5 + x / 4."""
-
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(1))
-
-    def density(self, points):
-        return SHARP * (RADIUS - points.norm(dim=-1)) + self.shift
-
-    def forward(self, points, viewdirs, ray_indices):
-        red = torch.logit(0.5 + points[:, 0] / 4)
-        return self.density(points), torch.stack([red, 0 * red, 0 * red], -1)
-
-
-def renderer(field=None, **settings):
-    settings = {"bound": 1.0, "num_steps": 256, "blob_scale": 0.0, "blob_std": 0.5} | settings
-    return ObjectRenderer(field or Ball(), OccupancyGrid(32), **settings)
 
 
 def camera(azimuth=0.0, elevation=0.0, fov=40.0):
@@ -59,15 +35,15 @@ def picture(module, size=33, ambient=1.0, background="white", **place):
 
 def test_a_ball_looks_like_a_ball():
     size = 65
-    seen = picture(renderer(), size)
+    seen = picture(ball_renderer(), size)
     silhouette = (seen.opacity > 0.5).float().mean().item()
     # A ball of radius r at distance d covers a disc of radius f r / sqrt(d^2 - r^2).
     focal = 0.5 / math.tan(math.radians(20))
-    disc = math.pi * (focal * RADIUS / math.sqrt(9 - RADIUS**2)) ** 2
+    disc = math.pi * (focal * BALL_RADIUS / math.sqrt(9 - BALL_RADIUS**2)) ** 2
     assert silhouette == pytest.approx(disc, rel=0.03)  # half opaque a little inside
     middle = size * size // 2
     assert seen.opacity[middle] == pytest.approx(1, abs=1e-3)
-    assert seen.depth[middle] == pytest.approx(3 - RADIUS, abs=0.03)
+    assert seen.depth[middle] == pytest.approx(3 - BALL_RADIUS, abs=0.03)
     torch.testing.assert_close(seen.rgb[0], torch.ones(3))  # the corner is background
     assert seen.depth[0] == 0 and seen.opacity[0] < 1e-4
     red = seen.rgb.view(size, size, 3)[size // 2, :, 0]
@@ -78,7 +54,7 @@ def test_a_ball_looks_like_a_ball():
 @pytest.mark.parametrize("kind", ["analytic", "fd"])
 @pytest.mark.parametrize("place", [{"azimuth": 0.0}, {"azimuth": 130.0, "elevation": 50.0}])
 def test_normals_of_a_ball_point_outwards(kind, place):
-    seen = picture(renderer(normals=kind), ambient=0.0, **place)
+    seen = picture(ball_renderer(normals=kind), ambient=0.0, **place)
     rays = camera(**place).rays(33, 33)
     solid = seen.opacity > 0.99
     points = (rays.origins + seen.depth[:, None] * rays.directions)[solid]
@@ -93,7 +69,7 @@ def test_normals_of_a_ball_point_outwards(kind, place):
 
 def test_light_follows_lamberts_law():
     """The light at the camera meets the middle of the ball head-on, its edge at right angles."""
-    lit, plain = picture(renderer(), ambient=0.2), picture(renderer())
+    lit, plain = picture(ball_renderer(), ambient=0.2), picture(ball_renderer())
     share = (lit.rgb / plain.rgb)[:, 1].view(33, 33)
     assert share[16, 16] == pytest.approx(1.0, abs=0.01)
     inside = (plain.opacity > 0.99).view(33, 33)[16].nonzero()
@@ -102,17 +78,17 @@ def test_light_follows_lamberts_law():
 
 
 def test_albedo_alone_computes_no_normals():
-    assert picture(renderer()).normal.abs().max() == 0
+    assert picture(ball_renderer()).normal.abs().max() == 0
 
 
 def test_culling_occluded_samples_changes_nothing():
-    whole, culled = renderer(early_stop=0.0), renderer(early_stop=1e-3)
+    whole, culled = ball_renderer(early_stop=0.0), ball_renderer(early_stop=1e-3)
     torch.testing.assert_close(picture(whole).rgb, picture(culled).rgb, atol=2e-3, rtol=0)
     assert culled.batch_samples < 0.7 * whole.batch_samples
 
 
 def test_background_network_is_used_only_where_lighting_selects_it():
-    module = renderer(learned_background=True)
+    module = ball_renderer(learned_background=True)
     plain, learned = picture(module), picture(module, background="learned")
     assert (plain.rgb[0] == 1).all() and (learned.rgb[0] != 1).any()
     middle = 33 * 33 // 2
@@ -120,7 +96,7 @@ def test_background_network_is_used_only_where_lighting_selects_it():
 
 
 def test_an_empty_grid_shows_background_and_still_has_a_gradient_path():
-    module = renderer()
+    module = ball_renderer()
     module.grid.occupied.zero_()
     cameras = camera()
     seen = module(cameras.rays(9, 9), lighting(cameras, 81, ambient=0.1))
@@ -175,11 +151,11 @@ def test_a_checkpoint_gives_the_same_picture():
 
 
 def test_surface_density_is_that_where_transmittance_is_a_half():
-    """The ball's density rises by SHARP per unit inwards: transmittance is 1/2 at the depth x with
-    SHARP x^2 / 2 = ln 2, where the density is SHARP x."""
-    found = renderer(num_steps=1024).surface_density(camera(fov=4.0).rays(8, 8))
+    """The ball's density rises by s = BALL_SHARPNESS per unit inwards: transmittance is 1/2 at the
+    depth x with s x^2 / 2 = ln 2, where the density is s x."""
+    found = ball_renderer(num_steps=1024).surface_density(camera(fov=4.0).rays(8, 8))
     assert len(found) == 64
-    expected = math.sqrt(2 * SHARP * math.log(2))
+    expected = math.sqrt(2 * BALL_SHARPNESS * math.log(2))
     assert found.median() == pytest.approx(expected, rel=0.08)
 
 
@@ -203,7 +179,7 @@ def test_total_variation_of_particles_is_that_of_the_current_member():
         field = FeatureField(TriPlane(16, channels=1), use_viewdirs=False)
         for plane in field.encoding.planes:
             plane.data.copy_((slope * torch.arange(plane.shape[-1])).expand_as(plane))
-        members.append(renderer(field))
+        members.append(ball_renderer(field))
     particles = Particles(members)
     assert losses.total_variation(particles) == 0
     particles.current = 1
@@ -230,9 +206,9 @@ def test_spread_is_the_variance_of_depth():
         def density(self, points):
             return torch.full_like(points[:, 0], -7.0)  # softplus: 9e-4 per unit
 
-    module = renderer(Fog(), num_steps=512)
+    module = ball_renderer(Fog(), num_steps=512)
     rays = camera().rays(1, 1)
     with torch.no_grad():
         seen = module(rays, lighting(camera(), 1))
     assert seen.spread[0] == pytest.approx(4 / 12, rel=0.01)  # the cube is 2 deep
-    assert picture(renderer()).spread[33 * 33 // 2] < 2e-3
+    assert picture(ball_renderer()).spread[33 * 33 // 2] < 2e-3

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from helpers import REPOSITORY
 from safetensors.torch import load_file
 
 from guidance.tiny import build, pictures, train

@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from nerf.media import colorize, nearness, write_png, write_video
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit

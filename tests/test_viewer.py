@@ -6,14 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_text3d_renderer import renderer
+from helpers import DREAM_TINY, REPOSITORY, ball_renderer, free_port
 
 from nerf.cameras import look_at
 from nerf.outputs import object as object_outputs
@@ -22,8 +21,6 @@ from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
 from nerf.training.distributed import World
 from nerf.training.ema import EMA
-
-ROOT = Path(__file__).parents[1]
 
 
 def keys():
@@ -102,12 +99,6 @@ def test_normals_of_a_plane_face_the_camera():
     torch.testing.assert_close(normal, torch.tensor([0.0, 0, 1]).expand(4, 5, 3))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def fake_client(stamp=1.0):
     c2w = look_at((0.0, -3.0, 1.0), (0, 0, 0))
     camera = SimpleNamespace(wxyz=viewer.quaternion(c2w), position=c2w[:, 3], fov=0.7, aspect=1.5)
@@ -153,7 +144,7 @@ def test_a_fault_switches_the_viewer_off_and_is_said_once(monkeypatch, tmp_path)
 
 def run(*flags):
     command = [sys.executable, "run_nerf.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
 def test_an_occupied_port_ends_before_training():
@@ -174,7 +165,7 @@ def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
     client, sent = fake_client()
     monkeypatch.setattr(viewer.Viewer, "_clients", lambda self: [(0, client)])
     monkeypatch.setattr(viewer, "BUDGET", 1.0)
-    flags = ["--config", str(ROOT / "configs/demo.txt"), "--datadir", str(tmp_path / "data")]
+    flags = ["--config", str(REPOSITORY / "configs/demo.txt"), "--datadir", str(tmp_path / "data")]
     flags += "--N_iters 12 --i_img 0 --i_video 0 --i_testset 0 --testskip 20 --basedir".split()
     weights = []
     for name in ("with", "without"):
@@ -187,11 +178,10 @@ def test_training_is_bit_identical_while_someone_looks(monkeypatch, tmp_path):
 
 
 def dream(*flags):
-    from test_run_dreamfusion import TINY
 
     import run_dreamfusion
 
-    return run_dreamfusion.main([str(flag) for flag in (*TINY, "--no_reload", *flags)])
+    return run_dreamfusion.main([str(flag) for flag in (*DREAM_TINY, "--no_reload", *flags)])
 
 
 def test_a_looker_changes_nothing_of_an_object(monkeypatch, tmp_path):
@@ -212,7 +202,7 @@ def test_a_looker_changes_nothing_of_an_object(monkeypatch, tmp_path):
 
 
 def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
-    module = renderer()
+    module = ball_renderer()
     place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
     parts = (None, World(0, 1, torch.device("cpu")), module, EMA(module, 0.0), "off", 32, "white")
     shown = object_outputs.ObjectOutputs(*parts, **place)
@@ -241,12 +231,11 @@ def test_an_object_is_rendered_along_a_saved_path(tmp_path):
     write_path(path, keys(), 0.1)  # three frames
     flags = [*("--basedir", tmp_path, "--expname", "ball")]
     assert dream(*flags, "--N_iters", 2) == 0
-    from test_run_dreamfusion import TINY
 
     import run_dreamfusion
 
     flags += ["--render_only", "--camera_path", path]
-    assert run_dreamfusion.main([str(flag) for flag in (*TINY, *flags)]) == 0
+    assert run_dreamfusion.main([str(flag) for flag in (*DREAM_TINY, *flags)]) == 0
     frames = sorted((tmp_path / "ball" / "render_path_000002").glob("*.png"))
     assert [frame.name for frame in frames] == ["000.png", "001.png", "002.png"]
 
@@ -271,7 +260,7 @@ def test_a_text_typed_into_the_viewer_is_followed_from_then_on(monkeypatch, tmp_
     flags = "--config configs/dream_tiny.txt --N_iters 4 --video_frames 1 --no-mesh --eval_res 16"
     flags += " --batch_views 1 --march_steps 16 --device cpu --expname typed --prompt"
     flags = [*flags.split(), "a red cone", "--basedir", tmp_path, "--viewer"]
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(REPOSITORY)
     words = [str(flag) for flag in (*flags, "--viewer_port", free_port())]
     assert run_dreamfusion.main(words) == 0
     metrics = json.loads((tmp_path / "typed" / "metrics.json").read_text())
@@ -306,12 +295,20 @@ def browser():
 def test_a_browser_shows_the_object_and_its_buttons_work(browser, tmp_path):
     """Chromium sees a ball on white, pauses training, and saves a path."""
     from selenium.webdriver.common.by import By
-    from test_run_dreamfusion import TINY
 
     port = free_port()
-    flags = [*TINY, "--basedir", tmp_path, "--N_iters", 100_000, "--viewer", "--viewer_port", port]
+    flags = [
+        *DREAM_TINY,
+        "--basedir",
+        tmp_path,
+        "--N_iters",
+        100_000,
+        "--viewer",
+        "--viewer_port",
+        port,
+    ]
     command = [sys.executable, "run_dreamfusion.py", *map(str, flags), "--lrate", "3e-2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: can_connect(port), 120)
         browser.get(f"http://127.0.0.1:{port}")
