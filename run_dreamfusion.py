@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=2 run_dreamfusion.py --config configs/dream_tiny.txt --prompt "..."
 
 Exit codes: 0 done; 2 a mistake in flags or data; 3 done, or stopped, but something could not be
-written (the log says what); 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1 with the step
-saved, so that the same command resumes there.
+written (the log says what); 4 done, but nothing was learned; 130 / 143 / 138 stopped by SIGINT /
+SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
 import argparse
@@ -312,7 +312,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             if every(state.step, args.i_print) or last:
                 values |= {"views_left_out": left_out, "skipped": monitor.skipped}
                 log_step(args, run, progress, world, state, stats, values)
-            progress.advance()
+            progress.advance(run.log)
             if every(state.step, args.i_img) or last:
                 with state.clock, run.guard("previews"):
                     preview(args, outputs, state.step)
@@ -330,6 +330,10 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 break
     progress.close()
     finish(args, run, outputs, state, guide)
+    if left_out and left_out >= (state.step - progress.first_step) * len(inputs.jitter):
+        run.log("the guidance of every view was not finite: nothing was learned; try --amp off, or "
+                "--guidance_dtype fp32")  # fmt: skip
+        return entry.NOTHING_LEARNED
     return 0
 
 

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=2 run_nerf.py --config configs/lego.txt
 
 Exit codes: 0 done; 2 a mistake in flags or data; 3 done, or stopped, but something could not be
-written (the log says what); 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1 with the step
-saved, so that the same command resumes there.
+written (the log says what); 4 done, but nothing was learned; 130 / 143 / 138 stopped by SIGINT /
+SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
 import math
@@ -54,6 +54,7 @@ SMALLER = (
     "make something smaller: --N_rand, --chunk, --netwidth, --N_samples, --N_importance, "
     "--grid_res, --occ_res, --mesh_res or the pictures"
 )
+SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 FEWER_RAYS = "lower --chunk, --N_rand, --netwidth or --N_samples"
 
 
@@ -209,7 +210,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     )
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
     monitor = Monitor(world, stop, state.clock, args.max_minutes)
-    progress = Progress(args.N_iters, state, show=world.is_main)
+    progress = Progress(args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW)
     content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
@@ -266,7 +267,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         if every(state.step, args.i_print) or last:
             log_step(run, progress, monitor, state, stats, verdict, lr)
             run.log_once(state.step, renderer.warning(state.step))
-        progress.advance()
+        progress.advance(run.log)
         if every(state.step, args.i_img):
             with state.clock:
                 state.record_validation(evaluation.validate(state.step))
@@ -283,6 +284,15 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     progress.close()
     with run.guard("a rendering"):  # also what a run that was stopped here still owes
         evaluation.finish(state.step, video=args.i_video > 0)
+    if (
+        state.step > progress.first_step
+        and verdict.dead
+        and renders_one_color(stats.levels, stats.target)
+    ):
+        run.log(
+            f"the run is dead: {diagnose_flat(stats.levels)}; try another --seed or a lower --lrate"
+        )
+        return entry.NOTHING_LEARNED
     return 0
 
 

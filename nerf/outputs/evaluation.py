@@ -145,8 +145,13 @@ class Evaluation:
             self.render_camera_path(step)
         if not any(owed):
             self.run.log(f"nothing is left to do: see {self.run.folder}/report.html")
-        elif self.run.is_main and not self.settings.variant:
+            return
+        if owed[1] and self.run.is_main and not self.settings.variant:
             try_report(self.run.folder, self.run.log)  # again, with the video in it
+        self.run.log(
+            f"next: open {self.run.folder}/report.html; the same command with --export out.glb "
+            "writes a mesh, with --render_only --viewer it opens the scene in the browser"
+        )
 
     def _test_folder(self, step: int) -> Path:
         return self.run.folder / f"render_test_{step:06d}{self.settings.variant}"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from nerf.training import distributed
 
+NOTHING_LEARNED = 4  # exit code of a run that ended, but whose start was dead, or guidance NaN
+
 
 def report_mistakes(program: str, body: Callable[[], int]) -> int:
     """The exit code of ``body``; on an error print one line to stderr.

@@ -52,7 +52,8 @@ class Monitor:
         numbers = [loss.detach().float(), grad_norm.detach().float()]
         numbers += [] if flat is None else [flat.float()]
         loss_value, norm, *flat_value = torch.stack(numbers).tolist()  # the step's only device read
-        self.flat_steps = self.flat_steps + 1 if any(flat_value) else 0
+        if flat is not None:
+            self.flat_steps = self.flat_steps + 1 if any(flat_value) else 0
         broken = not (math.isfinite(loss_value) and math.isfinite(norm))
         alive = self.flat_steps < DEAD_STEPS
         time_up = bool(self.max_seconds) and self.clock.seconds >= self.max_seconds

@@ -34,6 +34,18 @@ class Clock:
         self._since = time.perf_counter()
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "45 s", "3.2 min", "5.1 h", "25 days"."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= (2 if unit == "days" else 1) * length:
+            return f"{seconds / length:.{0 if unit == 'days' else 1}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+FIRST_STEPS = 5  # after these a first estimate of the whole run is logged, if it is a long one
+LONG_SECONDS = 2 * 3600.0
+
+
 class Counters(Protocol):
     """The part of ``nerf.training.state.TrainState`` that ``Progress`` reads."""
 
@@ -46,13 +58,14 @@ class Progress:
     """Speeds since the last report, and a tqdm bar on a terminal or else a logged line.
 
     total: the number of updates (--N_iters). state: the run's counters, which change meanwhile.
-    show: whether to show the bar if there is a terminal.
+    show: whether to show the bar if there is a terminal. hint: said about a run that takes hours.
     """
 
-    def __init__(self, total: int, state: Counters, *, show: bool) -> None:
+    def __init__(self, total: int, state: Counters, *, show: bool, hint: str = "") -> None:
         from tqdm import tqdm
 
-        self.total, self.state = total, state
+        self.total, self.state, self.hint = total, state, hint
+        self.first_step, self._start = state.step, state.clock.seconds
         self.on_terminal = show and sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
@@ -70,19 +83,29 @@ class Progress:
         passed = max(seconds - self._seconds, 1e-9)
         self.rays_per_second = (state.rays_drawn - self._rays) / passed
         self.steps_per_second = (state.step - self._step) / passed
-        self.seconds_per_step = passed / max(1, state.step - self._step)
+        seconds_per_step = passed / max(1, state.step - self._step)
+        # Smoothed for the ETA: steps of one run differ, as when the occupancy grid empties.
+        self.seconds_per_step = (
+            self.seconds_per_step or seconds_per_step
+        ) / 2 + seconds_per_step / 2
         self._step, self._rays, self._seconds = state.step, state.rays_drawn, seconds
 
-    def advance(self) -> None:
-        """Advance the bar by one step."""
+    def advance(self, log: Callable[[str], None]) -> None:
+        """Advance the bar by one step; after the first steps, log how long a long run will take."""
         self.bar.update()
+        done = self.state.step - self.first_step
+        if done == FIRST_STEPS:
+            left = self.total - self.state.step
+            seconds = (self.state.clock.seconds - self._start) / done * left
+            if seconds > LONG_SECONDS:
+                log(f"{left} updates will take about {duration(seconds)} at this speed{self.hint}")
 
     def report(self, log: Callable[[str], None], line: str) -> None:
         """Show ``line`` beside the bar; without a bar, log it with the step and the time left."""
         self.bar.set_postfix_str(line, refresh=False)
         if not self.on_terminal:
-            minutes = (self.total - self.state.step) * self.seconds_per_step / 60
-            log(f"step {self.state.step}/{self.total}  {line}  ETA {minutes:.1f} min")
+            left = duration((self.total - self.state.step) * self.seconds_per_step)
+            log(f"step {self.state.step}/{self.total}  {line}  ETA {left}")
 
     def close(self) -> None:
         """Close the bar."""
