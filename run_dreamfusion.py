@@ -535,7 +535,7 @@ def render_and_export(args, world, run) -> int:
         write_mesh(outputs, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
     elif args.camera_path:
         cameras = path_cameras(outputs, *read_path(Path(args.camera_path)))
-        write_turntable(outputs, step, len(cameras.c2w), cameras)
+        write_turntable(outputs, step, len(cameras.c2w), cameras, Path(args.camera_path).stem)
     elif viewer := start_viewer(args, world, run, outputs):
         with system.StopSignal() as stop, viewer:
             viewer.serve(stop.is_set)

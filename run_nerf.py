@@ -11,6 +11,7 @@ SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
 import math
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from nerf.training.recovery import (
     explain_out_of_memory,
     next_attempt,
 )
-from nerf.training.run_folder import RunFolder
+from nerf.training.run_folder import RunFolder, newest_run
 from nerf.training.state import TrainState
 
 SMALLER = (
@@ -64,7 +65,24 @@ def every(step: int, interval: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = nerf_flags.parse(argv)
+    if is_reading(args) and not (args.config or args.ft_path):
+        args = flags_of_newest_run(args, argv)
     return entry.exit_code("run_nerf.py", partial(run_scene, args))
+
+
+def is_reading(args) -> bool:
+    """Whether the run only reads what an earlier one has trained."""
+    return bool(args.render_only or args.export or args.export_points)
+
+
+def flags_of_newest_run(args, argv: list[str] | None):
+    """The flags of the run trained last, below what was typed, where no run was named."""
+    name = newest_run(Path(args.basedir), None, needs="N_rand")
+    if name is None or (Path(args.basedir) / args.expname).is_dir():
+        return args
+    print(f"no --config or --expname: taking the run trained last, {name}", file=sys.stderr)
+    saved = Path(args.basedir) / name / "args.txt"
+    return nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
 
 
 def run_scene(args) -> int:
@@ -75,7 +93,7 @@ def run_scene(args) -> int:
         read_path(Path(args.camera_path))  # a broken file must fail before the work begins
     if args.viewer and world.is_main and not (args.export or args.export_points):
         check_server(args.viewer_host, args.viewer_port)
-    reading = bool(args.render_only or args.export or args.export_points)
+    reading = is_reading(args)
     folder = Path(args.basedir) / args.expname
     with (
         explain_out_of_memory(SMALLER),

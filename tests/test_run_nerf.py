@@ -400,3 +400,12 @@ def test_rays_that_do_not_divide_by_the_processes_are_refused(data):
     args = nerf_flags.parse([*NERF_TINY, "--N_rand", "100"])
     with pytest.raises(ValueError, match="N_rand 100 does not divide by 3 processes"):
         nerf_flags.check_nerf_flags(args, 3)
+
+
+def test_an_export_without_a_name_takes_the_run_trained_last(tiny, tmp_path):
+    assert run_nerf.main([*tiny, "--N_iters", "3"]) == 0
+    words = ["--export_points", tmp_path / "cloud.ply", "--basedir", tmp_path, "--device", "cpu"]
+    result = run_main(run_nerf.main, *words)
+    assert "taking the run trained last, tiny" in result.stderr
+    assert "000003.tar: step 3" in result.stderr  # what it then exports depends on the weights
+    assert not (tmp_path / "fern").exists()

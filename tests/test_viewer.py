@@ -236,7 +236,7 @@ def test_an_object_is_rendered_along_a_saved_path(tmp_path):
 
     flags += ["--render_only", "--camera_path", path]
     assert run_dreamfusion.main([str(flag) for flag in (*DREAM_TINY, *flags)]) == 0
-    frames = sorted((tmp_path / "ball" / "render_path_000002").glob("*.png"))
+    frames = sorted((tmp_path / "ball" / "render_path_000002_path").glob("*.png"))
     assert [frame.name for frame in frames] == ["000.png", "001.png", "002.png"]
 
 

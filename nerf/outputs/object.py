@@ -200,17 +200,21 @@ def path_cameras(outputs: ObjectOutputs, poses: np.ndarray, fov_deg: np.ndarray)
 
 
 def write_turntable(
-    outputs: ObjectOutputs, step: int, num_frames: int, cameras: OrbitCameras | None = None
+    outputs: ObjectOutputs,
+    step: int,
+    num_frames: int,
+    cameras: OrbitCameras | None = None,
+    name: str = "",
 ) -> None:
     """render_path_STEP/: frames of each of MODES, and their videos where ffmpeg is installed.
 
-    cameras: of ``path_cameras``, instead of a circle of num_frames.
+    cameras: of ``path_cameras``, instead of a circle of num_frames; their folder ends in ``name``.
     """
     cameras = cameras or outputs.cameras(num_frames)
     videos: list[Path | str] = []
     with outputs.ema.swap():
         for ending, render in outputs.renderers():
-            folder = outputs.run.folder / f"render_path{ending}_{step:06d}"
+            folder = outputs.run.folder / f"render_path{ending}_{step:06d}{name and f'_{name}'}"
             videos += _write_frames(outputs, render, cameras, folder) or [
                 f"frames only, in {folder}/"
             ]
