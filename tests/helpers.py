@@ -125,10 +125,10 @@ def _script(words: list[str], environment: dict[str, str], out: str, err: str) -
 
 def _wait(processes: list, timeout: float) -> None:
     """Start the processes and wait for all; the first that fails, or the timeout, ends them."""
-    end = time.monotonic() + timeout
     try:
         for process in processes:
-            process.start()
+            process.start()  # the first one waits for the server's imports
+        end = time.monotonic() + timeout
         while any(process.exitcode is None for process in processes):
             if any(process.exitcode for process in processes):
                 break

@@ -3,13 +3,11 @@
 Linux with user namespaces only (``unshare -rm``); elsewhere these are skipped.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
-from helpers import DREAM_TINY, NERF_TINY, REPOSITORY
+from helpers import DREAM_TINY, NERF_TINY, run_script
 
 from nerf.training.checkpoint import list_checkpoints, load_checkpoint
 
@@ -23,38 +21,43 @@ def may_mount() -> bool:
 
 pytestmark = pytest.mark.skipif(not may_mount(), reason="needs Linux's user namespaces")
 
-# Runs the script; when it has saved step SPOIL, a shell command spoils the disk.
+# In namespaces of its own, runs a script on a small disk and copies what is on it at the end. When
+# the script has saved step STEP, a shell command spoils the disk.
 SPOILED = """
-import os, runpy, subprocess, sys
+import ctypes, os, runpy, shutil, subprocess, sys
+from pathlib import Path
 from nerf.training import checkpoint
-save, step, spoil = checkpoint.save_checkpoint, sys.argv.pop(1), sys.argv.pop(1)
+size, disk, kept, step, spoil = (sys.argv.pop(1) for _ in range(5))
+ids = os.getuid(), os.getgid()
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+assert ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0
+Path("/proc/self/setgroups").write_text("deny")
+for name, number in zip(("uid_map", "gid_map"), ids):
+    Path("/proc/self", name).write_text(f"0 {number} 1")
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], check=True)
+save = checkpoint.save_checkpoint
 def save_and_spoil(path, state):
     save(path, state)
     if path.name == f"{int(step):06d}.tar" and spoil:
         subprocess.run(spoil, shell=True, check=True)
 checkpoint.save_checkpoint = save_and_spoil
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    subprocess.run(["umount", f"{disk}/run"], capture_output=True)
+    shutil.copytree(disk, kept)
 """
 
 
 def on_a_disk_of(size: str, tmp_path, flags, script="run_nerf.py", spoil="", at=4):
     """(exit code, what was said, copy of the run folder) of a run whose disk holds ``size``."""
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
-    disk.mkdir(exist_ok=True)
-    code = tmp_path / "spoiled.py"
+    disk, kept, code = tmp_path / "disk", tmp_path / "kept", tmp_path / "spoiled.py"
+    disk.mkdir()
     code.write_text(SPOILED)
-    words = [sys.executable, code, at, spoil.format(disk=disk), script, *flags]
-    lines = (
-        'mount -t tmpfs -o size="$1" none "$2" || exit 99; keep=$3; disk=$2; shift 3; '
-        '"$@"; code=$?; umount "$disk/run" 2>/dev/null; cp -r "$disk" "$keep"; exit $code'
-    )
-    command = ["unshare", "-rm", "sh", "-c", lines, "sh", size, disk, kept, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, [*command, "--basedir", disk, "--expname", "run"])),
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    place = ["--basedir", disk, "--expname", "run"]
+    words = [size, disk, kept, at, spoil.format(disk=disk), script, *flags, *place]
+    done = run_script(words, script=str(code))
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stderr, kept / "run"
 
