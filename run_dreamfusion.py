@@ -250,9 +250,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state, guide)
     # DDP averages gradients in backward(). Call ``model``, never model.module: that skips it.
-    # A step without light, or without a learned background, gives some weights no gradient.
     model = renderer
     if world.size > 1:
+        # Of several particles a step trains one: DDP has to be told to expect no more gradients.
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
     outputs = make_outputs(args, world, run, renderer, state.ema)
     micro = MicroBatches(
@@ -269,14 +269,14 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             # generator: a resumed run draws what an unbroken one draws, on any number of ranks.
             lr = build.learning_rate(state.step, args)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]  # features on grids learn faster than MLPs
+                group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
             now = build.scheduled_flags(args, state.step)  # flags that change with the step
             generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
-            renderer.begin_step(state.step, generator)  # occupancy grid update
+            renderer.begin_step(state.step, generator)  # updates the occupancy grid
             inputs = draw_inputs(args, now, guide.prior, state.step, generator)  # for all ranks
             inputs = inputs.part(world.shard(args.batch_views))
             stats = micro.run(accumulate_gradients, args, model, state, guide, inputs, now)
-            # fp16 only: gradients were scaled up to survive half precision; undo it first.
+            # fp16 only: gradients were scaled up for half precision; undo it before clipping.
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 renderer.parameters(), args.grad_clip or math.inf
@@ -285,7 +285,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             if verdict.finite:  # on every rank: one that skipped alone would drift from the others
                 scaler.step(optimizer)
                 state.ema.update()
-            scaler.update()
+            scaler.update()  # also after a skipped update: its scale may have been too large
             values = {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
             if guide.lora is not None:  # VSD: the LoRA learns what the renders look like by now
                 values["lora_loss"] = guide.lora.train_step(
@@ -295,7 +295,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
 
             # ---- between updates: reasons to stop or to start again, then everything periodic.
             if viewer is not None:
-                with state.clock:  # paused: what viewers cost is not training time
+                with state.clock.paused():  # what viewers cost is not training time
                     viewer.tick(stop.is_set)
                     if text := viewer.new_text():
                         guide.set_prompt(args, run.log, text, state.step)
@@ -314,17 +314,17 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 log_step(args, run, progress, world, state, stats, values)
             progress.advance(run.log)
             if every(state.step, args.i_img) or last:
-                with state.clock, run.guard("previews"):
+                with state.clock.paused(), run.guard("previews"):
                     preview(args, outputs, state.step)
             if every(state.step, args.i_attn):
-                with state.clock, run.guard("attention maps"):
+                with state.clock.paused(), run.guard("attention maps"):
                     write_attention(args, run, guide.prior, inputs, stats, state.step)
             if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
-                with state.clock:
+                with state.clock.paused():
                     content = {"args": vars(args), **guide.checkpoint_state()}
                     state.save(run, args.keep_ckpts, **content)
             if every(state.step, args.i_video) and not last:
-                with state.clock, run.guard("turntable"):
+                with state.clock.paused(), run.guard("turntable"):
                     write_turntable(outputs, state.step, args.video_frames)
             if last:
                 break
@@ -338,7 +338,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
 
 
 class StepInputs(NamedTuple):
-    """Every random number of one step, a row per view."""
+    """Every random number of one step but the occupancy grid's, a row per view."""
 
     first_view: int  # number of the first row among all views of the step
     cameras: OrbitCameras
@@ -362,6 +362,7 @@ def draw_inputs(args, now, prior, step: int, generator: torch.Generator) -> Step
     if args.view_spread < 1:
         ranges = ranges._replace(settle=partial(pull_to_view_center, fraction=args.view_spread))
     cameras = random_orbit_cameras(num_views, ranges, generator)
+    # Albedo alone at first: shading needs normals, and those of the first fog mean nothing.
     settings, lit = build.lighting_settings(args), step >= args.albedo_steps
     lighting = draw_lighting(cameras.c2w[:, :, 3], settings, generator, lit=lit)
     jitter = torch.rand(num_views * size**2, 1, generator=generator, device=generator.device)
@@ -390,12 +391,12 @@ class StepStats(NamedTuple):
 def accumulate_gradients(
     args, model, state: TrainState, guide: Guide, inputs: StepInputs, now, views: int
 ) -> StepStats:
-    """Forward and backward of ``inputs``, ``views`` at a time: micro-batches add up to the same.
+    """Forward and backward of ``inputs``, ``views`` at a time; their gradients add up.
 
     now: the flags that are schedules, at this step.
     """
     size, num_views, renderer = now["train_res"], len(inputs.jitter), state.renderer
-    renderer.zero_grad(set_to_none=True)  # also of an attempt that did not fit into memory
+    renderer.zero_grad(set_to_none=True)  # also after a try that did not fit into memory
     recipe = make_recipe(args, now, progress=min(1.0, state.step / args.N_iters))
     pieces = []
     for start in range(0, num_views, views):
@@ -406,6 +407,7 @@ def accumulate_gradients(
             rendered = model(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = rendered.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
         shown = sds.resized(images, guidance_size(args, guide.prior, size))
+        # "front view", "back view": without view words the object would get a face on every side.
         conditions = guide.conditions(cameras, size, lighting.background)
         lora = guide.lora.epsilon_at(cameras.c2w) if guide.lora is not None else None
         distilled = sds.distill(guide.prior, shown, conditions, noise, recipe, lora)

@@ -236,43 +236,47 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
         lr = build.learning_rate(state.step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]  # features on grids learn faster than MLPs
+            group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
         generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
-        renderer.begin_step(state.step, generator)  # occupancy grid update; nothing for vanilla
+        renderer.begin_step(state.step, generator)  # updates an occupancy grid, if there is one
         num_rays = renderer.rays_per_step(args.N_rand, world.size)  # over all ranks
+        # Drawn for the whole batch, then cut: the result does not depend on the number of ranks.
         noise = renderer.draw_noise(num_rays, generator).part(world.shard(num_rays))
         rays, target = scene.sample_rays(
             num_rays,
             generator,
             one_image=args.no_batching,
+            # At first only the middle, where the object is: background alone invites a dead start.
             crop=args.precrop_frac if state.step < args.precrop_iters else 1.0,
-            background=noise.background,
+            background=noise.background,  # random behind transparent pixels (--random_bg), or None
             shard=world.shard(num_rays),
             order=order,
-            position=state.rays_drawn,
+            position=state.rays_drawn,  # the order goes on where the last step ended
         )
+        # accumulate_gradients(..., block), with a smaller block whenever memory runs out.
         stats = micro.run(accumulate_gradients, args, world, model, state, (rays, target, noise))
         # fp16 only: gradients were scaled up to survive half precision; undo it before clipping.
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
+        grad_norm = torch.nn.utils.clip_grad_norm_(  # inf: measured only, as in NeRF
             renderer.parameters(), args.grad_clip or math.inf
         )
-        # NeRF's ReLU density can be negative everywhere at the start: all rays show one color, no
-        # gradient flows, and nothing ever changes. The first steps are watched for that.
+        # The raw density can be negative everywhere at the start: the ReLU gives 0, all rays show
+        # one color, no gradient flows, and nothing ever changes. The first steps are watched.
         flat = None
         if state.step + 1 < WATCHED_STEPS:
             flat = renders_one_color(stats.levels, stats.target)
+        # The same answer on every rank, from one device read: may the update be made, must we stop?
         verdict = monitor.check(stats.loss, grad_norm, flat=flat, samples=stats.samples)
         if verdict.finite:  # on every rank: one that skipped alone would drift from the others
             scaler.step(optimizer)
-            state.ema.update()
-        scaler.update()
-        renderer.end_step(num_rays, stats.samples, verdict.samples)  # sets the next num_rays
+            state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
+        scaler.update()  # also after a skipped update: it was too large a scale that made it skip
+        renderer.end_step(num_rays, stats.samples, verdict.samples)  # fast path: the next num_rays
         state.advance(num_rays)
 
         # ---- between updates: reasons to stop or to start again, then everything periodic.
         if viewer is not None:
-            with state.clock:  # paused: what viewers cost is not training time
+            with state.clock.paused():  # what viewers cost is not training time
                 viewer.tick(stop.is_set)
         if verdict.diverged:
             raise NonFinite.diagnose(state.step, world, step_tensors(renderer, rays, target, stats))
@@ -287,20 +291,20 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             run.log_once(state.step, renderer.warning(state.step))
         progress.advance(run.log)
         if every(state.step, args.i_img):
-            with state.clock:
+            with state.clock.paused():
                 state.record_validation(evaluation.validate(state.step))
         if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
-            with state.clock:
+            with state.clock.paused():
                 state.save(run, args.keep_ckpts, **content)
         if last:
             break
-        with state.clock, run.guard("a rendering"):
+        with state.clock.paused(), run.guard("a rendering"):
             if every(state.step, args.i_testset):
                 evaluation.measure_test(state.step)
             if every(state.step, args.i_video):
                 evaluation.render_camera_path(state.step)
     progress.close()
-    with run.guard("a rendering"):  # also what a run that was stopped here still owes
+    with run.guard("a rendering"):  # also what an earlier start was stopped before rendering
         evaluation.finish(state.step, video=args.i_video > 0)
     if (
         state.step > progress.first_step
@@ -334,7 +338,7 @@ def accumulate_gradients(args, world, model, state: TrainState, batch, block: in
     """
     rays, target, noise = batch
     renderer, scaler = state.renderer, state.scaler
-    renderer.zero_grad(set_to_none=True)  # also of an attempt that did not fit into memory
+    renderer.zero_grad(set_to_none=True)  # also after a try that did not fit into memory
     loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
     first_levels = None
     pieces = [slice(start, start + block) for start in range(0, len(target), block)]
@@ -344,7 +348,7 @@ def accumulate_gradients(args, world, model, state: TrainState, batch, block: in
         with model.no_sync() if accumulating else nullcontext():
             with system.autocast(world.device, args.amp):
                 levels = model(rays.part(piece), noise.part(piece))  # (coarse, fine) or (coarse,)
-            weight = len(target[piece]) / len(target)
+            weight = len(target[piece]) / len(target)  # its share of the batch
             # Both levels learn (NeRF eq. 6): the fine one needs the coarse one's density.
             errors = [squared_error(level.rgb, target[piece]) * weight for level in levels]
             loss = sum(errors) + weight * renderer.penalty()

@@ -139,8 +139,8 @@ class NeRFField(Field):
     ) -> tuple[Tensor, Tensor]:
         """Density [B, S] and color [B, S, 3] at points [B, S, 3] seen along unit viewdirs [B, 3].
 
-        Both are before their activations (ReLU or exp, and sigmoid) and float32. Packed samples:
-        points [N, 3] and ray_indices [N], each sample's row of viewdirs -> [N] and [N, 3].
+        Both are before their activations (ReLU, exp or softplus, and sigmoid) and float32. Packed
+        samples: points [N, 3] and ray_indices [N], each sample's row of viewdirs -> [N], [N, 3].
         """
         shape = points.shape[:-1]
         h = self.hidden(points)
@@ -172,7 +172,7 @@ class FeatureField(Field):
     """Trained features of positions, decoded by two small networks (Instant-NGP, section 5.4).
 
     encoding: points [N, 3] in [-1, 1] -> features [N, F]. The first network maps features to
-    density and a 16-vector, the second maps that vector and the direction to color.
+    a 16-vector whose first entry is density, the second maps it and the direction to color.
     """
 
     encoding: TriPlane | HashGrid

@@ -11,7 +11,7 @@ from nerf.field import Field, NeRFField, color_packed, density_packed, query_pac
 from nerf.rays import Rays
 from nerf.volume import blend_weights, composite, interval_lengths, sample_pdf, stratified_t
 
-# Share of samples with density above 0, below which a pass that finds them pays for itself.
+# Finding the samples with density > 0 first pays where they are fewer than this share of all.
 SKIP_BELOW = 0.6
 
 # load(module, state_dict, where) is strict and names ``where`` in its errors.
@@ -91,7 +91,7 @@ class Renderer(Protocol):
         """Adapt ``rays_per_step`` after a step.
 
         num_rays and total_samples: rays and samples of the step over all ranks. samples: of this
-        rank, summed over micro-batches; becomes ``batch_samples``.
+        rank, summed over micro-batches.
         """
 
     def render(self, rays: Rays) -> Rendered:
@@ -183,11 +183,11 @@ class NeRFRenderer(nn.Module):
         )
 
     def rays_per_step(self, N_rand: int, num_ranks: int) -> int:
-        """``N_rand``: the user's number of rays."""
+        """``N_rand``, unchanged; the flags check that the ranks divide it."""
         return N_rand
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        """Let the first micro-batch of the step measure whether skipping empty samples pays.
+        """Measure again, from now on, whether skipping empty samples pays.
 
         Only on a CPU: on a GPU, reading the number of such samples costs as much as it saves.
         """
@@ -264,6 +264,8 @@ class NeRFRenderer(nn.Module):
 
     def _importance_sample(self, t: Tensor, weights: Tensor, u: Tensor | None) -> Tensor:
         """Coarse samples t [B, S] and importance samples from their weights, sorted [B, S + N]."""
+        # The midpoints are the edges of intervals around all samples but the first and the last,
+        # hence weights[1:-1]. Where to sample is not learned: the coarse loss alone trains them.
         midpoints = 0.5 * (t[..., 1:] + t[..., :-1])
         extra = sample_pdf(midpoints, weights[..., 1:-1].detach(), self.num_importance, u)
         return torch.sort(torch.cat([t, extra], dim=-1), dim=-1).values
@@ -312,12 +314,14 @@ class NeRFRenderer(nn.Module):
 
 
 def squared_error(rgb: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error [] over rays and channels of rgb and target [..., 3] (NeRF eq. 6)."""
+    """Mean squared error [] over rays and channels of rgb and target [..., 3] (NeRF eq. 6,
+    which sums over rays instead)."""
     return ((rgb - target) ** 2).mean()
 
 
-# Training can get stuck early: if every density is negative, all rays are background; if an opaque
-# surface fills the view, all rays have its color. The ReLU passes no gradient in either case.
+# Training can get stuck early. If the network's output for density is negative everywhere, the ReLU
+# behind it gives 0 and no gradient: all rays are background. If an opaque surface fills the view,
+# the first sample of every ray takes all the weight, and no gradient reaches the others.
 FLAT_STD = 1e-3  # standard deviation of a batch's colors, below which they count as one color
 
 

@@ -1,6 +1,7 @@
-"""Sampling distances along rays and compositing samples (NeRF, sections 4 and 5.2). All float32.
+"""Sampling distances along rays and compositing samples (NeRF, sections 4 and 5.2). In float32,
+but for sums over all samples of a batch.
 
-Alphabet: t [..., S] sample distances; sigma [..., S] density >= 0; weights [..., S] with sum <= 1.
+Notation: t [..., S] sample distances; sigma [..., S] density >= 0; weights [..., S] with sum <= 1.
 Random numbers are arguments, uniform in [0, 1); None means deterministic.
 """
 
@@ -16,7 +17,8 @@ def stratified_t(
 ) -> Tensor:
     """Stratified samples t [..., S], ascending, between near and far [..., 1] (NeRF eq. 2).
 
-    u [..., S] in [0, 1) moves each sample between the midpoints to its neighbors; None leaves them
+    u [..., S] in [0, 1) draws each sample between the midpoints to its two neighbors, so that the
+    first and the last have half a bin, as in nerf-pytorch; None leaves them
     evenly spaced, near and far included. lindisp: evenly spaced in 1 / t; near must be positive.
     """
     fraction = torch.linspace(0.0, 1.0, num_samples, dtype=near.dtype, device=near.device)

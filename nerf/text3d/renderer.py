@@ -55,7 +55,8 @@ class Background(nn.Module):
 class ObjectRenderer(nn.Module):
     """One object in a cube of half side ``bound``, with its occupancy grid.
 
-    Density is density_scale softplus(raw + blob_scale (1 - |x| / blob_std)), per scene unit.
+    Density is density_scale softplus(raw + blob_scale (1 - |x| / blob_std)), per scene unit: it
+    starts as a ball of that radius, or fog in front of the cameras would be the easiest answer.
     num_steps: marching steps along the cube's diagonal. normals: from the density's gradient,
     "analytic" (by autograd; the field must be twice differentiable) or "fd" (finite differences).
     early_stop: transmittance below which samples are culled (0: none). learned_background: train a

@@ -20,6 +20,10 @@ class Clock:
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._before + running
 
+    def paused(self) -> Self:
+        """For a with-block in which the clock stands still."""
+        return self
+
     def __enter__(self) -> Self:
         """Pause: the with-block does not count as training."""
         self._before, self._since = self.seconds, None
