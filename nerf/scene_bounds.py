@@ -62,6 +62,8 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
     shift = 0.0 if scene.pixel_center else 0.5
     for view in scene.splits["train"]:
         cells = possible.nonzero()[:, 0]
+        if not len(cells):
+            break
         points = box.from_unit(grid.cell_points(cells))
         local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
         depth = -local[:, 2]
@@ -92,6 +94,8 @@ def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]
     Returns that box, and a warning if the hull reaches a side of the old ``box``, which may then
     cut the scene. ValueError if the pictures have no alpha or the hull is empty.
     """
+    if scene.ndc:
+        return box, "--hull_init: not used, the scene is in NDC"
     if scene.images.shape[-1] != 4:
         raise ValueError(
             "--hull_init needs pictures with transparency, and these have none; leave it out"
@@ -99,8 +103,8 @@ def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]
     cells = visual_hull(scene, grid, box).nonzero()[:, 0]
     if not len(cells):
         raise ValueError(
-            "--hull_init: no point is opaque in all pictures that see it; check the poses, or "
-            "leave --hull_init out"
+            "the silhouettes of the pictures never meet: no point is opaque in all pictures that "
+            "see it; check the poses and the principal point, or give --hull_init off"
         )
     centers, half = grid.cell_points(cells), 1.0 / grid.resolution
     low, high = centers.amin(0) - half, centers.amax(0) + half

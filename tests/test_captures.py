@@ -425,11 +425,11 @@ def test_a_folder_of_smaller_pictures_is_used_when_it_is_complete(demo_copy):
     (folder / "images_2").mkdir()
     for path in (folder / "images").iterdir():
         with Image.open(path) as image:
-            gray = Image.new("RGB", (image.width // 2, image.height // 2), (9, 9, 9))
-            gray.save(folder / "images_2" / path.name)
+            small = image.reduce(2).point(lambda level: max(0, level - 3))
+            small.save(folder / "images_2" / path.name)
     found = load(folder, "--factor", "2")
     torch.testing.assert_close(found.intrinsics, expected.intrinsics)
-    assert found.images.max() == 9
+    assert not torch.equal(found.images, expected.images)
     (folder / "images_2" / "photo_003.png").unlink()
     assert torch.equal(load(folder, "--factor", "2").images, expected.images)
 
@@ -587,11 +587,6 @@ def black_mask(folder):
     frame(mask_path="mask.png")(folder)
 
 
-def other_proportions(folder):
-    path = next((folder / "images").iterdir())
-    Image.open(path).resize((32, 12)).save(path)
-
-
 def text_model(name, old, new):
     def change(folder):
         path = as_text(folder) / "sparse" / name
@@ -614,9 +609,7 @@ TRANSFORMS = {
     "path outside": (frame(file_path="../out/train_1.png"), "leads out of the data folder"),
     "path absolute": (frame(file_path="/etc/hostname"), "leads out of the data folder"),
     "path a number": (frame(mask_path=7), "7 is not a file path"),
-    "picture missing": (without("images/train_1.png"), "1 of 10 pictures are missing"),
     "picture truncated": (half_of("images/train_1.png"), "train_1.png"),
-    "picture of other proportions": (other_proportions, "its camera is for"),
     "mask missing": (frame(mask_path="mask.png"), "mask.png"),
     "mask of another shape": (small_mask, "40x10"),
     "mask black": (black_mask, "leaves no pixel"),
@@ -633,8 +626,6 @@ TRANSFORMS = {
 MODEL = "sparse/0/"
 COLMAP = {
     "images missing": (lambda folder: shutil.rmtree(folder / "images"), "no such folder"),
-    "picture missing": (without("images/photo_004.png"), "1 of 10 registered pictures are missing"),
-    "picture of other proportions": (other_proportions, "its camera is for"),
     "cameras truncated": (half_of(MODEL + "cameras.bin"), "cameras.bin: is truncated"),
     "images truncated": (half_of(MODEL + "images.bin"), "images.bin: is truncated"),
     "points truncated": (half_of(MODEL + "points3D.bin"), "points3D.bin: is truncated"),

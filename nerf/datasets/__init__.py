@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nerf.datasets import blender, colmap, deepvoxels, linemod, llff, transforms
+from nerf.datasets.checks import check_scene
 from nerf.datasets.colmap_model import find_model
+from nerf.datasets.frames import read
 from nerf.datasets.images import IMAGE_SUFFIXES
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store
@@ -25,18 +27,20 @@ class DataSettings(NamedTuple):
 
     datadir: the scene's folder. dataset_type: a key of DATASETS; "auto" goes by the files in it.
     testskip: keep every n-th validation and test view (0 or 1: all).
-    downscale: Blender, LINEMOD and transforms pictures become this many times smaller.
-    factor: LLFF and COLMAP pictures become this many times smaller.
+    downscale, factor: pictures become this many times smaller. Unless given, ``factor`` counts for
+    LLFF and COLMAP only, ``downscale`` for the other formats.
     llffhold: every n-th view is held out, where the files name no splits.
     ndc: normalized device coordinates, for forward-facing LLFF and COLMAP captures.
     spherify: LLFF and COLMAP: the capture goes around an object.
-    near, far: transforms and COLMAP: where rays begin and end, in scene units; 0: automatic.
+    near, far: where rays begin and end, in scene units; 0: automatic. Refused with NDC.
     background: gray value in [0, 1] behind transparent pixels.
     shape: the object's name in DeepVoxels' folder names.
     data_store: "memory", "mmap" (pictures in a mapped file) or "auto" (mapped if they are large).
     store_dir: folder of the mapped file; None: ``datadir``.
     pixel_center: rays pass through pixel centers, not corners, in every format.
     render_factor: renders will be this many times smaller; checked against the pictures' size.
+    given: the names of the flags that the user set; None: unknown, those that differ from their
+    defaults.
     """
 
     datadir: Path
@@ -55,6 +59,27 @@ class DataSettings(NamedTuple):
     store_dir: Path | None = None
     pixel_center: bool = False
     render_factor: int = 0
+    given: frozenset[str] | None = None
+
+    def is_given(self, name: str) -> bool:
+        """Whether the user set a flag."""
+        if self.given is not None:
+            return name in self.given
+        if name == "dataset_type":
+            return True
+        return getattr(self, name) != self._field_defaults[name]
+
+    def reduction(self, flag: str) -> int:
+        """How many times smaller pictures become; ``flag``: the format's own flag for it."""
+        other = "factor" if flag == "downscale" else "downscale"
+        own, foreign = getattr(self, flag), getattr(self, other)
+        if not self.is_given(other) or foreign <= 1:
+            return own
+        if self.is_given(flag) and own != foreign:
+            raise ValueError(
+                f"--{flag} {own} and --{other} {foreign} both reduce the pictures; leave one out"
+            )
+        return foreign
 
 
 def store_of(settings: DataSettings, warn: Warn) -> Store | None:
@@ -70,8 +95,11 @@ def load_blender(settings: DataSettings, warn: Warn) -> Scene:
         settings.datadir,
         store=store_of(settings, warn),
         testskip=settings.testskip,
-        downscale=settings.downscale,
+        downscale=settings.reduction("downscale"),
+        near=settings.near,
+        far=settings.far,
         background=settings.background,
+        warn=warn,
     )
 
 
@@ -92,10 +120,12 @@ def load_llff(settings: DataSettings, warn: Warn) -> Scene:
     return llff.load(
         settings.datadir,
         store=store_of(settings, warn),
-        factor=settings.factor,
+        factor=settings.reduction("factor"),
         llffhold=settings.llffhold,
         ndc=settings.ndc,
         spherical=settings.spherify,
+        near=settings.near,
+        far=settings.far,
         background=settings.background,
         warn=warn,
     )
@@ -108,7 +138,11 @@ def load_deepvoxels(settings: DataSettings, warn: Warn) -> Scene:
         store=store_of(settings, warn),
         shape=settings.shape,
         testskip=settings.testskip,
+        factor=settings.reduction("downscale"),
+        near=settings.near,
+        far=settings.far,
         background=settings.background,
+        warn=warn,
     )
 
 
@@ -118,8 +152,11 @@ def load_linemod(settings: DataSettings, warn: Warn) -> Scene:
         settings.datadir,
         store=store_of(settings, warn),
         testskip=settings.testskip,
-        downscale=settings.downscale,
+        downscale=settings.reduction("downscale"),
+        near=settings.near,
+        far=settings.far,
         background=settings.background,
+        warn=warn,
     )
 
 
@@ -128,7 +165,7 @@ def load_transforms(settings: DataSettings, warn: Warn) -> Scene:
     return transforms.load(
         settings.datadir,
         store=store_of(settings, warn),
-        factor=settings.downscale,
+        factor=settings.reduction("downscale"),
         testskip=settings.testskip,
         llffhold=settings.llffhold,
         near=settings.near,
@@ -143,7 +180,7 @@ def load_colmap(settings: DataSettings, warn: Warn) -> Scene:
     return colmap.load(
         settings.datadir,
         store=store_of(settings, warn),
-        factor=settings.factor,
+        factor=settings.reduction("factor"),
         llffhold=settings.llffhold,
         ndc=settings.ndc,
         spherical=settings.spherify,
@@ -155,10 +192,8 @@ def load_colmap(settings: DataSettings, warn: Warn) -> Scene:
 
 
 def load_auto(settings: DataSettings, warn: Warn) -> Scene:
-    """The scene in the format that ``recognize`` finds; ``warn`` reports which."""
-    kind = recognize(settings.datadir)
-    warn(f"{settings.datadir} is in format {kind} (--dataset_type auto)")
-    return DATASETS[kind](settings, warn)
+    """The scene in the format that ``recognize`` finds."""
+    return DATASETS[recognize(settings.datadir)](settings, warn)
 
 
 DATASETS: dict[str, Callable[[DataSettings, Warn], Scene]] = {
@@ -179,12 +214,11 @@ def recognize(folder: Path) -> str:
     """The dataset type of a data folder, by the files in it. ValueError if it is none."""
     if (folder / "transforms.json").exists():
         return "transforms"
-    split = folder / "transforms_train.json"
-    if split.exists():
-        top, frames, _ = blender.read_frames(split, 1)
-        if "intrinsic_matrix" in frames[0]:
+    if (folder / "transforms_train.json").exists():
+        found = read(folder, 1)
+        if "intrinsic_matrix" in found.frames[0]:
             return "LINEMOD"
-        return "transforms" if any("fl_x" in part for part in (top, *frames)) else "blender"
+        return "blender" if blender.is_plain(folder, found) else "transforms"
     # Before LLFF, whose poses_bounds.npy may lie beside the model and knows no points or lenses.
     if find_model(folder) is not None:
         return "colmap"
@@ -207,26 +241,85 @@ def recognize(folder: Path) -> str:
     )
 
 
-def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:
-    """The scene that ``settings`` names, checked, on the CPU. ValueError if something is wrong.
+# Flags that only these formats can use; elsewhere they are refused.
+ONLY_FOR = {
+    "shape": ("deepvoxels",),
+    "spherify": ("llff", "colmap", "transforms"),  # a transforms scene is laid out so anyway
+    "llffhold": ("llff", "colmap", "transforms"),
+    "testskip": ("blender", "demo", "deepvoxels", "LINEMOD", "transforms"),
+}
 
-    Two of nerf-pytorch's configs name the LLFF loader for Blender scenes; the folder decides.
+
+def check_flags(settings: DataSettings, kind: str) -> None:
+    """ValueError if a flag was set to a value that the loader ``kind`` cannot use."""
+    for name, kinds in ONLY_FOR.items():
+        value, default = getattr(settings, name), settings._field_defaults[name]
+        if name == "testskip" and value <= 1:  # all views, which is what the others do
+            continue
+        if kind not in kinds and settings.is_given(name) and value != default:
+            shown = f"--{name}" if value is True else f"--{name} {value}"
+            raise ValueError(
+                f"{settings.datadir}: {shown} is for data in format {' or '.join(kinds)}, and this "
+                f"is {kind}; leave it out"
+            )
+
+
+def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str]:
+    """The settings and the dataset type: the one that was asked for, or what the folder holds.
+
+    nerf-pytorch's default is llff. It is not used where nobody asked for it and the folder is of
+    another format. Two of nerf-pytorch's configs name the LLFF loader, and LLFF's folder, for
+    Blender scenes; for these the Blender folder is used. ValueError if ``datadir`` does not exist,
+    or is not of the format that was asked for.
     """
     folder, kind = settings.datadir, settings.dataset_type
-    if kind == "llff" and not (folder / "poses_bounds.npy").exists():
-        guess = folder
-        if not folder.exists() and folder.name in BLENDER_SCENES:
-            guess = folder.parent.parent / "nerf_synthetic" / folder.name
-        if (guess / "transforms_train.json").exists() or (guess != folder and not guess.exists()):
-            warn(f"{folder} is a Blender scene: dataset_type: llff -> blender, datadir: {guess}")
-            settings, folder, kind = settings._replace(datadir=guess), guess, "blender"
+    if kind == "llff" and not folder.exists() and folder.name in BLENDER_SCENES:
+        guess = folder.parent.parent / "nerf_synthetic" / folder.name
+        warn(f"{folder} is a Blender scene: dataset_type: llff -> blender, datadir: {guess}")
+        settings, folder, kind = settings._replace(datadir=guess), guess, "blender"
     if kind != "demo" and not folder.is_dir():
         name = folder.name or "lego"
         raise ValueError(
             f"{folder}: no such data folder; set --datadir, or fetch it with: "
             f"python data/download.py {name}"
         )
+    if kind == "auto":
+        kind = recognize(folder)
+        warn(f"{folder} is in format {kind} (--dataset_type auto)")
+    elif kind == "llff" and not (folder / "poses_bounds.npy").exists():
+        found = _recognized(folder)
+        if found and not settings.is_given("dataset_type"):
+            warn(f"{folder} is in format {found}: used without --dataset_type, not llff")
+            return settings, found
+        if found:
+            raise ValueError(
+                f"{folder}: is in format {found}, not llff: it has no poses_bounds.npy; leave out "
+                f"--dataset_type llff, or give --dataset_type {found}"
+            )
+        if not settings.is_given("dataset_type"):
+            recognize(folder)  # raises ValueError that names the files of all formats
+    return settings, kind
+
+
+def _recognized(folder: Path) -> str | None:
+    """The format of a folder; None if it is none."""
+    try:
+        return recognize(folder)
+    except ValueError:
+        return None
+
+
+def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:
+    """The scene that ``settings`` names, checked, on the CPU. ValueError if something is wrong."""
+    settings, kind = choose_format(settings, warn)
+    check_flags(settings, kind)
+    folder = settings.datadir
     scene = DATASETS[kind](settings, warn)
+    if scene.ndc and (settings.near or settings.far):
+        raise ValueError(
+            "--near and --far are for world coordinates, and this scene is in NDC, where rays run "
+            "from the near plane to infinity; leave them out, or add --no_ndc"
+        )
     size = f"{folder}: pictures of {scene.width}x{scene.height} pixels"
     if min(scene.height, scene.width) < 2:
         raise ValueError(
@@ -236,6 +329,5 @@ def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:
         raise ValueError(
             f"{size} leave nothing at --render_factor {settings.render_factor}; lower it"
         )
-    kind = recognize(folder) if kind == "auto" else kind
-    scene.pixel_center = settings.pixel_center or kind in WITH_PIXEL_CENTERS
-    return scene
+    scene.pixel_center |= settings.pixel_center or kind in WITH_PIXEL_CENTERS
+    return check_scene(scene, warn)

@@ -1,97 +1,43 @@
-"""Blender scenes (NeRF synthetic): transforms_{train,val,test}.json beside RGBA pictures."""
+"""Blender scenes (NeRF synthetic): transforms_{train,val,test}.json beside RGBA pictures.
 
-import json
+The files are read by ``nerf.datasets.frames``, like those of any other exporter. What makes the
+format is the scene's place: it stays in the file's own world, and cameras stand 4 units from
+objects about 1.5 units in radius, unless the cameras themselves say otherwise.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from nerf import lenses
 from nerf.cameras import orbit_path
-from nerf.datasets.images import inside, read_images
-from nerf.datasets.scene import SPLITS, Scene
+from nerf.datasets import capture, pictures
+from nerf.datasets.frames import (
+    LENS,
+    NGP_KEYS,
+    Capture,
+    camera_of,
+    expected_sizes,
+    find_picture,
+    number,
+    present,
+    read,
+    subset,
+    views_of,
+)
+from nerf.datasets.images import picture_sizes, read_images
+from nerf.datasets.masks import DYNAMIC, refuse_with_store, usable_pixels
+from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.transforms import BOUND_KEYS, ngp_layout, undo_applied_transform
 
-NEAR, FAR = 2.0, 6.0  # the synthetic cameras stand 4 units from objects about 1.5 units in radius
-
-
-class Frames(NamedTuple):
-    """What a transforms file holds."""
-
-    content: dict[str, Any]  # the whole JSON object
-    frames: list[dict[str, Any]]  # its "frames", perhaps only every n-th
-    poses: list[np.ndarray]  # c2w [3, 4] of each frame
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError names the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of 5000 digits
-        reason = str(error).split(";")[0]
-        raise ValueError(f"{path}: is not valid JSON ({reason}); export it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
-
-
-def number(content: dict[str, Any], key: str, where: str) -> float:
-    """content[key] as a finite float. ValueError begins with ``where``, names key and value."""
-    if key not in content:
-        raise ValueError(f'{where}: has no "{key}"; expected a number')
-    value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise ValueError(f'{where}: "{key}" is {value!r}; expected a finite number')
-    return float(value)
-
-
-def table(rows: object) -> np.ndarray | None:
-    """Nested lists of numbers as a float64 array; None if ``rows`` is anything else."""
-    try:
-        values = np.array(rows)
-    except ValueError:  # rows of different lengths
-        return None
-    return values.astype(np.float64) if values.dtype.kind in "if" else None
-
-
-def read_frames(path: Path, skip: int) -> Frames:
-    """A transforms file with every ``skip``-th of its frames. ValueError if any is malformed."""
-    content = read_json(path)
-    frames = content.get("frames")
-    if not isinstance(frames, list) or not frames:
-        raise ValueError(f'{path}: "frames" is missing or empty; expected a list of views')
-    frames, poses = frames[::skip], []
-    for index, frame in enumerate(frames):
-        where = f"{path}: frame {index * skip}"
-        if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
-            raise ValueError(f'{where} has no "file_path"; expected the picture\'s path')
-        matrix = table(frame.get("transform_matrix"))
-        if matrix is None or matrix.shape not in ((3, 4), (4, 4)):
-            raise ValueError(
-                f'{where} ({frame["file_path"]}): "transform_matrix" is not a 4x4 table of numbers'
-            )
-        poses.append(matrix[:3])
-    return Frames(content, frames, poses)
-
-
-def read_splits(datadir: Path, testskip: int) -> dict[str, Frames]:
-    """Split name -> content of transforms_<split>.json in ``datadir``, for the files that exist.
-
-    testskip: keep every n-th val and test view (0 or 1: all). Only the train file is required.
-    """
-    found = {}
-    for split in SPLITS:
-        path = datadir / f"transforms_{split}.json"
-        if path.exists():
-            found[split] = read_frames(path, 1 if split == "train" else max(1, testskip))
-    if "train" not in found:
-        raise ValueError(
-            f"{datadir}: has no transforms_train.json, which a Blender-format scene needs; check "
-            "--datadir and --dataset_type"
-        )
-    return found
+NEAR, FAR = 2.0, 6.0
+DISTANCE = 4.0  # of the synthetic cameras from their object
+SEEN = 0.75  # part of what half of the frame covers at the object that must lie in [near, far]
+Warn = Callable[[str], object]
 
 
 def load(
@@ -100,53 +46,119 @@ def load(
     testskip: int,
     downscale: int,
     background: float,
+    near: float = 0.0,
+    far: float = 0.0,
+    warn: Warn = print,
     store: Store | None = None,
 ) -> Scene:
     """The scene at ``datadir``; its val and test splits may be missing.
 
     testskip: keep every n-th val and test view (0 or 1: all). downscale: make pictures this many
-    times smaller by area averaging. background: gray level in [0, 1] behind transparent pixels.
-    store: see ``read_images``.
+    times smaller by area averaging. near, far: in scene units; 0: from the file, else 2 and 6, or
+    from the cameras where these do not reach what they look at. background: gray level in [0, 1]
+    behind transparent pixels. store: see ``read_images``.
     """
-    splits = read_splits(datadir, testskip)
-    angle = number(
-        splits["train"].content, "camera_angle_x", str(datadir / "transforms_train.json")
-    )
-    if not 0 < angle < np.pi:
-        raise ValueError(f"{datadir}: camera_angle_x is {angle:g}; expected radians in (0, pi)")
-    files: list[Path] = []
-    poses: list[np.ndarray] = []
-    numbers: dict[str, list[int]] = {}
-    for split, (content, frames, split_poses) in splits.items():
-        own = content.get("camera_angle_x", angle)
-        if not isinstance(own, int | float) or abs(own - angle) > 1e-4 * angle:
-            raise ValueError(
-                f"{datadir}/transforms_{split}.json: camera_angle_x is {own!r}, in the train file "
-                f"{angle:g}; use --dataset_type transforms, which allows a camera per file"
-            )
-        numbers[split] = list(range(len(files), len(files) + len(frames)))
-        files += [picture_path(datadir, frame["file_path"]) for frame in frames]
-        poses += split_poses
-    images = read_images(files, factor=downscale, store=store)
-    focal = 0.5 * images.shape[2] / np.tan(0.5 * angle)
-    intrinsics = torch.tensor([focal, focal, 0.5 * images.shape[2], 0.5 * images.shape[1]])
+    found, files = present(datadir, read(datadir, testskip), warn)
+    views = views_of(datadir, found, files, warn)
+    sizes = [picture_sizes(file) for file in files]
+    kept = pictures.of_their_cameras(files, expected_sizes(found, views, sizes), sizes, warn)
+    found, views = subset(found, kept), views.subset(kept)
+    mixed = len({sizes[index][-1] for index in kept}) > 1
+    mixed |= not lenses.is_ideal(torch.tensor(views.intrinsics, dtype=torch.float32))
+    pictures_of = capture.pictures_of if mixed else _pictures
+    low, high, box = _bounds(found.top, views, datadir, warn, near, far)
     return Scene(
-        images=as_tensor(images),
-        stored=isinstance(images, np.memmap),
-        c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
-        intrinsics=intrinsics.float().repeat(len(files), 1),
-        splits=numbers,
-        names=[str(file.relative_to(datadir).with_suffix("")) for file in files],
-        near=NEAR,
-        far=FAR,
-        render_poses=torch.tensor(orbit_path(), dtype=torch.float32),
+        **pictures_of(views, downscale, store),
+        c2w=torch.tensor(views.c2w, dtype=torch.float32),
+        splits=found.splits or {"train": list(range(len(views.files)))},
+        names=views.names,
+        near=low,
+        far=high,
+        render_poses=torch.tensor(_path(views.c2w), dtype=torch.float32),
         background=background,
+        box=box,
+        pixel_center=not is_plain(datadir, found),  # other exporters count from pixels' corners
+        to_world=torch.tensor(undo_applied_transform(found.top, str(datadir))),
     )
 
 
-def picture_path(datadir: Path, file_path: str) -> Path:
-    """The picture of a frame's "file_path"; without an extension it is a .png."""
-    path = inside(datadir, file_path, f"{datadir}: file_path")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        path = path.with_name(path.name + ".png")
+def _pictures(views: capture.Views, downscale: int, store: Store | None) -> dict[str, Any]:
+    """The Scene's images, stored, intrinsics and usable, for pictures of one size."""
+    images = read_images(views.files, factor=downscale, store=store)
+    height, width = images.shape[1:3]
+    stored = isinstance(images, np.memmap)
+    if stored:
+        refuse_with_store(views.masks, views.files[0].parent)
+    intrinsics = views.intrinsics[:, :4].copy()
+    intrinsics *= (np.array([[height, width]]) / views.sizes)[:, [1, 0, 1, 0]]
+    return {
+        "images": as_tensor(images),
+        "stored": stored,
+        "intrinsics": torch.tensor(intrinsics, dtype=torch.float32),
+        "usable": usable_pixels(views.masks, height, width),
+    }
+
+
+def _bounds(
+    top: dict[str, Any], views: capture.Views, datadir: Path, warn: Warn, near: float, far: float
+) -> tuple[float, float, torch.Tensor | None]:
+    """near, far and box of the scene: as typed, as the file states, or by the cameras."""
+    stated = [number(top, key, str(datadir)) if key in top else 0.0 for key in BOUND_KEYS]
+    near, far = near or stated[0], far or stated[1]
+    box = None
+    if any(key in top for key in NGP_KEYS):
+        layout, cube, (low, high) = ngp_layout(top, views.c2w, str(datadir))
+        shift = torch.tensor(layout.to_world[:3, 3], dtype=torch.float32)
+        box = cube * layout.scale + shift
+        return near or low * layout.scale, far or high * layout.scale, box
+    if near and far:
+        return near, far, box
+    low, high = NEAR, FAR
+    center, reached = capture.focus(views.c2w)
+    distance = np.linalg.norm(views.c2w[:, :, 3] - center, axis=-1)
+    half = 0.5 * views.sizes.max(-1) / views.intrinsics[:, :2].min(-1)
+    radius = SEEN * distance * np.minimum(half, 0.5)
+    outside = (distance - radius < low) | (distance + radius > high)
+    if reached and np.mean(outside) > 0.25:
+        low, high = NEAR / DISTANCE * float(distance.min()), FAR / DISTANCE * float(distance.max())
+        warn(
+            f"{datadir}: the cameras look at something {distance.mean():.3g} units away, where "
+            f"Blender scenes' near {NEAR:g} and far {FAR:g} do not reach: near {near or low:.3g} "
+            f"and far {far or high:.3g} are used (--near and --far set others)"
+        )
+    return near or low, far or high, None
+
+
+def _path(c2w: np.ndarray) -> np.ndarray:
+    """nerf-pytorch's orbit of radius 4; for cameras at quite another distance, one of theirs."""
+    distance = float(np.linalg.norm(c2w[:, :, 3], axis=-1).mean())
+    path = orbit_path()
+    if not 0.67 < distance / DISTANCE < 1.5:
+        path = path.copy()
+        path[:, :, 3] *= distance / DISTANCE
     return path
+
+
+def is_plain(datadir: Path, found: Capture) -> bool:
+    """Whether transforms files state no more than Blender's: one angle of view, square pixels."""
+    top, frames = found.top, found.frames
+    if any(key in top for key in NGP_KEYS):
+        return False
+    first = find_picture(datadir, frames[0]["file_path"], frames[0]["where"])
+    for frame in frames:
+        if "fl_x" in frame or "fl_y" in frame or frame.get("mask_path"):
+            return False
+        if frame.get("is_fisheye") or frame.get("camera_model", "OPENCV") != "OPENCV":
+            return False
+        if any(frame.get(key) for key in LENS):
+            return False
+        if frame.get("camera_angle_x") != frames[0].get("camera_angle_x"):
+            return False
+    if any(first.parent.glob(f"{DYNAMIC}*.png")):
+        return False
+    if not {"cx", "cy", "camera_angle_y", "w", "h"} & set(frames[0]) or not first.is_file():
+        return True
+    row, (height, width) = camera_of(frames[0], first)
+    fx, fy, cx, cy = row[:4]
+    square = abs(fx / fy - 1) < 1e-3
+    return square and abs(cx - width / 2) < 0.01 and abs(cy - height / 2) < 0.01

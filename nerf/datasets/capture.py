@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from nerf import lenses
 from nerf.cameras import (
@@ -25,7 +24,8 @@ from nerf.cameras import (
     recenter,
     spiral_path,
 )
-from nerf.datasets.images import padded, read_image, read_sized, store_sized
+from nerf.datasets.images import padded, read_sized, store_sized
+from nerf.datasets.masks import Masks, read_masks
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
 
@@ -42,7 +42,18 @@ class Views(NamedTuple):
     c2w: np.ndarray  # [V, 3, 4]
     intrinsics: np.ndarray  # [V, 4 + LENS], in pixels of pictures of ``sizes``
     sizes: np.ndarray  # [V, 2] height and width
-    masks: list[Path | None]  # pictures, white where pixels are usable; None: all are
+    masks: list[Masks]  # of each view; an empty tuple: all pixels are usable
+
+    def subset(self, kept: list[int]) -> "Views":
+        """Only the views of the numbers ``kept``."""
+        return Views(
+            files=[self.files[i] for i in kept],
+            names=[self.names[i] for i in kept],
+            c2w=self.c2w[kept],
+            intrinsics=self.intrinsics[kept],
+            sizes=self.sizes[kept],
+            masks=[self.masks[i] for i in kept],
+        )
 
 
 class Layout(NamedTuple):
@@ -106,7 +117,7 @@ def _check_all_usable(views: Views, cameras: torch.Tensor, height: int, width: i
     invalid = cameras.shape[-1] > 4 and not all(
         bool(_in_lens_domain(row, height, width).all()) for row in cameras
     )
-    if invalid or any(mask is not None for mask in views.masks):
+    if invalid or any(views.masks):
         raise ValueError(
             f"{views.files[0].parent}: has masks, or corners outside its lens model's valid "
             "range; a mapped picture file cannot leave pixels out, use --data_store memory"
@@ -121,30 +132,18 @@ def _usable(
     for view, (own_height, own_width) in enumerate(sizes.tolist()):
         inside = usable[view, :own_height, :own_width]
         inside.fill_(True)
-        mask = views.masks[view]
-        if mask is not None:
-            inside &= torch.from_numpy(_read_mask(mask, (own_height, own_width)))
+        masks = views.masks[view]
+        if masks:
+            inside &= torch.from_numpy(read_masks(masks, (own_height, own_width)))
         if cameras.shape[-1] > 4:
             inside &= _in_lens_domain(cameras[view], own_height, own_width)
         if not inside.any():
+            culprit = masks[0].path if masks else views.files[view]
             raise ValueError(
-                f"{mask or views.files[view]}: leaves no pixel of its picture; change "
-                "the mask (or lens), or leave the picture out"
+                f"{culprit}: leaves no pixel of its picture; change the mask (or lens), or leave "
+                "the picture out"
             )
     return None if bool(usable.all()) else usable
-
-
-def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W]: where the mask is white, after reduction to ``size`` (height, width)."""
-    gray = Image.fromarray(read_image(path, size[::-1])[..., 0])
-    if abs(gray.width * size[0] / size[1] - gray.height) > 1 + 0.02 * gray.height:
-        raise ValueError(
-            f"{path}: is {gray.width}x{gray.height}; expected the proportions of its picture, "
-            f"{size[1]}x{size[0]}"
-        )
-    if gray.size != size[::-1]:
-        gray = gray.resize(size[::-1], Image.Resampling.BOX)
-    return np.asarray(gray) > 127
 
 
 def _in_lens_domain(camera: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -188,7 +187,7 @@ def forward_facing(c2w: np.ndarray, bounds: np.ndarray) -> Layout:
 
 def around(c2w: np.ndarray) -> Layout:
     """Z up, the origin at the point that the cameras [V, 3, 4] look at, an arc as camera path."""
-    center, found = _focus(c2w)
+    center, found = focus(c2w)
     up = up_direction(c2w)
     back = (c2w[:, :, 3] - center).mean(0) if found else c2w[:, :, 2].sum(0)
     back = back - (back @ up) * up
@@ -213,7 +212,7 @@ def to_scene(c2w: np.ndarray, to_world: np.ndarray) -> np.ndarray:
     return np.concatenate([rotation @ c2w[:, :, :3], positions[..., None]], axis=-1)
 
 
-def _focus(c2w: np.ndarray) -> tuple[np.ndarray, bool]:
+def focus(c2w: np.ndarray) -> tuple[np.ndarray, bool]:
     """The point [3] that the cameras look at, and True; their mean position, and False if none."""
     middle = c2w[:, :, 3].mean(0)
     try:

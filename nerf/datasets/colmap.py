@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from nerf import lenses
-from nerf.datasets import capture
+from nerf.datasets import capture, pictures
+from nerf.datasets.caches import why_stale
 from nerf.datasets.colmap_model import Model, find_model, read_model
-from nerf.datasets.images import IMAGE_SUFFIXES, inside
+from nerf.datasets.images import inside, list_images, picture_sizes
+from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store
 
@@ -36,14 +38,15 @@ def load(
     and test. background: gray level in [0, 1] behind transparent pixels. store: see
     ``images.read_images``.
     """
-    folder = find_model(datadir)
+    folder = find_model(datadir, warn)
     if folder is None:
         raise ValueError(
             f"{datadir}: has no COLMAP model (cameras.bin or .txt in sparse/0); create one with: "
             f"python data/from_photos.py {datadir}/images --out data/mine"
         )
     model = read_model(folder)
-    views = views_of(datadir, folder, model, factor, warn)
+    views, kept = registered(datadir, folder, model, factor, warn)
+    model = _subset(model, kept)
     for name, pose in zip(views.names, views.c2w, strict=True):  # a bad one would spoil the layout
         check_pose(pose, f"{folder}: {name}")
     bounds = depth_bounds(model)
@@ -67,28 +70,30 @@ def load(
 def views_of(
     datadir: Path, folder: Path, model: Model, factor: int, warn: Callable[[str], object]
 ) -> capture.Views:
-    """The registered pictures and their cameras; ``warn`` names pictures without a pose.
+    """The registered pictures with their cameras; the arguments are those of ``registered``."""
+    return registered(datadir, folder, model, factor, warn)[0]
 
+
+def registered(
+    datadir: Path, folder: Path, model: Model, factor: int, warn: Callable[[str], object]
+) -> tuple[capture.Views, list[int]]:
+    """The registered pictures with their cameras, and their numbers in the model.
+
+    ``warn`` names pictures without a pose, and those that are missing or do not fit their cameras.
     folder: of the model, for messages. factor: see ``picture_folder``.
     """
-    images = picture_folder(datadir, model.names, factor)
-    files = [inside(images, name, f"{folder}: image name") for name in model.names]
-    missing = [name for name, file in zip(model.names, files, strict=True) if not file.is_file()]
-    if missing:
-        raise ValueError(
-            f"{images}: {len(missing)} of {len(files)} registered pictures are missing "
-            f"({_some(missing)}); put them there under the names that COLMAP recorded"
-        )
-    others = {
-        str(path.relative_to(images))
-        for path in images.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    } - set(model.names)
+    images = picture_folder(datadir, model.names, factor, warn)
+    files = [
+        pictures.existing(inside(images, name, f"{folder}: image name")) for name in model.names
+    ]
+    others = _unregistered(images, files)
     if others:
         warn(
             f"{len(others)} of {len(files) + len(others)} pictures have no pose in {folder} and "
-            f"are left out: {_some(sorted(others))}"
+            f"are left out: {pictures.some(others)}"
         )
+    kept = pictures.without_missing(files, None, str(images), warn, "registered pictures")
+    model, files = _subset(model, kept), [files[view] for view in kept]
     intrinsics: dict[int, list[float]] = {}
     for number, camera in model.cameras.items():
         if number in set(model.camera_ids):
@@ -102,31 +107,58 @@ def views_of(
                     "expected 1x1 or more"
                 )
     cameras = [model.cameras[number] for number in model.camera_ids]
-    return capture.Views(
+    views = capture.Views(
         files=files,
         names=[str(Path(name).with_suffix("")) for name in model.names],
         c2w=model.c2w,
         intrinsics=np.array([intrinsics[number] for number in model.camera_ids]),
         sizes=np.array([(camera.height, camera.width) for camera in cameras]),
-        masks=[None] * len(files),
+        masks=find_masks(datadir, files, warn),
+    )
+    found = [picture_sizes(file) for file in files]
+    fitting = pictures.of_their_cameras(files, views.sizes, found, warn)
+    return views.subset(fitting), [kept[view] for view in fitting]
+
+
+def _unregistered(images: Path, files: list[Path]) -> list[str]:
+    """The pictures below ``images`` that are not among ``files``, by name."""
+    folders = [images, *(path for path in images.rglob("*") if path.is_dir())]
+    found = {path for folder in folders for path in list_images(folder)}
+    return sorted(str(path.relative_to(images)) for path in found - set(files))
+
+
+def _subset(model: Model, kept: list[int]) -> Model:
+    """The model with only the images of the numbers ``kept``; the points stay."""
+    if len(kept) == len(model.names):
+        return model
+    place = np.full(len(model.names), -1)
+    place[kept] = np.arange(len(kept))
+    point, view = model.tracks.T
+    tracks = np.stack([point, place[view]], -1)[place[view] >= 0]
+    return model._replace(
+        names=[model.names[view] for view in kept],
+        camera_ids=[model.camera_ids[view] for view in kept],
+        c2w=model.c2w[kept],
+        tracks=tracks,
     )
 
 
-def picture_folder(datadir: Path, names: list[str], factor: int) -> Path:
-    """images_N/ with N = ``factor`` if it holds every picture, else images/."""
-    reduced = datadir / f"images_{factor}"
-    if factor > 1 and all(inside(reduced, name, "image name").is_file() for name in names):
-        return reduced
-    images = datadir / "images"
+def picture_folder(
+    datadir: Path, names: list[str], factor: int, warn: Callable[[str], object]
+) -> Path:
+    """images_N/ with N = ``factor`` if it holds every picture of images/, else images/."""
+    images, reduced = datadir / "images", datadir / f"images_{factor}"
+    if factor > 1:
+        small = [pictures.existing(inside(reduced, name, "image name")) for name in names]
+        if all(path.is_file() for path in small):
+            large = [pictures.existing(inside(images, name, "image name")) for name in names]
+            stale = why_stale(small, large)
+            if not stale:
+                return reduced
+            warn(f"{reduced} is ignored: {stale}; delete the folder")
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; put the pictures given to COLMAP there")
     return images
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    """The first names of a list, and how many more it has."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def depth_bounds(model: Model) -> np.ndarray | None:

@@ -6,7 +6,7 @@ z forward. (Formats: COLMAP's documentation, "Output Format".)
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,20 +56,41 @@ class _Points(NamedTuple):
     tracks: list[tuple[int, int]]  # index of a point, the file's number of an image
 
 
-def find_model(datadir: Path) -> Path | None:
+def find_model(datadir: Path, warn: Callable[[str], object] | None = None) -> Path | None:
     """The folder of the sparse model in sparse/, colmap/sparse/ or ``datadir``; None without one.
 
-    Of several models (0/, 1/, ...) it is the one with the largest images file.
+    Of several models (0/, 1/, ...) it is the one with the most registered images; ``warn`` names
+    the others.
     """
     for base in ("sparse", "colmap/sparse", "."):
         folder = datadir / base
         numbered = [path for path in folder.glob("*") if path.is_dir()] if base != "." else []
         found = [path for path in (folder, *sorted(numbered)) if _files(path, "cameras")]
+        if len(found) > 1:
+            counts = {path: _count_images(path) for path in found}
+            best = max(found, key=lambda path: counts[path])
+            others = [f"{path.name}/ ({counts[path]})" for path in found if path != best]
+            if warn is not None:
+                warn(
+                    f"{len(found)} sparse models: {best} with {counts[best]} pictures is used, not "
+                    f"{', '.join(others)}"
+                )
+            return best
         if found:
-            return max(
-                found, key=lambda path: sum(f.stat().st_size for f in _files(path, "images"))
-            )
+            return found[0]
     return None
+
+
+def _count_images(folder: Path) -> int:
+    """The number of registered images of a model; 0 if its file is missing or broken."""
+    files = _files(folder, "images")
+    try:
+        if files and files[0].suffix == ".bin":
+            with open(files[0], "rb") as file:
+                return int(struct.unpack("<Q", file.read(8))[0])
+        return len(_text_images(files[0].read_text(encoding="utf-8").split("\n"))) if files else 0
+    except (OSError, ValueError, struct.error):
+        return 0
 
 
 def _files(folder: Path, name: str) -> list[Path]:

@@ -4,12 +4,14 @@ Poses are camera-to-world in OpenCV axes (x right, y down, z forward). As in ner
 picture's center is used as principal point.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nerf.datasets.images import list_images, read_images
+from nerf.datasets import pictures
+from nerf.datasets.images import list_images, picture_sizes, read_images
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
 
@@ -23,12 +25,18 @@ def load(
     shape: str,
     testskip: int,
     background: float,
+    near: float = 0.0,
+    far: float = 0.0,
+    factor: int = 1,
+    warn: Callable[[str], object] = print,
     store: Store | None = None,
 ) -> Scene:
     """The object ``shape`` under ``datadir``; its validation and test splits may be missing.
 
-    testskip: keep every n-th val and test view (0 or 1: all). background: gray level in [0, 1] of
-    rays that hit nothing. store: see ``read_images``.
+    testskip: keep every n-th val and test view (0 or 1: all). near, far: in scene units; 0: one
+    unit before and behind the origin, by the cameras' mean distance. factor: make pictures this
+    many times smaller. background: gray level in [0, 1] behind transparent pixels. store: see
+    ``read_images``.
     """
     files: list[Path] = []
     poses: list[np.ndarray] = []
@@ -38,23 +46,29 @@ def load(
         if split != "train" and not base.is_dir():
             continue
         skip = 1 if split == "train" else max(1, testskip)
-        pictures = list_images(base / "rgb")
+        found = list_images(base / "rgb")
         pose_files = sorted((base / "pose").glob("*.txt"))
-        if len(pictures) != len(pose_files) or not pictures:
+        if len(found) != len(pose_files) or not found:
             raise ValueError(
-                f"{base}: {len(pictures)} pictures but {len(pose_files)} pose files; expected one "
+                f"{base}: {len(found)} pictures but {len(pose_files)} pose files; expected one "
                 "pose file per picture"
             )
-        for picture, pose_file in zip(pictures, pose_files, strict=True):
+        for picture, pose_file in zip(found, pose_files, strict=True):
             if picture.stem != pose_file.stem:
                 raise ValueError(
                     f"{base}: picture {picture.name} has no pose of its name (found "
                     f"{pose_file.name}); pictures and pose files must have the same names"
                 )
-        numbers[split] = list(range(len(files), len(files) + len(pictures[::skip])))
-        files += pictures[::skip]
+        numbers[split] = list(range(len(files), len(files) + len(found[::skip])))
+        files += found[::skip]
         poses += [read_pose(path) for path in pose_files[::skip]]
-    images = read_images(files, store=store)
+    sizes = [picture_sizes(file) for file in files]
+    kept = pictures.of_one_size(files, sizes, warn)
+    files, poses = [files[view] for view in kept], [poses[view] for view in kept]
+    numbers = pictures.renumbered(numbers, kept)
+    if (datadir / "masks").is_dir():
+        warn(f"{datadir / 'masks'}: not used, --dataset_type deepvoxels reads no masks")
+    images = read_images(files, factor=factor, store=store)
     height, width = images.shape[1:3]
     focal = read_focal(datadir / "train" / shape / "intrinsics.txt", height)
     c2w = np.stack(poses)
@@ -67,10 +81,11 @@ def load(
         intrinsics=torch.tensor([focal, focal, 0.5 * width, 0.5 * height]).repeat(len(files), 1),
         splits=numbers,
         names=[f"{file.parts[-4]}_{file.stem}" for file in files],
-        near=max(0.0, radius - 1.0),
-        far=radius + 1.0,
+        near=near or max(0.0, radius - 1.0),
+        far=far or radius + 1.0,
         render_poses=torch.tensor(render, dtype=torch.float32),
         background=background,
+        to_world=torch.eye(4, dtype=torch.float64),
     )
 
 

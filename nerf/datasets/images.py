@@ -51,7 +51,8 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith((".", "dynamic_mask_"))  # the latter: see ``masks``
     )
 
 
@@ -76,14 +77,29 @@ def read_image(path: Path, size: Size | None = None) -> np.ndarray:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
-    if image.mode.startswith(("I", "F")):
-        wide = np.asarray(image)
-        if wide.dtype == np.float32 or wide.min() < 0 or wide.max() > 65535:
-            raise ValueError(f"{path}: floating-point pixels; expected 8- or 16-bit integers")
-        gray = np.round(wide / 257.0).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
+    image = eight_bit(image, path)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return np.array(image.convert("RGBA" if transparent else "RGB"))
+
+
+def picture_sizes(path: Path) -> list[tuple[int, int]]:
+    """Width and height of a picture, as stored and as rotated by its EXIF data, not decoded."""
+    try:
+        with Image.open(path) as image:
+            swapped = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return [image.size, image.size[::-1] if swapped else image.size]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
+
+
+def eight_bit(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit gray scaled to 8-bit gray (Pillow's own conversion would clip it); else unchanged."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    wide = np.asarray(image)
+    if wide.dtype == np.float32 or wide.min() < 0 or wide.max() > 65535:
+        raise ValueError(f"{path}: floating-point pixels; expected 8- or 16-bit integers")
+    return Image.fromarray(np.round(wide / 257.0).astype(np.uint8))
 
 
 def _oriented(image: Image.Image, path: Path, size: Size | None) -> Image.Image:

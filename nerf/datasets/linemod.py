@@ -1,13 +1,16 @@
 """LINEMOD scenes: Blender-style transforms files with an intrinsic matrix per frame and bounds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nerf.cameras import orbit_path
-from nerf.datasets.blender import number, read_splits, table
-from nerf.datasets.images import inside, read_images
+from nerf.datasets import pictures
+from nerf.datasets.frames import number, read_splits, table
+from nerf.datasets.images import inside, picture_sizes, read_images
+from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
 
@@ -18,6 +21,9 @@ def load(
     testskip: int,
     downscale: int,
     background: float,
+    near: float = 0.0,
+    far: float = 0.0,
+    warn: Callable[[str], object] = print,
     store: Store | None = None,
 ) -> Scene:
     """The scene at ``datadir``; its pictures, named by absolute or relative paths, must lie in it.
@@ -25,8 +31,8 @@ def load(
     One intrinsic matrix is used for all views, as in nerf-pytorch: that of the last split's first
     frame. Unlike in nerf-pytorch it is scaled when pictures are reduced.
     testskip: keep every n-th val and test view (0 or 1: all). downscale: make pictures this many
-    times smaller. background: gray level in [0, 1] of rays that hit nothing. store: see
-    ``read_images``.
+    times smaller. near, far: in scene units; 0: from the file. background: gray level in [0, 1]
+    behind transparent pixels. store: see ``read_images``.
     """
     splits = read_splits(datadir, testskip)
     files: list[Path] = []
@@ -42,11 +48,20 @@ def load(
     if matrix is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise ValueError(f'{where}: frame 0 needs "intrinsic_matrix", a 3x3 table of numbers')
     bounded = [name for name in ("train", "test") if name in splits]
-    near, far = (
+    stated = [
         [number(splits[name].content, key, f"{datadir}/transforms_{name}.json") for name in bounded]
         for key in ("near", "far")
-    )
+    ]
+    low, high = float(np.floor(min(stated[0]))), float(np.ceil(max(stated[1])))
+    kept = pictures.without_missing(files, numbers, str(datadir), warn)
+    sizes = [picture_sizes(files[view]) for view in kept]
+    kept = [kept[i] for i in pictures.of_one_size([files[view] for view in kept], sizes, warn)]
+    files, poses = [files[view] for view in kept], [poses[view] for view in kept]
+    numbers = pictures.renumbered(numbers, kept)
+    masks = find_masks(datadir, files, warn)
     images = read_images(files, factor=downscale, store=store)
+    if isinstance(images, np.memmap):
+        refuse_with_store(masks, datadir)
     intrinsics = np.array([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]) / downscale
     return Scene(
         images=as_tensor(images),
@@ -55,10 +70,12 @@ def load(
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32).repeat(len(files), 1),
         splits=numbers,
         names=[f"{file.parent.name}/{file.stem}" for file in files],
-        near=float(np.floor(min(near))),
-        far=float(np.ceil(max(far))),
+        near=near or low,
+        far=far or high,
         render_poses=torch.tensor(orbit_path(), dtype=torch.float32),
         background=background,
+        usable=usable_pixels(masks, *images.shape[1:3]),
+        to_world=torch.eye(4, dtype=torch.float64),
     )
 
 
@@ -69,4 +86,4 @@ def _picture_path(datadir: Path, file_path: str) -> Path:
     """
     if not Path(file_path).is_absolute() and Path(file_path).exists():
         file_path = str(Path(file_path).absolute())
-    return inside(datadir, file_path, f"{datadir}: file_path")
+    return pictures.existing(inside(datadir, file_path, f"{datadir}: file_path"))

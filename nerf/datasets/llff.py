@@ -11,13 +11,25 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
-from nerf.datasets.images import IMAGE_SUFFIXES, Size, list_images, read_image, read_images
+from nerf.datasets import pictures as choice
+from nerf.datasets.caches import source_of, why_stale, write_fingerprints
+from nerf.datasets.images import (
+    IMAGE_SUFFIXES,
+    Size,
+    list_images,
+    picture_sizes,
+    read_image,
+    read_images,
+    with_alpha,
+)
+from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store, as_tensor
 
@@ -33,6 +45,8 @@ def load(
     ndc: bool,
     spherical: bool,
     background: float,
+    near: float = 0.0,
+    far: float = 0.0,
     warn: Callable[[str], object] = print,
     store: Store | None = None,
 ) -> Scene:
@@ -40,18 +54,25 @@ def load(
 
     llffhold: every n-th view is held out (0: only the most central one); the val and test splits
     are the same views. ndc: normalized device coordinates, for forward-facing captures. spherical:
-    a capture all around something; camera centers are scaled to a unit sphere. background: gray
-    level in [0, 1] of rays that hit nothing. store: see ``read_images``.
+    a capture all around something; camera centers are scaled to a unit sphere. near, far: in scene
+    units, not with ndc; 0: from the file. background: gray level in [0, 1] behind transparent
+    pixels. store: see ``read_images``.
     """
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
-    images, names = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
-    if len(images) != len(poses):
+    found = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
+    images, names = found.images, [file.stem for file in found.files]
+    if found.count != len(poses):
         raise ValueError(
-            f"{datadir}: {len(images)} pictures but {len(poses)} poses in poses_bounds.npy; "
+            f"{datadir}: {found.count} pictures but {len(poses)} poses in poses_bounds.npy; "
             "remove the pictures that were not registered, or estimate the poses again"
         )
+    poses, sizes, bounds = (rows[found.kept] for rows in (poses, sizes, bounds))
+    masks = find_masks(datadir, found.files, warn)
+    if isinstance(images, np.memmap):
+        refuse_with_store(masks, datadir)
     for name, pose in zip(names, poses, strict=True):  # a bad pose would spoil the average below
         check_pose(pose, f"{datadir}/poses_bounds.npy: {name}")
+    original = poses.copy()
     scale = 1.0 / (bounds.min() * BOUND_FACTOR)
     poses[:, :, 3] *= scale
     bounds = bounds * scale
@@ -68,12 +89,30 @@ def load(
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32),
         splits=_splits(poses, llffhold),
         names=names,
-        near=0.0 if ndc else float(bounds.min()) * 0.9,
-        far=1.0 if ndc else float(bounds.max()),
+        near=0.0 if ndc else near or float(bounds.min()) * 0.9,
+        far=1.0 if ndc else far or float(bounds.max()),
         render_poses=torch.tensor(path, dtype=torch.float32),
         background=background,
         ndc=ndc,
+        usable=usable_pixels(masks, *images.shape[1:3]),
+        to_world=torch.tensor(similarity(poses, original, scale)),
     )
+
+
+def similarity(scene: np.ndarray, world: np.ndarray, scale: float) -> np.ndarray:
+    """The similarity [4, 4] that maps cameras [V, 3, 4] of the scene to those of the file's world.
+
+    scale: scene units per unit of the file's world, where the cameras' positions are too close to
+    each other to show it.
+    """
+    turn = world[0, :, :3] @ scene[0, :, :3].T
+    here, there = scene[:, :, 3], world[:, :, 3]
+    spread = np.sqrt(((here - here.mean(0)) ** 2).sum())
+    ratio = np.sqrt(((there - there.mean(0)) ** 2).sum()) / spread if spread > 1e-9 else 1 / scale
+    matrix = np.eye(4)
+    matrix[:3, :3] = ratio * turn
+    matrix[:3, 3] = there.mean(0) - matrix[:3, :3] @ here.mean(0)
+    return matrix
 
 
 def _splits(poses: np.ndarray, llffhold: int) -> dict[str, list[int]]:
@@ -135,6 +174,15 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([right, -down, back, position], axis=-1), sizes, bounds
 
 
+class Pictures(NamedTuple):
+    """The pictures of a capture."""
+
+    images: np.ndarray  # uint8 [V, H, W, 3], or 4 channels if any pixel is transparent
+    files: list[Path]  # V
+    kept: list[int]  # V: their places among all pictures of the folder
+    count: int  # of all pictures of the folder
+
+
 def read_pictures(
     datadir: Path,
     factor: int,
@@ -142,41 +190,58 @@ def read_pictures(
     full_size: np.ndarray,
     warn: Callable[[str], object],
     store: Store | None = None,
-) -> tuple[np.ndarray, list[str]]:
-    """The pictures, uint8 [V, H, W, 3], ``factor`` = N times smaller, and their names.
+) -> Pictures:
+    """The pictures, ``factor`` = N times smaller; ``warn`` names those of another size.
 
     images_N/ is used if it holds ``count`` pictures whose size is ``full_size`` (height and width
-    in the pose file) divided by N. Otherwise pictures are reduced from images/, and cached in
-    images_N/ if that does not exist.
+    in the pose file) divided by N, and was made from the pictures in images/. Otherwise pictures
+    are reduced from images/, and kept in images_N/ if that does not exist or was made here.
     """
     if factor < 1:
         raise ValueError(f"--factor {factor}; expected 1 (full size) or more")
     originals = datadir / "images"
     size = (full_size[1], full_size[0])  # decides whether poses include the EXIF rotation
-    if factor == 1:
-        files = _originals(originals)
-        return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
-    cache, complaint = datadir / f"images_{factor}", None
-    if cache.is_dir():
+    cache, complaint, rebuild = datadir / f"images_{factor}", None, False
+    if factor > 1 and cache.is_dir():
         files = list_images(cache)
         complaint = _why_unusable(files, count, full_size / factor)
+        if not complaint and originals.is_dir():
+            complaint = why_stale(files, list_images(originals))
+            rebuild = complaint is not None and source_of(files) is not None
         if not complaint:
-            return read_images(files, size, store=store)[..., :3], [file.stem for file in files]
+            images = _without_opaque_alpha(read_images(files, size, store=store))
+            return Pictures(images, files, list(range(len(files))), len(files))
         if not originals.is_dir():
             raise ValueError(f"{cache}: {complaint}, and {originals} does not exist to rebuild it")
-        warn(f"{cache} is ignored: {complaint}; delete the folder to have it rebuilt")
-    if store is not None and store.kind == "mmap":
+        again = "it is made again" if rebuild else "delete the folder to have it rebuilt"
+        warn(f"{cache} is ignored: {complaint}; {again}")
+    if factor > 1 and store is not None and store.kind == "mmap":
         raise ValueError(
             f"{cache}: does not exist, and --data_store mmap needs it; create it by one run with "
             "--data_store memory on a machine with enough memory, or use --factor 1"
         )
-    files = _originals(originals)
-    pictures = [_reduced(file, factor, size) for file in files]
-    if len({picture.size for picture in pictures}) > 1:
+    everything = _originals(originals)
+    kept = choice.of_one_size(everything, [picture_sizes(file) for file in everything], warn)
+    files = [everything[index] for index in kept]
+    if factor == 1:
+        images = _without_opaque_alpha(read_images(files, size, store=store))
+        return Pictures(images, files, kept, len(everything))
+    reduced = [_reduced(file, factor, size) for file in files]
+    if len({picture.size for picture in reduced}) > 1:
         read_images(files, size)  # raises ValueError with the name of the file that differs
-    if not complaint and len(files) == count:
-        _write_cache(cache, files, pictures, warn)
-    return np.stack([np.asarray(picture) for picture in pictures]), [file.stem for file in files]
+    if (not complaint or rebuild) and len(files) == count:
+        _write_cache(cache, files, reduced, warn, replace=rebuild)
+    arrays = [np.asarray(picture) for picture in reduced]
+    if any(array.shape[-1] == 4 for array in arrays):
+        arrays = [with_alpha(array) for array in arrays]
+    return Pictures(np.stack(arrays), files, kept, len(everything))
+
+
+def _without_opaque_alpha(images: np.ndarray) -> np.ndarray:
+    """The pictures [V, H, W, 3|4], without the alpha channel if all pixels are opaque."""
+    if images.shape[-1] == 4 and all(int(picture[..., 3].min()) == 255 for picture in images):
+        return images[..., :3]
+    return images
 
 
 def _originals(folder: Path) -> list[Path]:
@@ -201,8 +266,11 @@ def _why_unusable(files: list[Path], count: int, expected_size: np.ndarray) -> s
 
 
 def _reduced(file: Path, factor: int, size: Size) -> Image.Image:
-    """One RGB picture, ``factor`` times smaller by area averaging. size: as in ``read_image``."""
-    picture = Image.fromarray(read_image(file, size)[..., :3])
+    """One RGB or RGBA picture, ``factor`` times smaller by area averaging, weighted by alpha.
+
+    size: as in ``read_image``.
+    """
+    picture = Image.fromarray(_without_opaque_alpha(read_image(file, size)[None])[0])
     small = (round(picture.width / factor), round(picture.height / factor))
     if min(small) < 1:
         raise ValueError(
@@ -216,8 +284,13 @@ def _write_cache(
     files: Sequence[Path],
     pictures: Sequence[Image.Image],
     warn: Callable[[str], object],
+    *,
+    replace: bool,
 ) -> None:
-    """Write the pictures to a temporary folder and rename it, so a cache is never half-written."""
+    """Write the pictures to a temporary folder and rename it, so a cache is never half-written.
+
+    replace: remove the old folder, which this function made from other pictures.
+    """
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
     except OSError as error:
@@ -227,7 +300,10 @@ def _write_cache(
         for file, picture in zip(files, pictures, strict=True):
             picture.save(temporary / f"{file.stem}.png")
         os.chmod(temporary, 0o755)
+        if replace and cache.is_dir():
+            shutil.rmtree(cache)
         os.rename(temporary, cache)
+        write_fingerprints(list_images(cache), files)
     except OSError as error:
         if not cache.is_dir():  # else another process wrote it first
             warn(f"{cache} cannot be written ({error.strerror}); pictures are reduced in every run")

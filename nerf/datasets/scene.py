@@ -1,7 +1,7 @@
 """A scene: validated pictures with their cameras, from which training rays are drawn.
 
-Pictures stay uint8 on the training device; a ray is computed only when it is drawn. Conventions of
-axes, pixels and distance are those of ``nerf.rays``.
+Pictures stay uint8, on the training device or in a mapped file; a ray is computed only when it is
+drawn. Conventions of axes, pixels and distance are those of ``nerf.rays``.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ class Scene:
     row; None: all have the size of ``images``.
     usable: bool [V, H, W], the pixels used for training and metrics; None: all.
     box: [2, 3] low and high corner of the scene as its files state it; None: not stated.
-    to_world: [4, 4] similarity from the scene's coordinates to those of its files; None: they are
-    the same, or unknown.
+    to_world: float64 [4, 4] similarity from the scene's world coordinates (not NDC) to those of
+    its files; None: they are the same.
     stored: ``images`` is a memory-mapped file (``nerf.datasets.store``) and stays on the CPU.
     """
 
@@ -299,6 +299,23 @@ class Scene:
         pixels = pixels.long()
         per_view = self.height * self.width
         return pixels // per_view, pixels % self.width, pixels // self.width % self.height
+
+    def file_world(self, points: np.ndarray) -> np.ndarray:
+        """World points [..., 3] of the scene in the coordinates of its files, float64.
+
+        With NDC, points must have been converted to world coordinates.
+        """
+        if self.to_world is None:
+            return np.asarray(points, np.float64)
+        matrix = self.to_world.double().cpu().numpy()
+        return np.asarray(points, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+
+    @property
+    def file_units(self) -> float:
+        """How many units of the files' world one unit of the scene is."""
+        if self.to_world is None:
+            return 1.0
+        return float(np.cbrt(abs(np.linalg.det(self.to_world[:3, :3].double().cpu().numpy()))))
 
     def describe(self) -> str:
         """One line for the log: views per split, picture size, focal length and ray bounds."""

@@ -61,7 +61,8 @@ def add_data_flags(parser: Parser) -> None:
     flag, switch = section.flag, section.switch
     flag("datadir", "FOLDER", "./data/llff/fern", "folder of the scene")
     flag("dataset_type", sorted(DATASETS), "llff",
-        f"format of the scene: {', '.join(sorted(DATASETS))}; auto: by the files in --datadir",
+        f"format of the scene: {', '.join(sorted(DATASETS))}; auto: by the files in --datadir, as "
+        "where this flag is not given and the folder is not llff's",
         metavar="TYPE")
     flag("testskip", non_negative_int, 8,
         "keep every N-th validation and test view of formats with splits; 0 or 1: all")
@@ -74,9 +75,10 @@ def add_data_flags(parser: Parser) -> None:
         "take more than half of the free memory")
     flag("store_dir", "FOLDER", None,
         "folder of the memory-mapped file (--data_store mmap); not given: --datadir")
-    switch("half_res", "blender, LINEMOD, transforms: half the width and height")
-    flag("downscale", reduction, 1, "blender, LINEMOD, transforms: make pictures N times smaller")
-    flag("factor", reduction, 8, "llff, colmap: make pictures N times smaller")
+    switch("half_res", "half the width and height")
+    flag("downscale", reduction, 1, "make pictures N times smaller")
+    flag("factor", reduction, 8,
+        "make pictures N times smaller; the default, 8, is for llff and colmap only")
 
 
 def add_space_flags(parser: Parser) -> None:
@@ -93,9 +95,9 @@ def add_space_flags(parser: Parser) -> None:
     switch("spherify", "llff, colmap: 360-degree capture around an object")
     switch("pixel_center", "rays through pixel centers; off: through corners, as in nerf-pytorch")
     flag("near", non_negative, 0.0,
-        "transforms, colmap: distance at which rays begin, in scene units; 0: automatic")
+        "distance at which rays begin, in scene units, not with NDC; 0: automatic")
     flag("far", non_negative, 0.0,
-        "transforms, colmap: distance at which rays end, in scene units; 0: automatic")
+        "distance at which rays end, in scene units, not with NDC; 0: automatic")
 
 
 def add_field_flags(parser: Parser) -> None:
@@ -234,9 +236,30 @@ def nerf_parser() -> Parser:
     return parser
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+class Flags(argparse.Namespace):
+    """Parsed flags that know which of them were set: not by default."""
+
+    __slots__ = ("given",)  # not in vars(), which goes into checkpoints
+
+    def __init__(self, values: dict[str, object], given: frozenset[str]) -> None:
+        super().__init__(**values)
+        self.given = given
+
+
+def parse(argv: list[str] | None = None) -> Flags:
     """The flags of this run of run_nerf.py."""
-    return common.parse(nerf_parser(), argv, run_name, tuple(FAST))
+    parser = nerf_parser()
+    args = common.parse(parser, argv, run_name, tuple(FAST))
+    unset = {key.strip("-") for key in parser.get_source_to_settings_dict().get("defaults", {})}
+    given = frozenset(name for name in vars(args) if name not in unset)
+    if "half_res" in given and args.half_res:
+        given |= {"downscale"}
+    return Flags(vars(args), given)
+
+
+def given_flags(args: argparse.Namespace) -> frozenset[str] | None:
+    """The names of the flags that were set on the command line or in a file; None: unknown."""
+    return getattr(args, "given", None)
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -254,7 +277,10 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         f"--{name}" for name in ("contract", "random_bg", "resample") if getattr(args, name)
     ]
     needs_grid += ["--hull_init on"] * (args.hull_init == "on")
+    given = given_flags(args)
     in_ndc = args.dataset_type == "llff" and not args.no_ndc
+    if given is not None and "dataset_type" not in given:  # the folder decides, see nerf.datasets
+        in_ndc &= (Path(args.datadir) / "poses_bounds.npy").exists()
     refuse_first([
         (args.N_rand % num_ranks,
          f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "

@@ -1,0 +1,178 @@
+"""Checks of a loaded scene for what ends in a wrong result without an error.
+
+Each names what it found, in one line, with the flag or the change that helps. Data that is in order
+passes without a word.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nerf.datasets import capture
+from nerf.datasets.pictures import FEWEST, some
+from nerf.datasets.scene import Scene
+
+MOST_BLANK = 1 / 3  # of the training views; more are so by intent
+PLAIN = 2  # gray levels within which a picture or a border is of one color
+PLAIN_VIEWS = 0.8  # part of the views whose border must have that color
+STRIDE = 8  # pixels between those that are looked at first
+Warn = Callable[[str], object]
+
+
+def check_scene(scene: Scene, warn: Warn) -> Scene:
+    """The scene without its blank training views; ``warn`` names whatever is suspicious."""
+    scene = without_blank_views(scene, warn)
+    check_backgrounds(scene, warn)
+    check_reach(scene, warn)
+    return scene
+
+
+# ------------------------------------------------------------------------------ single pictures
+
+
+def without_blank_views(scene: Scene, warn: Warn) -> Scene:
+    """The scene without training views that are wholly transparent or of one color.
+
+    Where more than MOST_BLANK are, they stay: some scenes are mostly empty. Blank test views stay,
+    and are named.
+    """
+    reasons = {view: reason for view in _all_views(scene) if (reason := _why_blank(scene, view))}
+    if not reasons:
+        return scene
+    train = scene.splits["train"]
+    blank = [view for view in train if view in reasons]
+    kept = [view for view in train if view not in reasons]
+    drop = len(blank) <= MOST_BLANK * len(train) and len(kept) >= FEWEST
+    if blank:
+        action = "left out of training" if drop else "used nevertheless, since there are so many"
+        warn(f"{len(blank)} of {len(train)} training pictures are blank and {action}: "
+             + some([f"{scene.names[view]} ({reasons[view]})" for view in blank]))  # fmt: skip
+    others = sorted(set(reasons) - set(train))
+    if others:
+        warn("blank test pictures: " + some([f"{scene.names[v]} ({reasons[v]})" for v in others]))
+    return replace(scene, splits={**scene.splits, "train": kept}) if blank and drop else scene
+
+
+def _all_views(scene: Scene) -> list[int]:
+    return sorted({view for views in scene.splits.values() for view in views})
+
+
+def _why_blank(scene: Scene, view: int) -> str | None:
+    """Why a picture shows nothing; None: it shows something."""
+    height, width = scene.view_size(view)
+    picture = scene.images[view, :height, :width]
+    for part in (picture[::STRIDE, ::STRIDE], picture):
+        if not _is_plain(part):
+            return None
+    if picture.shape[-1] == 4 and int(picture[..., 3].max()) == 0:
+        return "wholly transparent"
+    return f"one color, RGB {tuple(picture[0, 0, :3].tolist())}"
+
+
+def _is_plain(pixels: Tensor) -> bool:
+    """Whether pixels [H, W, 3|4] are all transparent, or all of one color and alpha."""
+    if pixels.shape[-1] == 4 and int(pixels[..., 3].max()) == 0:
+        return True
+    flat = pixels.reshape(-1, pixels.shape[-1])
+    return int((flat.amax(0).int() - flat.amin(0).int()).max()) <= PLAIN
+
+
+# ------------------------------------------------------------------------- colors behind things
+
+
+def check_backgrounds(scene: Scene, warn: Warn) -> None:
+    """Warn where what is behind the object in the pictures is not what is rendered there."""
+    views = scene.splits["train"]
+    if scene.images.shape[-1] == 4:
+        transparent = [view for view in views if int(_border(scene, view)[:, 3].min()) < 128]
+        if len(transparent) > PLAIN_VIEWS * len(views) and scene.background == 0:
+            warn(
+                "the pictures have transparent backgrounds, which are trained and rendered black; "
+                "--white_bkgd makes them white"
+            )
+        return
+    colors = []
+    for view in views:
+        border = _border(scene, view)
+        if int((border.amax(0).int() - border.amin(0).int()).max()) > PLAIN:
+            continue
+        colors.append(border.float().mean(0))
+    if len(colors) < FEWEST or len(colors) < PLAIN_VIEWS * len(views):
+        return
+    common = torch.stack(colors).median(0).values
+    if (torch.stack(colors) - common).abs().max() > PLAIN or scene.ndc:
+        return
+    if (common - 255 * scene.background).abs().max() <= PLAIN:
+        return
+    red, green, blue = (round(level) for level in common.tolist())
+    rendered = "white" if scene.background else "black"
+    if min(red, green, blue) >= 255 - PLAIN:
+        cure = "add --white_bkgd"
+    elif max(red, green, blue) <= PLAIN:
+        cure = "leave --white_bkgd out"
+    else:
+        cure = "make that color transparent (PNG with alpha), and add --white_bkgd"
+    warn(
+        f"the pictures have no transparency and a border of one color, RGB ({red}, {green}, "
+        f"{blue}), but rays that hit nothing are rendered {rendered}: {cure}, or training may end "
+        "in that one color"
+    )
+
+
+def _border(scene: Scene, view: int) -> Tensor:
+    """The outermost pixels [N, C] of a picture."""
+    height, width = scene.view_size(view)
+    picture = scene.images[view, :height, :width]
+    sides = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
+    return torch.cat(sides)
+
+
+# -------------------------------------------------------------------------------- what is in reach
+
+
+def check_reach(scene: Scene, warn: Warn) -> None:
+    """Warn where what the cameras look at is not in [near, far], or not in the stated box.
+
+    Cameras that look at no common point, and scenes in NDC, cannot be checked.
+    """
+    if scene.ndc:
+        return
+    c2w = scene.c2w[scene.splits["train"]].double().cpu().numpy()
+    center, found = capture.focus(c2w)
+    if not found:
+        return
+    depth = -((center - c2w[:, :, 3]) * c2w[:, :, 2]).sum(-1)
+    distance = float(np.median(depth))
+    outside = float(np.mean((depth <= scene.near) | (depth >= scene.far)))
+    if outside > 0.5:
+        warn(
+            f"the cameras look at something {distance:.3g} units away, but rays run from "
+            f"{scene.near:.3g} to {scene.far:.3g}: set --near and --far around {distance:.3g}"
+        )
+    elif scene.far < distance * 10 and not 0.1 < distance / _assumed(scene) < 10:
+        warn(
+            f"the cameras stand {distance:.3g} units from what they look at; scenes of about 1 to "
+            "4 units are expected, and --dataset_type transforms scales others to that"
+        )
+    if scene.box is not None:
+        low, high = scene.box.double().cpu().numpy()
+        half = float((high - low).max()) / 2
+        frame = distance * 0.5 * scene.width / float(scene.intrinsics[0, 0])
+        if not ((center > low) & (center < high)).all():
+            warn(
+                "what the cameras look at is outside of the box that the file states (aabb_scale, "
+                "scale, offset): correct these keys, or remove them"
+            )
+        elif half > 10 * max(frame, 1e-9):
+            warn(
+                f"the scene fills less than a tenth of the box that the file states (half side "
+                f"{half:.3g}): lower aabb_scale, or remove it"
+            )
+
+
+def _assumed(scene: Scene) -> float:
+    """A usual distance of cameras from what they look at."""
+    return 2.0

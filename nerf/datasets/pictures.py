@@ -1,0 +1,137 @@
+"""Which of the pictures that a data folder names are there and fit: the others are left out.
+
+A capture with a few missing pictures is still a good capture. What is left out is named, and
+refused only where too little remains.
+"""
+
+import os
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+FEWEST = 3  # training pictures that must remain
+LEAST_PART = 1 / 3  # of the training pictures that must remain
+Splits = dict[str, list[int]]
+Warn = Callable[[str], object]
+
+
+def some(names: list[str], count: int = 5) -> str:
+    """The first names of a list, and how many more it has."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def composed(name: str) -> str:
+    """A name with its accents composed (NFC): macOS writes them decomposed (NFD) to disk."""
+    return unicodedata.normalize("NFC", name)
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the file of the same name but for the composition of its accents."""
+    if path.exists() or str(path).isascii():
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if not (found / part).exists() and not part.isascii() and found.is_dir():
+            for name in os.listdir(found):
+                if composed(name) == composed(part):
+                    part = name
+                    break
+        found = found / part
+    return found
+
+
+def renumbered(splits: Splits, kept: list[int]) -> Splits:
+    """Splits of the views ``kept``, by their new numbers; a split without views is left out."""
+    place = {view: index for index, view in enumerate(kept)}
+    moved = {
+        name: [place[view] for view in views if view in place] for name, views in splits.items()
+    }
+    return {name: views for name, views in moved.items() if views or name == "train"}
+
+
+def without_missing(
+    files: list[Path], splits: Splits | None, where: str, warn: Warn, kind: str = "pictures"
+) -> list[int]:
+    """The numbers of the files that exist; ``warn`` names the others.
+
+    splits: split name -> numbers, or None. ValueError, beginning with ``where``, if fewer than
+    FEWEST or LEAST_PART of the training pictures exist.
+    """
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    if not missing:
+        return list(range(len(files)))
+    absent = set(missing)
+    for name, views in (splits or {}).items():
+        if name != "train" and views and absent.issuperset(views):
+            warn(f"{where}: none of the {len(views)} {name} pictures exists; that split is empty")
+            missing = [index for index in missing if index not in set(views)]
+    train = splits["train"] if splits and splits.get("train") else range(len(files))
+    names = [files[index].name for index in missing]
+    too_few(len(train), sum(index in absent for index in train), f"{where}: ", "missing", names)
+    if missing:
+        warn(
+            f"{where}: {len(missing)} of {len(files)} {kind} are missing and left out: "
+            f"{some(names)}"
+        )
+    return [index for index in range(len(files)) if index not in absent]
+
+
+def too_few(count: int, lost: int, where: str, why: str, names: list[str]) -> None:
+    """ValueError if fewer than FEWEST, or LEAST_PART, of ``count`` pictures are not ``lost``.
+
+    why: what is wrong with those that are lost, for the message; names: theirs.
+    """
+    if lost and (count - lost < FEWEST or count - lost < LEAST_PART * count):
+        raise ValueError(
+            f"{where}{lost} of {count} pictures are {why} ({some(names)}), which leaves too few; "
+            "is the data folder complete?"
+        )
+
+
+def of_one_size(files: list[Path], found: list[list[tuple[int, int]]], warn: Warn) -> list[int]:
+    """The numbers of the files that have the most common size; ``warn`` names the others.
+
+    found: as in ``of_their_cameras``. ValueError if too many differ.
+    """
+    upright = [own[-1] for own in found]
+    common = max(sorted(set(upright)), key=upright.count)
+    wrong = [index for index, own in enumerate(found) if common not in own]
+    if wrong:
+        leave_out(files, wrong, warn, f"not {common[0]}x{common[1]} pixels as the others")
+    return [index for index in range(len(files)) if index not in set(wrong)]
+
+
+def of_their_cameras(
+    files: list[Path], sizes: np.ndarray, found: list[list[tuple[int, int]]], warn: Warn
+) -> list[int]:
+    """The numbers of the files that have the proportions of their cameras; ``warn`` names others.
+
+    sizes: [V, 2] height and width that the cameras are for. found: width and height of each file,
+    as stored and as rotated by its EXIF data; either may fit. ValueError if too many differ.
+    """
+
+    def fits(size: np.ndarray, w: int, h: int) -> bool:
+        height, width = size
+        # One pixel of difference may come from rounding when pictures were reduced.
+        return abs(w * height / width - h) <= 1 or abs(h * width / height - w) <= 1
+
+    wrong = [
+        index
+        for index, (size, own) in enumerate(zip(sizes, found, strict=True))
+        if not any(fits(size, w, h) for w, h in own)
+    ]
+    if wrong:
+        (w, h), (height, width) = found[wrong[0]][-1], sizes[wrong[0]]
+        reason = f"{w}x{h} pixels where its camera is for {width:g}x{height:g}"
+        leave_out(files, wrong, warn, f"of other proportions than their cameras ({reason})")
+    return [index for index in range(len(files)) if index not in set(wrong)]
+
+
+def leave_out(files: list[Path], wrong: list[int], warn: Warn, why: str) -> None:
+    """Warn that the files of numbers ``wrong`` are left out; ValueError if too few remain."""
+    names = [str(files[index]) for index in wrong[:1]] + [files[i].name for i in wrong[1:]]
+    too_few(len(files), len(wrong), "", why, names)
+    warn(f"{len(wrong)} of {len(files)} pictures are {why}, and left out: {some(names)}")
