@@ -47,7 +47,10 @@ clean: ## remove .venv, caches and the API page
 	old: install 3.11 or newer, or $(OTHER)" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
 		{ echo "$(PYTHON) has no venv module: apt install python3-venv, or $(OTHER)" >&2; exit 1; }
+	@! test -x $(RUN) || $(RUN) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else ".venv is \
+	of Python %d.%d, too old: make clean, then again" % sys.version_info[:2])'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv: about 2 GB on disk with a CPU build of torch"
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -e .
 	touch $@
