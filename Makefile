@@ -4,6 +4,7 @@ PROMPT ?= a green cone
 BIN := .venv/bin
 RUN := $(BIN)/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+TWO := --numprocesses 2 --dist worksteal
 OTHER := name another one with make PYTHON=python3.12
 
 .PHONY: help demo dream test test-all lint docs bench notebooks clean
@@ -17,11 +18,11 @@ demo: .venv/ready ## train on the built-in scene, render it and measure PSNR: a 
 dream: .venv/ready ## text to 3D with the embedded model: make dream PROMPT="a green cone"
 	$(RUN) run_dreamfusion.py --config configs/dream_tiny.txt --prompt "$(PROMPT)"
 
-test: .venv/ready-dev ## the tests, without the slow ones
-	$(RUN) -m pytest
+test: .venv/ready-dev ## the tests, without the slow ones, in two processes
+	$(RUN) -m pytest $(TWO)
 
 test-all: .venv/ready-dev ## all tests
-	$(RUN) -m pytest -m "slow or not slow"
+	$(RUN) -m pytest $(TWO) -m "slow or not slow"
 
 lint: .venv/ready-dev ## style, format and types
 	$(BIN)/ruff check .

@@ -1,24 +1,24 @@
 """The teaching notebooks: they run, and each .ipynb is what its .py makes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run_script
 
 SOURCES = sorted((REPOSITORY / "notebooks").glob("*.py"))
 NAMES = [source.stem for source in SOURCES]
 
 
-def run(source, tmp_path):
-    """Run one source with a few steps; what it prints. Its pictures are then in tmp_path."""
-    environment = {**os.environ, "NOTEBOOK_STEPS": "8", "NOTEBOOK_PICTURES": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, source], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function: run one source with a few steps; what it prints. Its pictures: in tmp_path."""
+    monkeypatch.setenv("NOTEBOOK_STEPS", "8")
+    monkeypatch.setenv("NOTEBOOK_PICTURES", str(tmp_path))
+
+    def printed(source) -> str:
+        done = run_script([], script=str(source))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return printed
 
 
 def test_there_are_two():
@@ -35,13 +35,13 @@ def test_a_notebook_is_what_its_source_makes(source):
     assert not any(cell.get("outputs") for cell in kept.cells)
 
 
-def test_a_nerf_step_by_step_runs(tmp_path):
-    printed = run(SOURCES[0], tmp_path)
+def test_a_nerf_step_by_step_runs(run, tmp_path):
+    printed = run(SOURCES[0])
     assert "a test view:" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"pictures.png", "test_view.png"}
 
 
-def test_score_distillation_in_two_dimensions_runs(tmp_path):
-    printed = run(SOURCES[1], tmp_path)
+def test_score_distillation_in_two_dimensions_runs(run, tmp_path):
+    printed = run(SOURCES[1])
     assert "mean distance from mu" in printed
     assert len(list(tmp_path.iterdir())) == 8

@@ -1,13 +1,10 @@
 """guidance.sample: DDIM against diffusers' scheduler, and the command line."""
 
-import subprocess
-import sys
-
 import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import CPU, REPOSITORY
+from helpers import CPU, run_script
 from tiny_models import SIDE, draw
 
 from guidance.sample import ddim, sample, script, sheet
@@ -53,11 +50,8 @@ def test_the_sheet_fills_its_last_row():
 
 def test_the_embedded_model_shows_a_red_cone(tmp_path):
     out = tmp_path / "deep" / "cone.png"
-    line = [sys.executable, "-m", "guidance.sample", "--prompt", "a red cone", "--out", str(out)]
-    result = subprocess.run(
-        [*line, "--number", "2", "--steps", "10"],
-        capture_output=True, text=True, cwd=REPOSITORY, timeout=240,
-    )  # fmt: skip
+    flags = ["--prompt", "a red cone", "--out", out, "--number", 2, "--steps", 10]
+    result = run_script(flags, script="guidance/sample.py")
     assert result.returncode == 0, result.stderr
     picture = iio.imread(out).astype(float)
     assert picture.shape == (128, 256, 3)

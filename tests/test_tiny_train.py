@@ -1,15 +1,12 @@
 """guidance/tiny: training a micro model, its folder in diffusers, and the committed model."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run_script
 from safetensors.torch import load_file
 
 from guidance.tiny import build, pictures, train
@@ -21,12 +18,8 @@ MICRO += ["--vae_steps", "5", "--unet_steps", "6", "--device", "cpu", "--ema_dec
 
 def run(folder, *more):
     """The command line in a process of its own."""
-    command = [sys.executable, "guidance/tiny/train.py", "--work", folder / "work"]
-    command += ["--out", folder / "model", *MICRO, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, env=environment
-    )
+    words = ["--work", folder / "work", "--out", folder / "model", *MICRO, *more]
+    return run_script(words, script="guidance/tiny/train.py")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from helpers import DREAM_TINY, REPOSITORY, ball_renderer, free_port
+from helpers import DREAM_TINY, REPOSITORY, ball_renderer, free_port, run_script
 
 from nerf.cameras import look_at
 from nerf.outputs import object as object_outputs
@@ -142,17 +142,13 @@ def test_a_fault_switches_the_viewer_off_and_is_said_once(monkeypatch, tmp_path)
     assert not shown.active and [s for s in said if "broken" in s] == said[1:]
 
 
-def run(*flags):
-    command = [sys.executable, "run_nerf.py", *map(str, flags)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-
-
 def test_an_occupied_port_ends_before_training():
     pytest.importorskip("viser")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run("--viewer", "--viewer_port", taken.getsockname()[1], "--datadir", "nowhere")
+        flags = ["--viewer", "--viewer_port", taken.getsockname()[1], "--datadir", "nowhere"]
+        done = run_script(flags)
     assert done.returncode == 2 and "choose another --viewer_port" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
