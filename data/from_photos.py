@@ -188,13 +188,15 @@ def config(out: Path, photos: list[Photo], model: Model) -> str:
     """The text of config.txt, for run_nerf.py: NDC or a contracted scene, and a --factor."""
     longest = max(max(photo.width, photo.height) for photo in photos)
     factor = max(1, -(-longest // TRAINED_SIDE))
+    white = any(photo.name.endswith(".png") for photo in photos)  # transparent in parts
     facing = capture.faces_forward(model.c2w) and colmap.depth_bounds(model) is not None
     kind = "Forward-facing cameras: NDC." if facing else "Cameras around a scene: contracted."
     return (
         f"# Made by data/from_photos.py. {kind}\n"
         f"# Pictures {factor} times smaller; with a GPU lower it and raise grid_res, N_iters.\n"
         f"expname = {out.name}\nbasedir = ./logs\ndatadir = {out}\ndataset_type = colmap\n"
-        f"factor = {factor}\nllffhold = 8\n\n" + SETTINGS.format(space="" if facing else AROUND)
+        f"factor = {factor}\nllffhold = 8\n{'white_bkgd = True' * white}\n"
+        + SETTINGS.format(space="" if facing else AROUND)
     )
 
 

@@ -1,4 +1,7 @@
-"""Any photos or a video -> upright, distinct JPEG pictures for structure from motion."""
+"""Any photos or a video -> upright, distinct pictures for structure from motion.
+
+They are saved as JPEG, or as PNG where parts are transparent.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from nerf.datasets.images import eight_bit
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
@@ -78,15 +83,19 @@ def take_photos(
         try:
             with Image.open(path) as image:
                 image.load()
-                upright = ImageOps.exif_transpose(image)
+                upright = eight_bit(ImageOps.exif_transpose(image), path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             broken.append(path.name)
             continue
-        photo = measured(_unused(path.stem, photos) + ".jpg", upright)
+        suffix = ".png" if is_transparent(upright) else ".jpg"
+        photo = measured(_unused(path.stem, photos) + suffix, upright)
         if any(np.abs(photo.thumbnail - other.thumbnail).mean() < SAME for other in photos):
             repeated.append(path.name)
             continue
         photos.append(_save(upright, out, photo, max_side))
+    transparent = sum(photo.name.endswith(".png") for photo in photos)
+    if transparent:
+        log(f"{transparent} photos are transparent in parts, which is kept: saved as PNG")
     if broken:
         log(f"left out, cannot be read: {some(broken)}")
     if repeated:
@@ -94,18 +103,25 @@ def take_photos(
     return photos
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return False
+    return np.asarray(image.convert("RGBA"))[..., 3].min() < 255
+
+
 def _unused(stem: str, photos: list[Photo]) -> str:
     """``stem``, or with a number if another photo has it already (a.png beside a.jpg)."""
-    names, number, found = {photo.name for photo in photos}, 2, stem
-    while found + ".jpg" in names:
+    names, number, found = {Path(photo.name).stem for photo in photos}, 2, stem
+    while found in names:
         found, number = f"{stem}_{number}", number + 1
     return found
 
 
 def _save(image: Image.Image, out: Path, photo: Photo, max_side: int) -> Photo:
-    """Write an upright picture as JPEG; its Photo with the width and height of the file."""
+    """Write an upright picture; its Photo with the width and height of the file."""
     exif = image.getexif()  # holds the focal length; exif_transpose removed the rotation
-    image = image.convert("RGB")
+    image = image.convert("RGBA" if photo.name.endswith(".png") else "RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out.mkdir(parents=True, exist_ok=True)
     image.save(out / photo.name, quality=95, exif=exif)

@@ -9,6 +9,7 @@ import shutil
 import unicodedata
 
 import numpy as np
+import photos
 import pytest
 import torch
 from PIL import Image
@@ -442,6 +443,23 @@ def test_silhouettes_that_never_meet_end_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="check the poses") as caught:
         carve(scene, OccupancyGrid(16), box)
     assert "\n" not in str(caught.value)
+
+
+def test_16_bit_photos_are_scaled_and_transparent_ones_stay_so(tmp_path):
+    source, said = tmp_path / "photos", []
+    source.mkdir()
+    for number in range(3):
+        gray = np.asarray(picture(number).convert("L"), np.uint16) * 257
+        Image.fromarray(gray).save(source / f"gray{number}.png")
+    picture(7, "RGBA").save(source / "cut.png")
+    found = photos.take_photos(source, tmp_path / "out", 1000, said.append)
+    assert [photo.name for photo in found] == ["cut.png", "gray0.jpg", "gray1.jpg", "gray2.jpg"]
+    assert any("1 photos are transparent" in line for line in said)
+    with Image.open(tmp_path / "out" / "gray0.jpg") as image:
+        expected = np.asarray(picture(0).convert("L"), float)
+        assert np.abs(np.asarray(image.convert("L"), float) - expected).mean() < 8
+    with Image.open(tmp_path / "out" / "cut.png") as image:
+        assert image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0
 
 
 # ------------------------------------------------------------------- 7. colors behind the object
