@@ -409,3 +409,11 @@ def test_an_export_without_a_name_takes_the_run_trained_last(tiny, tmp_path):
     assert "taking the run trained last, tiny" in result.stderr
     assert "000003.tar: step 3" in result.stderr  # what it then exports depends on the weights
     assert not (tmp_path / "fern").exists()
+
+
+def test_the_record_of_a_run_can_be_run_again(tiny, tmp_path):
+    """args.txt lists every flag, also those of other formats: they are not taken for wishes."""
+    assert run_nerf.main([*tiny, "--N_iters", "2"]) == 0
+    record = tmp_path / "tiny" / "args.txt"
+    assert run_nerf.main(["--config", str(record), "--N_iters", "3"]) == 0
+    assert newest(tmp_path / "tiny")["global_step"] == 3

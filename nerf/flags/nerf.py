@@ -252,6 +252,9 @@ def parse(argv: list[str] | None = None) -> Flags:
     args = common.parse(parser, argv, run_name, tuple(FAST))
     unset = {key.strip("-") for key in parser.get_source_to_settings_dict().get("defaults", {})}
     given = frozenset(name for name in vars(args) if name not in unset)
+    if args.config and Path(args.config).name == "args.txt":  # a run's record lists every flag
+        changed = {name for name in given if getattr(args, name) != parser.get_default(name)}
+        given = frozenset(changed | {"dataset_type"})
     if "half_res" in given and args.half_res:
         given |= {"downscale"}
     return Flags(vars(args), given)
