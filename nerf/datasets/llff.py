@@ -61,9 +61,9 @@ def load(
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
     found = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
     images, names = found.images, [file.stem for file in found.files]
-    if found.count != len(poses):
+    if found.num_files != len(poses):
         raise ValueError(
-            f"{datadir}: {found.count} pictures but {len(poses)} poses in poses_bounds.npy; "
+            f"{datadir}: {found.num_files} pictures but {len(poses)} poses in poses_bounds.npy; "
             "remove the pictures that were not registered, or estimate the poses again"
         )
     poses, sizes, bounds = (rows[found.kept] for rows in (poses, sizes, bounds))
@@ -180,7 +180,7 @@ class Pictures(NamedTuple):
     images: np.ndarray  # uint8 [V, H, W, 3], or 4 channels if any pixel is transparent
     files: list[Path]  # V
     kept: list[int]  # V: their places among all pictures of the folder
-    count: int  # of all pictures of the folder
+    num_files: int  # of all pictures of the folder
 
 
 def read_pictures(
