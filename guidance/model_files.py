@@ -8,7 +8,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,37 +270,69 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def load_noise_schedule(folder: Path, name: str | None) -> tuple[Tensor, str]:
+def load_noise_schedule(
+    folder: Path, name: str | None, warn: Callable[[str], None] = print
+) -> tuple[Tensor, str]:
     """alphas_cumprod [T] float32 and the prediction type of a diffusers scheduler.
 
-    name: its class, such as ddim or DDIMScheduler; None takes the model's own.
+    name: its class, such as ddim or DDIMScheduler; None takes the model's own. Warns if the model's
+    own schedule has zero terminal SNR and this scheduler's has not.
     """
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    own = str(config.get("_class_name", "DDIMScheduler"))
+    source = f"--scheduler {name}" if name else str(file)
+    scheduler = _make_scheduler(name or own, config, source)
+    alphas_cumprod = scheduler.alphas_cumprod.float()
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"{source}: the model predicts {prediction_type}; expected {', '.join(PREDICTIONS)}"
+        )
+    if name:
+        trained = _make_scheduler(own, config, str(file)).alphas_cumprod.float()
+        plain, zero = (
+            _make_scheduler("ddim", config | {"rescale_betas_zero_snr": each}, source)
+            for each in (False, True)
+        )
+        known = [trained, plain.alphas_cumprod, zero.alphas_cumprod]
+        if not any(_same(alphas_cumprod, each) for each in known):
+            raise ValueError(
+                f"{source}: its noise schedule is not the one that the model was trained with; use "
+                "--scheduler ddim, or leave it out"
+            )
+        if _same(trained, zero.alphas_cumprod) and not _same(alphas_cumprod, trained):
+            warn(
+                f"{source}: the model was trained with zero terminal SNR, which this scheduler "
+                "cannot have; use --scheduler ddim, or leave it out"
+            )
+    return alphas_cumprod, prediction_type
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two noise schedules agree; some schedulers end with 2^-24 in place of 0."""
+    return one.shape == other.shape and torch.allclose(one, other.float(), atol=1e-6)
+
+
+def _make_scheduler(name: str, config: dict[str, Any], source: str) -> Any:
+    """diffusers' scheduler of this name, which has alphas_cumprod; ``source``: for messages."""
     import diffusers
 
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    source = f"--scheduler {name}" if name else f"{folder / 'scheduler' / 'scheduler_config.json'}"
-    requested = name or str(config.get("_class_name", "DDIMScheduler"))
     known = {each.lower(): each for each in dir(diffusers) if each.endswith("Scheduler")}
-    found = known.get(re.sub(r"[_-]|scheduler$", "", requested.lower()) + "scheduler")
+    found = known.get(re.sub(r"[_-]|scheduler$", "", name.lower()) + "scheduler")
     if found is None:
         raise ValueError(
-            f"{source}: diffusers has no scheduler {requested}; use ddim, ddpm, pndm or another "
-            "of its schedulers"
+            f"{source}: diffusers has no scheduler {name}; use ddim, ddpm, pndm or another of its "
+            "schedulers"
         )
     try:
         with _quiet():
             scheduler = getattr(diffusers, found).from_config(config)
     except (ImportError, NotImplementedError, ValueError, TypeError) as error:
         raise ValueError(f"{source}: cannot make a {found} ({_one_line(error)})") from None
-    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is None:
+    if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{source}: {found} has no alphas_cumprod; use --scheduler ddim")
-    prediction_type = scheduler.config.get("prediction_type")
-    if prediction_type not in PREDICTIONS:
-        raise ValueError(
-            f"{source}: the model predicts {prediction_type}; expected {', '.join(PREDICTIONS)}"
-        )
-    return alphas_cumprod.float(), prediction_type
+    return scheduler
 
 
 def check_fit(path: str, text_encoder: Any, vae: Any, unet: Any) -> None:

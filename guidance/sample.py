@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from guidance.prompts import DIRECTIONS, VIEW_WORDS
-from guidance.sds import Prior, add_noise, guide, predict_x0, rescaled, to_epsilon
+from guidance.schedule import add_noise, to_epsilon, to_x0
+from guidance.sds import Prior, guide, rescaled_x0
 from guidance.stable_diffusion import DTYPES, StableDiffusion
 
 
@@ -29,9 +30,18 @@ def ddim(
     """Sample latents [V, C, h, w] from ``noise`` by deterministic DDIM (Song et al. 2020).
 
     negative, text [V, L, D]: embeddings from ``prior.embed``. scale: guidance scale. rescale: the
-    fraction of ``guidance.sds.rescaled``.
+    fraction of ``guidance.sds.rescaled_x0``. The first timestep is T - 1, as with diffusers'
+    spacing "trailing", and the last step ends at x0. ValueError if the schedule cannot be sampled.
     """
     total = len(prior.alphas_cumprod)
+    if steps > total:
+        raise ValueError(f"--steps {steps}: the model has {total} timesteps; use at most {total}")
+    if prior.prediction_type == "epsilon" and not prior.alphas_cumprod[-1] > 0:
+        raise ValueError(
+            "the scheduler's config has zero terminal SNR, but a model that predicts epsilon "
+            "cannot start a picture from pure noise; set prediction_type to what the model "
+            "predicts (v_prediction?), or rescale_betas_zero_snr to false"
+        )
     times = [round(total * left / steps) - 1 for left in range(steps, 0, -1)]  # T - 1 comes first
     latents = noise
     for now, after in zip(times, [*times[1:], None], strict=True):
@@ -39,15 +49,16 @@ def ddim(
         alpha_bar = prior.alphas_cumprod[t]
         output = prior.predict(latents.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([negative, text]))
         unconditional, conditional = (
-            to_epsilon(half, latents, alpha_bar, prior.prediction_type) for half in output.chunk(2)
+            to_x0(half, latents, alpha_bar, prior.prediction_type) for half in output.chunk(2)
         )
-        epsilon = guide(unconditional, conditional, scale)
+        x0 = guide(unconditional, conditional, scale)
         if rescale:
-            epsilon = rescaled(epsilon, conditional, latents, alpha_bar, rescale)
-        latents = predict_x0(epsilon, latents, alpha_bar)
-        if after is not None:
-            latents = add_noise(latents, epsilon, prior.alphas_cumprod[torch.full_like(t, after)])
-    return latents
+            x0 = rescaled_x0(x0, conditional, rescale)
+        if after is None:
+            return x0
+        epsilon = to_epsilon(x0, latents, alpha_bar, "sample")
+        latents = add_noise(x0, epsilon, prior.alphas_cumprod[torch.full_like(t, after)])
+    raise AssertionError("steps is at least 1")
 
 
 def sample(

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from guidance.schedule import TO_EPSILON as TO_EPSILON  # also public as names of this file
+from guidance.schedule import add_noise, per_view, predict_x0, to_epsilon
+
 
 class Prior(Protocol):
     """The part of a diffusion model that score distillation uses."""
@@ -36,7 +39,7 @@ class GuidanceNoise(NamedTuple):
     posterior: Tensor  # [V, C, h, w] normal: samples the encoder's posterior
     lora_u: Tensor  # [V] uniform: t of the LoRA score network's training step (guidance.vsd)
     lora_epsilon: Tensor  # [V, C, h, w] normal: the noise of that training step
-    lora_drop: Tensor  # [V] uniform: below the camera dropout rate, that step's camera is zeros
+    lora_drop: Tensor  # [V] uniform: below the dropout rate, the LoRA is given a zero camera
 
     def part(self, index: slice) -> "GuidanceNoise":
         """The noise of the views in ``index``."""
@@ -73,7 +76,7 @@ class Recipe(NamedTuple):
     t_anneal: str = "none"  # one of ANNEALS
     progress: float = 0.0  # finished fraction of the run, in [0, 1]
     rescale: float = 0.0  # strength of ``rescaled``, in [0, 1]
-    clip: float = 0.0  # largest absolute value in the latents' gradient; 0: no limit
+    clip: float = 0.0  # largest absolute value in a view's gradient; 0: no limit
 
 
 class Distilled(NamedTuple):
@@ -115,6 +118,8 @@ def falling_timestep(fraction: float, num_timesteps: int, alphas_cumprod: Tensor
     above, below = (place - 0.8).clamp(min=0) / 0.3, (place - 0.5).clamp(max=0) / 0.1
     prior = torch.exp(-0.5 * (above**2 + below**2))
     weight = ((1 - alphas_cumprod) / alphas_cumprod).sqrt() * prior
+    # At zero terminal SNR, a = 0, the last weight would be infinite and t would never fall.
+    weight = torch.where(alphas_cumprod > 0, weight, 0.0)
     reached = weight.flip(0).cumsum(0) / weight.sum()
     return num_timesteps - 1 - int((reached < fraction).sum().clamp(max=num_timesteps - 1))
 
@@ -138,44 +143,6 @@ def pick_timesteps(u: Tensor, recipe: Recipe, alphas_cumprod: Tensor) -> Tensor:
         t = falling_timestep(fraction, num_timesteps, alphas_cumprod)
         t = min(max(t, int(low * num_timesteps)), int(high * num_timesteps))
     return torch.full_like(u, min(t, num_timesteps - 1), dtype=torch.long)
-
-
-def per_view(values: Tensor, latents: Tensor) -> Tensor:
-    """Reshape values [V] to [V, 1, ...] so that they broadcast over ``latents`` [V, ...]."""
-    return values.view(-1, *[1] * (latents.dim() - 1))
-
-
-def add_noise(clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(a) x0 + sqrt(1 - a) eps (DDPM eq. 4); alpha_bar [V]."""
-    a = per_view(alpha_bar, clean)
-    return a.sqrt() * clean + (1 - a).sqrt() * epsilon
-
-
-def _from_v(output: Tensor, noisy: Tensor, a: Tensor) -> Tensor:
-    """Solve v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho 2022) for eps."""
-    return a.sqrt() * output + (1 - a).sqrt() * noisy
-
-
-def _from_sample(output: Tensor, noisy: Tensor, a: Tensor) -> Tensor:
-    return (noisy - a.sqrt() * output) / (1 - a).sqrt()
-
-
-TO_EPSILON: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "epsilon": lambda output, noisy, a: output,
-    "v_prediction": _from_v,
-    "sample": _from_sample,
-}
-
-
-def to_epsilon(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The noise prediction that corresponds to a network's ``output`` for x_t."""
-    return TO_EPSILON[prediction_type](output, noisy, per_view(alpha_bar, noisy))
-
-
-def predict_x0(epsilon: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents if ``epsilon`` is the noise in x_t (DDIM eq. 9)."""
-    a = per_view(alpha_bar, noisy)
-    return (noisy - (1 - a).sqrt() * epsilon) / a.sqrt()
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -212,20 +179,32 @@ def guided(scores: Scores, scale: float) -> Tensor:
     return guide(scores.negative, scores.text, scale)
 
 
-def rescaled(
-    epsilon: Tensor, text: Tensor, noisy: Tensor, alpha_bar: Tensor, fraction: float
-) -> Tensor:
-    """``epsilon`` with the contrast of its clean latents moved towards that of the text alone.
+def rescaled_x0(x0: Tensor, text_x0: Tensor, fraction: float) -> Tensor:
+    """Clean latents with their contrast moved towards that of the text's alone.
 
     x0 <- x0 (1 - f + f std(x0_text) / std(x0)) for each view, f = ``fraction``: large guidance
     scales make latents too strong, which oversaturates colors (Lin et al. 2024, section 3.4, for
-    the prediction; for x0 as in MVDream, Shi et al. 2024). text: the prediction from the prompt.
+    the prediction; for x0 as in MVDream, Shi et al. 2024).
     """
-    guided_x0, text_x0 = (predict_x0(each, noisy, alpha_bar) for each in (epsilon, text))
-    own, wanted = (x0.flatten(1).std(1) for x0 in (guided_x0, text_x0))
+    own, wanted = (each.flatten(1).std(1) for each in (x0, text_x0))
     # Latents have a deviation of about 1: the clamp only guards constant ones.
     factor = 1 - fraction + fraction * wanted / own.clamp(min=1e-6)
-    return _from_sample(per_view(factor, noisy) * guided_x0, noisy, per_view(alpha_bar, noisy))
+    return per_view(factor, x0) * x0
+
+
+def rescaled(
+    epsilon: Tensor, text: Tensor, noisy: Tensor, alpha_bar: Tensor, fraction: float
+) -> Tensor:
+    """The noise prediction ``epsilon`` after ``rescaled_x0`` of its clean latents.
+
+    text: the prediction from the prompt. A view with alpha_bar 0 (zero terminal SNR) keeps its
+    epsilon: x_t is nothing but noise there, so no x0 changes the noise in it.
+    """
+    has_x0 = alpha_bar > 0
+    a = torch.where(has_x0, alpha_bar, 1.0)  # 1: any number that does not divide by zero
+    guided_x0, text_x0 = (predict_x0(each, noisy, a) for each in (epsilon, text))
+    found = to_epsilon(rescaled_x0(guided_x0, text_x0, fraction), noisy, alpha_bar, "sample")
+    return torch.where(per_view(has_x0, noisy), found, epsilon)
 
 
 def sds_residual(epsilon: Tensor, scores: Scores) -> Tensor:
@@ -266,7 +245,7 @@ class SpecifyGradient(torch.autograd.Function):
     """A loss whose gradient with respect to the latents is given.
 
     Forward: 1/2 |gradient|^2. Backward: ``gradient`` times the incoming gradient, which carries the
-    loss weight and GradScaler's scale, so both take effect. Runs in float32 under autocast too.
+    loss weight and GradScaler's scale, so both take effect. In float32 under CUDA's autocast too.
     """
 
     @staticmethod
@@ -322,7 +301,7 @@ def distill(
     """One guidance step: w(t) x residual, passed to the images through the encoder (eq. 3).
 
     images [V, 3, H, W] in [0, 1]. lora_epsilon: (x_t, t) -> eps_phi, the LoRA score network's
-    prediction, for kind "vsd". The loss is a mean over views and a sum over latents. As in
+    prediction, for kind "vsd". The gradient is a mean over views and a sum over latents. As in
     DreamFusion, the U-Net is not differentiated; the encoder is, with respect to the images.
     """
     latents = prior.encode(images, noise.posterior)
@@ -344,7 +323,7 @@ def distill(
         gradient = torch.where(per_view(finite, gradient), gradient, 0.0)
         if recipe.clip:  # as in Debiased-SDS (Hong et al. 2023)
             gradient = gradient.clamp(-recipe.clip, recipe.clip)
-        gradient = gradient / len(gradient)
+        gradient = gradient / len(gradient)  # so that the step does not grow with the views
     loss = SpecifyGradient.apply(latents, gradient)
     return Distilled(loss, t, latents.detach(), gradient, (~finite).sum())
 

@@ -75,7 +75,7 @@ class StableDiffusion:
         require_libraries()
         folder = find_folder(str(path), local_files_only, allow_pickle)
         files = check_folder(folder, str(path), allow_pickle)
-        self.alphas_cumprod, self.prediction_type = load_noise_schedule(folder, scheduler)
+        self.alphas_cumprod, self.prediction_type = load_noise_schedule(folder, scheduler, warn)
         self.alphas_cumprod = self.alphas_cumprod.to(self.device)
         self.tokenizer = load_tokenizer(folder)
         parts = {part: load_part(folder, part, files[part], self.dtype) for part in MODELS}
@@ -268,7 +268,7 @@ def _max_tokens(tokenizer: Any, text_encoder: Any) -> int:
 
 
 def _keep_gradient_in_range(images: Tensor, latents: Tensor) -> None:
-    """Scale the gradient to at most 1 on its way from ``latents`` to ``images``, then undo it.
+    """Scale the gradient to a maximum of 1 on its way from ``latents`` to ``images``, then undo it.
 
     Both are float32, but the encoder between them is float16: a small loss weight would underflow
     in it, and GradScaler's factor overflow.
