@@ -242,7 +242,12 @@ def test_llff_cache_is_whole_and_used(demo):
     first = load(folder, "llff", "--factor", "4")
     files = sorted((folder / "images_4").iterdir())
     assert [file.stem for file in files] == first.names
-    assert sorted(p.name for p in folder.iterdir()) == ["images", "images_4", "poses_bounds.npy"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".images_4.made_from",
+        "images",
+        "images_4",
+        "poses_bounds.npy",
+    ]
     np.testing.assert_array_equal([np.asarray(Image.open(file)) for file in files], first.images)
     shutil.rmtree(folder / "images")  # the cache alone is enough
     second = load(folder, "llff", "--factor", "4")
