@@ -10,7 +10,7 @@ NAMES = [source.stem for source in SOURCES]
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function: run one source with a few steps; what it prints. Its pictures: in tmp_path."""
-    monkeypatch.setenv("NOTEBOOK_STEPS", "8")
+    monkeypatch.setenv("NOTEBOOK_STEPS", "3")
     monkeypatch.setenv("NOTEBOOK_PICTURES", str(tmp_path))
 
     def printed(source) -> str:
