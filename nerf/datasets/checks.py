@@ -19,6 +19,7 @@ MOST_BLANK = 1 / 3  # of the training views; more are so by intent
 PLAIN = 2  # gray levels within which a picture or a border is of one color
 PLAIN_VIEWS = 0.8  # part of the views whose border must have that color
 STRIDE = 8  # pixels between those that are looked at first
+USUAL_DISTANCE = 2.0  # of cameras from what they look at, in scene units
 Warn = Callable[[str], object]
 
 
@@ -152,7 +153,7 @@ def check_reach(scene: Scene, warn: Warn) -> None:
             f"the cameras look at something {distance:.3g} units away, but rays run from "
             f"{scene.near:.3g} to {scene.far:.3g}: set --near and --far around {distance:.3g}"
         )
-    elif scene.far < distance * 10 and not 0.1 < distance / _assumed(scene) < 10:
+    elif not 0.1 < distance / USUAL_DISTANCE < 10:
         warn(
             f"the cameras stand {distance:.3g} units from what they look at; scenes of about 1 to "
             "4 units are expected, and --dataset_type transforms scales others to that"
@@ -171,8 +172,3 @@ def check_reach(scene: Scene, warn: Warn) -> None:
                 f"the scene fills less than a tenth of the box that the file states (half side "
                 f"{half:.3g}): lower aabb_scale, or remove it"
             )
-
-
-def _assumed(scene: Scene) -> float:
-    """A usual distance of cameras from what they look at."""
-    return 2.0

@@ -283,7 +283,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
     given = given_flags(args)
     in_ndc = args.dataset_type == "llff" and not args.no_ndc
     if given is not None and "dataset_type" not in given:  # the folder decides, see nerf.datasets
-        in_ndc &= (Path(args.datadir) / "poses_bounds.npy").exists()
+        folder = Path(args.datadir)
+        in_ndc &= not folder.is_dir() or (folder / "poses_bounds.npy").exists()
     refuse_first([
         (args.N_rand % num_ranks,
          f"--N_rand {args.N_rand} does not divide by {num_ranks} processes; "
