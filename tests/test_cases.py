@@ -41,9 +41,9 @@ def load(folder, *flags, kind="auto"):
 def run(folder, *flags):
     """Train 200 updates; the process and the log."""
     logs = folder.parent / "logs"
-    words = ["--datadir", str(folder), "--basedir", str(logs), "--expname", "a"]
+    words = ["--datadir", str(folder), "--basedir", str(logs), "--expname", folder.name]
     result = run_main(run_nerf.main, *words, *FAST, *QUIET, *flags)
-    return result, logs / "a"
+    return result, logs / folder.name
 
 
 def test_b02a_b02c_b03a_cameras(case):
