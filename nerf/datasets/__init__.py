@@ -3,6 +3,7 @@
 Each entry takes DataSettings and a function that prints a warning, and returns a Scene on the CPU.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,7 +110,12 @@ def load_demo(settings: DataSettings, warn: Warn) -> Scene:
     if not folder.exists():
         script = REPOSITORY / "data" / "make_demo.py"
         warn(f"making the demo scene in {folder}")
-        made = subprocess.run([sys.executable, str(script), "--out", str(folder)])
+        command = [sys.executable, str(script), "--out", str(folder)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+        }  # also where nothing is installed
+        made = subprocess.run(command, env=environment)
         if made.returncode:
             raise ValueError(f"{folder}: the demo scene could not be made; see the line above")
     return load_blender(settings, warn)
