@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guidance.lora_files import read_lora
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -113,29 +115,35 @@ def save_lora(path: Path, lora: LoRA) -> None:
 
 @torch.no_grad()
 def load_lora(path: Path, lora: LoRA) -> None:
-    """Load a file of ``save_lora`` into the adapters; ValueError if it does not fit this U-Net."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Load a LoRA file, in any spelling of ``guidance.lora_files``, into the adapters.
 
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: cannot read it as safetensors ({error}); expected a lora.safetensors"
-        ) from None
-    wanted = lora.tensors()
-    unmatched = sorted(wanted.keys() ^ found.keys())
-    if unmatched:
-        raise ValueError(
-            f"{path}: a LoRA of another model ({len(unmatched)} tensors, such as {unmatched[0]}, "
-            "are in the file or in the model, but not in both); use the --sd_model that it was "
-            "trained with"
-        )
-    for name, value in wanted.items():
-        if found[name].shape != value.shape:
+    Layers that the file lacks get B = 0, which changes nothing. ValueError if the file does not fit
+    this U-Net.
+    """
+    pairs = read_lora(path, lora.names)
+    adapters = dict(zip(lora.names, lora.adapters, strict=True))
+    for name, pair in pairs.items():
+        adapter = adapters[name]
+        assert isinstance(adapter, Adapter)
+        sizes = [pair.b.shape[0], *pair.a.shape[1:]]
+        wanted = [adapter.b.shape[0], adapter.a.shape[1]]
+        if sizes != wanted or pair.b.shape[1:] != pair.a.shape[:1]:
             raise ValueError(
-                f"{path}: {name} is {list(found[name].shape)}, expected {list(value.shape)}; use "
-                "the --sd_model and --lora_rank that it was trained with"
+                f"{path}: a LoRA of another model: {name} has A {list(pair.a.shape)} and B "
+                f"{list(pair.b.shape)}, expected a layer of {wanted}; use the --sd_model that it "
+                "was trained with"
             )
-    for name, value in wanted.items():
-        value.copy_(found[name])
+    ranks = sorted({len(pair.a) for pair in pairs.values()})
+    if len(ranks) > 1:
+        raise ValueError(f"{path}: its layers have ranks {ranks}; expected one rank for all")
+    if ranks != [lora.rank]:
+        raise ValueError(
+            f"{path}: has rank {ranks[0]}, expected {lora.rank}; use --lora_rank {ranks[0]}"
+        )
+    for name, adapter in adapters.items():
+        assert isinstance(adapter, Adapter)
+        if name in pairs:
+            adapter.a.copy_(pairs[name].a)
+            adapter.b.copy_(pairs[name].b.float() * pairs[name].scale)
+        else:
+            adapter.b.zero_()

@@ -320,3 +320,159 @@ def test_peft_reads_the_file(model, tmp_path):
     tensors = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
     model.unet.load_lora_adapter(tensors, prefix=None)
     torch.testing.assert_close(model.predict(x, t, text), wanted, atol=1e-5, rtol=1e-4)
+
+
+def normal_adapters(lora):
+    """Give every adapter a B, so that it changes something."""
+    with torch.no_grad():
+        for number, adapter in enumerate(lora.adapters):
+            adapter.b.copy_(draw(*adapter.b.shape, seed=number))
+
+
+def peft_spelling(name):
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
+def diffusers_spelling(name):
+    return f"{name}.lora.down.weight", f"{name}.lora.up.weight"
+
+
+def processor_spelling(name):
+    block, _, layer = name.removesuffix(".0").rpartition(".")
+    return tuple(f"{block}.processor.{layer}_lora.{way}.weight" for way in ("down", "up"))
+
+
+def kohya_spelling(name):
+    name = "lora_unet_" + name.replace(".", "_")
+    return f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+
+
+def with_unet(spelling):
+    return lambda name: tuple(f"unet.{each}" for each in spelling(name))
+
+
+SPELLINGS = {
+    "peft": peft_spelling, "peft unet": with_unet(peft_spelling),
+    "diffusers": diffusers_spelling, "diffusers unet": with_unet(diffusers_spelling),
+    "processor": processor_spelling, "processor unet": with_unet(processor_spelling),
+    "kohya": kohya_spelling,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_read(model, tmp_path, spelling, alpha):
+    path, source, lora = tmp_path / "other.safetensors", LoRA(model.unet, 4), LoRA(model.unet, 4)
+    normal_adapters(source)
+    tensors = {}
+    for name, adapter in zip(source.names, source.adapters, strict=True):
+        down, up = SPELLINGS[spelling](name)
+        tensors |= {down: adapter.a.detach().half(), up: adapter.b.detach().half()}
+        if alpha is not None:
+            place = down.split(".lora")[0] if "_lora." not in down else down.split("_lora.")[0]
+            tensors[f"{place}.alpha"] = torch.tensor(alpha)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    load_lora(path, lora)
+    scale = 1.0 if alpha is None else alpha / 4
+    for mine, other in zip(lora.adapters, source.adapters, strict=True):
+        assert torch.equal(mine.a, other.a.half().float())
+        assert torch.equal(mine.b, scale * other.b.half().float())
+
+
+def test_the_file_of_diffusers_own_pipeline_is_read(model, tmp_path):
+    """As its training scripts write it, with an alpha that is not the rank."""
+    peft = pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    layers = ["to_k", "to_q", "to_v", "to_out.0"]
+    model.unet.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, target_modules=layers)
+    )
+    x, t = noisy()
+    text = model.embed(["a red cube"] * 2)
+    wanted = model.predict(x, t, text)
+    tensors = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(model.unet))
+    config = model.unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=tensors, unet_lora_adapter_metadata=config
+    )
+    model.unet.unload_lora()
+    lora = LoRA(model.unet, 4)
+    load_lora(tmp_path / "pytorch_lora_weights.safetensors", lora)
+    with lora.switched():
+        torch.testing.assert_close(model.predict(x, t, text), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_that_the_file_lacks_change_nothing(model, tmp_path):
+    path, lora = tmp_path / "some.safetensors", LoRA(model.unet, 4)
+    normal_adapters(lora)
+    names = [name for name in lora.names if "attn2.to_v" in name]
+    whole = lora.tensors()
+    kept = {f"unet.{name}.lora_{each}.weight" for name in names for each in "AB"}
+    save_file({name: whole[name].detach().clone() for name in kept}, path)
+    load_lora(path, lora)
+    for name, adapter in zip(lora.names, lora.adapters, strict=True):
+        assert (adapter.b.abs().max() > 0) == (name in names)
+
+
+OTHER_FILES = {
+    "text encoder": (
+        ["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"],
+        "also changes the text encoder",
+    ),
+    "feed-forward": (
+        ["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_2.lora_up.weight"],
+        "also changes layers outside attention .1, such as lora_unet_down.*_ff_net_2",
+    ),
+    "sdxl": (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "Diffusion XL"),
+    "sdxl blocks": (
+        ["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_up.weight"],
+        "Diffusion XL .kohya's",
+    ),
+    "flux": (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "such as FLUX"),
+    "flux kohya": (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "such as FLUX"),
+    "loha": (["lora_unet_mid_block_proj_in.hada_w1_a"], "a LyCORIS file, not a LoRA"),
+    "dora": (["unet.mid_block.attn.to_q.lora_magnitude_vector"], "a DoRA"),
+    "word": (["emb_params"], "a textual inversion"),
+    "checkpoint": (["model.diffusion_model.input_blocks.0.0.weight"], "a whole model, not a LoRA"),
+    "other": (["unet.other.lora_A.weight"], "a LoRA of another model .1 of its layers"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_other_files_are_named_and_change_nothing(model, tmp_path, case):
+    names, message = OTHER_FILES[case]
+    path, lora = tmp_path / "other.safetensors", LoRA(model.unet, 4)
+    tensors = {name: value.detach().clone() for name, value in lora.tensors().items()}
+    save_file(tensors | {name: torch.zeros(4, 4) for name in names}, path)
+    with no_change(lora), pytest.raises(ValueError, match=message) as caught:
+        load_lora(path, lora)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_file_of_wider_layers_is_of_another_model(model, tmp_path):
+    path, lora = tmp_path / "other.safetensors", LoRA(model.unet, 4)
+    tensors = {name: torch.zeros(4, 4) for name in lora.tensors()}
+    save_file(tensors, path)
+    with no_change(lora), pytest.raises(ValueError, match="of another model: .*expected"):
+        load_lora(path, lora)
+
+
+def test_the_rank_to_use_is_named(model, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_lora(path, LoRA(model.unet, 2))
+    with pytest.raises(ValueError, match="has rank 2, expected 4; use --lora_rank 2"):
+        load_lora(path, LoRA(model.unet, 4))
+    one = next(iter(attention_layers(model.unet)))
+    extra = {n: v.detach().clone() for n, v in LoRA(model.unet, 4).tensors().items() if one in n}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(ValueError, match=r"its layers have ranks \[2, 4\]"):
+        load_lora(path, LoRA(model.unet, 4))
+
+
+def test_a_pickle_is_named(model, tmp_path):
+    path = tmp_path / "pytorch_lora_weights.bin"
+    torch.save({"unet.a.lora_A.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="a .bin is a pickle"):
+        load_lora(path, LoRA(model.unet, 4))
