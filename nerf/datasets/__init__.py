@@ -3,6 +3,7 @@
 Each entry takes DataSettings and a function that prints a warning, and returns a Scene on the CPU.
 """
 
+import difflib
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Scenes that data/download.py knows.
+DOWNLOADS = ("lego", "fern", "chair", "drums", "ficus", "hotdog", "materials", "mic", "ship")
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 Warn = Callable[[str], object]
 
@@ -284,11 +287,7 @@ def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str
         warn(f"{folder} is a Blender scene: dataset_type: llff -> blender, datadir: {guess}")
         settings, folder, kind = settings._replace(datadir=guess), guess, "blender"
     if kind != "demo" and not folder.is_dir():
-        name = folder.name or "lego"
-        raise ValueError(
-            f"{folder}: no such data folder; set --datadir, or fetch it with: "
-            f"python data/download.py {name}"
-        )
+        raise ValueError(f"{folder}: no such data folder; {_where_else(folder)}")
     if kind == "auto":
         kind = recognize(folder)
         warn(f"{folder} is in format {kind} (--dataset_type auto)")
@@ -313,6 +312,18 @@ def _recognized(folder: Path) -> str | None:
         return recognize(folder)
     except ValueError:
         return None
+
+
+def _where_else(folder: Path) -> str:
+    """What to do about a data folder that does not exist: names like it, or how to fetch it."""
+    if folder.name in DOWNLOADS:
+        return f"fetch it with: python data/download.py {folder.name}"
+    parent = folder.parent
+    there = sorted(path.name for path in parent.glob("*/")) if parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, there, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(str(parent / name) for name in close)}? (--datadir)"
+    return "set --datadir to the folder of the scene"
 
 
 def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:
