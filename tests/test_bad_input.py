@@ -278,10 +278,6 @@ BLENDER = {
     "angle as text": (edit(lambda c: c.update(camera_angle_x="wide")), "camera_angle_x"),
     "angle 0": (edit(lambda c: c.update(camera_angle_x=0)), "camera_angle_x"),
     "angle pi": (edit(lambda c: c.update(camera_angle_x=3.15)), "camera_angle_x"),
-    "another angle in test": (
-        edit(lambda c: c.update(camera_angle_x=0.3), "test"),
-        "in the train file",
-    ),
     "no frames": (edit(lambda c: c.pop("frames") and None), "frames"),
     "empty frames": (edit(lambda c: c.update(frames=[])), "frames"),
     "frames is text": (edit(lambda c: c.update(frames="all")), "frames"),
@@ -294,7 +290,6 @@ BLENDER = {
     "picture empty": (picture(lambda p: p.write_bytes(b"")), "r_"),
     "picture cut": (picture(lambda p: p.write_bytes(p.read_bytes()[:60])), "r_"),
     "picture is text": (picture(lambda p: p.write_text("no picture")), "r_"),
-    "picture of another size": (picture(lambda p: Image.new("RGBA", (8, 9)).save(p)), "8x9"),
     "animation": (picture(animation), "animation of 2 frames"),
     "matrix 3x3": (first(transform_matrix=[[1, 0, 0]] * 3), "transform_matrix"),
     "matrix is text": (first(transform_matrix="unit"), "transform_matrix"),

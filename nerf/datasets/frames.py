@@ -70,6 +70,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _shown(frame: dict[str, Any]) -> str:
+    """The file_path of a frame for a message: on one line, whatever it holds."""
+    text = str(frame["file_path"])
+    return text if text.isprintable() else repr(text)
+
+
 def number(content: dict[str, Any], key: str, where: str) -> float:
     """content[key] as a finite float. ValueError begins with ``where``, names key and value."""
     if key not in content:
@@ -103,7 +109,7 @@ def read_frames(path: Path, skip: int) -> Frames:
         matrix = table(frame.get("transform_matrix"))
         if matrix is None or matrix.shape not in ((3, 4), (4, 4)):
             raise ValueError(
-                f'{where} ({frame["file_path"]}): "transform_matrix" is not a 4x4 table of numbers'
+                f'{where} ({_shown(frame)}): "transform_matrix" is not a 4x4 table of numbers'
             )
         poses.append(matrix[:3])
     return Frames(content, frames, poses)
@@ -133,7 +139,7 @@ def read(datadir: Path, testskip: int) -> Capture:
     if path.exists():
         top, frames, poses = read_frames(path, 1)
         merged = [
-            {**joined(top, frame), "where": f"{path}: frame {index} ({frame['file_path']})"}
+            {**joined(top, frame), "where": f"{path}: frame {index} ({_shown(frame)})"}
             for index, frame in enumerate(frames)
         ]
         return Capture(top, merged, np.stack(poses), _listed_splits(top, frames, str(path)))
@@ -143,7 +149,7 @@ def read(datadir: Path, testskip: int) -> Capture:
         where = f"{datadir}/transforms_{split}.json: frame"
         lens = top if not _has_focal(content) else {}  # a test file may leave the camera out
         frames += [
-            {**joined({**lens, **content}, frame), "where": f"{where} {i} ({frame['file_path']})"}
+            {**joined({**lens, **content}, frame), "where": f"{where} {i} ({_shown(frame)})"}
             for i, frame in enumerate(found)
         ]
         poses += found_poses
