@@ -240,7 +240,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
         given = ["--config", str(path), *argv]
         args = common.parse(dream_parser(), given, lambda args: run_name(args, args.prompt or ""))
+    leave_out_tri_planes(args, {word.split("=")[0] for word in argv})
     return args
+
+
+def leave_out_tri_planes(args: argparse.Namespace, typed: set[str]) -> None:
+    """Unset what a config says of tri-planes where another --field is typed, and name it."""
+    unset = {"smooth_planes": False, "lambda_tv": "0"} if args.field != "triplane" else {}
+    left_out = [
+        name
+        for name, value in unset.items()
+        if getattr(args, name) != value and f"--{name}" not in typed
+    ]
+    for name in left_out:
+        setattr(args, name, unset[name])
+    if left_out:
+        names = ", ".join(f"--{name}" for name in left_out)
+        print(f"{names} left out: of tri-planes, and --field is {args.field}", file=sys.stderr)
 
 
 def run_name(args: argparse.Namespace, prompt: str) -> str:
