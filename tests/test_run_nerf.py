@@ -381,7 +381,7 @@ MISTAKES = {
     "--N_samples 2": "too few",
     "--keep_ckpts 1": "at least 2",
     "--ft_path nowhere.tar": "nowhere.tar",
-    "--datadir nowhere": "download.py",
+    "--datadir nowhere": "no such data folder",
     "--precrop_frac 2": "precrop_frac",
     "--lrate nan": "lrate",
     "--netdepth 5": "depth 5",
