@@ -77,8 +77,11 @@ def is_reading(args) -> bool:
 
 def flags_of_newest_run(args, argv: list[str] | None):
     """The flags of the run trained last, below what was typed, where no run was named."""
-    name = newest_run(Path(args.basedir), None, needs="N_rand")
-    if name is None or (Path(args.basedir) / args.expname).is_dir():
+    named = (
+        args.expname != nerf_flags.run_name(args) or (Path(args.basedir) / args.expname).is_dir()
+    )
+    name = None if named else newest_run(Path(args.basedir), None, needs="N_rand")
+    if name is None:
         return args
     print(f"no --config or --expname: taking the run trained last, {name}", file=sys.stderr)
     saved = Path(args.basedir) / name / "args.txt"

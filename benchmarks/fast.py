@@ -41,7 +41,7 @@ ROWS = {
     "tri400": ("--fast --downscale 2 --march_steps 256 --grid_res 256", 12000, 6, (28, 29)),
     "vanilla100": (
         f"--downscale 8 {SMALL} --N_samples 32 --N_importance 32 --lrate 2e-3 --lrate_decay 6 "
-        "--lrate_warmup 100 --pixel_center --ema_decay 0.99 --no-no_batching "
+        "--lrate_warmup 100 --pixel_center --ema_decay 0.99 --batching "
         "--precrop_iters 100 --N_rand 1024 --amp bf16",
         2400,
         12,

@@ -402,6 +402,10 @@ def test_rays_that_do_not_divide_by_the_processes_are_refused(data):
         nerf_flags.check_nerf_flags(args, 3)
 
 
+def tiny_data(tiny) -> str:
+    return tiny[tiny.index("--datadir") + 1]
+
+
 def test_an_export_without_a_name_takes_the_run_trained_last(tiny, tmp_path):
     assert run_nerf.main([*tiny, "--N_iters", "3"]) == 0
     words = ["--export_points", tmp_path / "cloud.ply", "--basedir", tmp_path, "--device", "cpu"]
@@ -409,6 +413,10 @@ def test_an_export_without_a_name_takes_the_run_trained_last(tiny, tmp_path):
     assert "taking the run trained last, tiny" in result.stderr
     assert "000003.tar: step 3" in result.stderr  # what it then exports depends on the weights
     assert not (tmp_path / "fern").exists()
+    # A name that was typed is never answered with another run.
+    result = run_main(run_nerf.main, *words, "--expname", "mine", "--datadir", tiny_data(tiny))
+    assert result.returncode == 2 and "no checkpoint to render or export" in result.stderr
+    assert "trained last" not in result.stderr
 
 
 def test_the_record_of_a_run_can_be_run_again(tiny, tmp_path):
