@@ -156,6 +156,7 @@ def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Ev
         with system.autocast(world.device, args.amp):
             return renderer.render(rays)
 
+    run.write_json("world.json", scene.world_record())
     outputs = SceneOutputs(render, scene, render_block(args, renderer, world), world, stop, run.log)
     settings = EvaluationSettings(
         args.render_factor,
@@ -164,6 +165,7 @@ def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Ev
         camera_path=Path(args.camera_path) if args.camera_path else None,
         variant=build.output_variant(args, saved[1].get("args", {}) if saved else {}),
         flags=vars(args),
+        file_world=args.export_world == "files",
     )
     return Evaluation(outputs, run, renderer, state.ema, settings)
 

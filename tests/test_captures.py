@@ -372,7 +372,14 @@ def test_a_run_on_mixed_sizes_and_masks_trains_measures_and_renders(demo_copy, t
     assert metrics["num_views"] == 2 and all(0 < view["psnr"] < 60 for view in metrics["views"])
     pictures = sorted((tmp_path / "run" / "render_test_000003").glob("*.png"))
     assert [Image.open(path).size for path in pictures] == [(32, 24), (32, 24)]
-    assert "transforms (--dataset_type auto)" in (tmp_path / "run" / "log.txt").read_text()
+    said = "transforms (--dataset_type auto)"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    assert said in (tmp_path / "run" / "report.html").read_text()  # notes, but no progress
+    assert "ETA" not in (tmp_path / "run" / "report.html").read_text()
+    world = json.loads((tmp_path / "run" / "world.json").read_text())
+    np.testing.assert_allclose(world["to_file_world"], load(folder).file_matrix)
+    unit = json.loads((tmp_path / "run/render_test_000003/depth/unit.json").read_text())
+    assert unit["file_units_per_scene_unit"] == world["file_units_per_scene_unit"] != 1
 
 
 # ------------------------------------------------------------------------------ COLMAP folders

@@ -132,9 +132,54 @@ def test_ndc_scene_comes_back_to_the_world_the_right_way_out():
     assert (outwards[rim] > 0).mean() > 0.9
 
 
+def own_world(capture, turn, unit=2.5, shift=(7.0, -3.0, 40.0)):
+    """The same scene of files that have another world: p -> unit * turn @ p + shift."""
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[:3, :3], matrix[:3, 3] = unit * turn, torch.tensor(shift)
+    capture.scene.to_world = matrix
+    return capture, lambda points: points @ matrix[:3, :3].numpy().T + matrix[:3, 3].numpy()
+
+
+TURN = torch.linalg.matrix_exp(torch.tensor([[0, -1.0, 0.3], [1.0, 0, 0.7], [-0.3, -0.7, 0]]))
+MIRROR = TURN.double() @ torch.diag(torch.tensor([1.0, 1.0, -1.0]).double())
+
+
+@pytest.mark.parametrize("turn", [TURN.double(), MIRROR], ids=["rotated", "mirrored"])
+def test_exports_are_in_the_world_of_the_files_unless_asked_otherwise(turn):
+    capture, to_files = own_world(around()[0], turn)
+    kept = export.scene_mesh(capture._replace(file_world=False), resolution=48, level=0.0)
+    mesh = export.scene_mesh(capture, resolution=48, level=0.0)
+    np.testing.assert_allclose(mesh.vertices, to_files(kept.vertices), atol=1e-9)
+    assert mesh.is_watertight and mesh.volume == pytest.approx(
+        2.5**3 * kept.volume
+    )  # > 0: outwards
+    center = to_files(np.array(CENTER))
+    assert np.allclose(mesh.center_mass, center, atol=0.03)
+    cloud = export.scene_points(capture, 4000)
+    outwards = (cloud.points - center) / np.linalg.norm(cloud.points - center, axis=1)[:, None]
+    distance = np.linalg.norm(cloud.points - center, axis=1)
+    assert np.median(distance) == pytest.approx(2.5 * RADIUS, rel=0.02)
+    assert np.median((cloud.normals * outwards).sum(1)) > 0.97
+    assert "world of its files" in capture.unit and "scene units" in kept_unit(capture)
+
+
+def kept_unit(capture):
+    return capture._replace(file_world=False).unit
+
+
+def test_an_ndc_scene_goes_through_the_world_to_that_of_its_files():
+    capture, to_files = own_world(ahead()[0], TURN.double())
+    mesh = export.scene_mesh(capture, resolution=64, level=0.0)
+    front = np.linalg.norm(mesh.vertices - to_files(np.array(AHEAD)), axis=1)
+    assert (np.abs(front - 2.5 * RADIUS) < 0.05).sum() > 300 and mesh.volume > 0
+    cloud = export.scene_points(capture, 4000)
+    distance = np.linalg.norm(cloud.points - to_files(np.array(AHEAD)), axis=1)
+    assert np.median(distance) == pytest.approx(2.5 * RADIUS, rel=0.02)
+
+
 def test_a_cube_of_an_ndc_scene_is_refused():
     capture, _ = ahead()
-    with pytest.raises(ValueError, match="--export_bound is in world units.*leave it out"):
+    with pytest.raises(ValueError, match="--export_bound is in scene units.*leave it out"):
         export.scene_mesh(capture._replace(bound=1.0), resolution=32, level=0.0)
 
 

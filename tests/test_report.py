@@ -153,6 +153,8 @@ def test_depth_files_have_values_and_say_their_unit(runs):
     depth = runs / "a" / "render_test_000010" / "depth"
     unit = json.loads((depth / "unit.json").read_text())
     assert unit["unit"] == "meters" and unit["metres_per_scene_unit"] == 0.5
+    world = json.loads((runs / "a" / "world.json").read_text())
+    assert world["to_file_world"] == np.eye(4).tolist() and unit["file_units_per_scene_unit"] == 1
     assert unit["depth"].startswith("z") and "from 1 to 3" in unit["png"]  # 2 to 6 scene units
     meters = np.load(depth / "000.npy")
     truth = np.load(runs / "demo" / "depth" / "test" / "r_0.npy")

@@ -305,17 +305,31 @@ class Scene:
 
         With NDC, points must have been converted to world coordinates.
         """
-        if self.to_world is None:
-            return np.asarray(points, np.float64)
-        matrix = self.to_world.double().cpu().numpy()
+        matrix = self.file_matrix
         return np.asarray(points, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+
+    @property
+    def file_matrix(self) -> np.ndarray:
+        """``to_world`` as float64 [4, 4]; the identity where the scene's world is the files'."""
+        return np.eye(4) if self.to_world is None else self.to_world.double().cpu().numpy()
 
     @property
     def file_units(self) -> float:
         """How many units of the files' world one unit of the scene is."""
-        if self.to_world is None:
-            return 1.0
-        return float(np.cbrt(abs(np.linalg.det(self.to_world[:3, :3].double().cpu().numpy()))))
+        return float(np.cbrt(abs(np.linalg.det(self.file_matrix[:3, :3]))))
+
+    @property
+    def has_own_world(self) -> bool:
+        """Whether the scene's world is another than that of its files."""
+        return not np.allclose(self.file_matrix, np.eye(4), rtol=0, atol=1e-6)
+
+    def world_record(self) -> dict[str, Any]:
+        """``to_world`` and its scale, for the run folder's world.json."""
+        return {
+            "to_file_world": self.file_matrix.tolist(),
+            "file_units_per_scene_unit": self.file_units,
+            "ndc": self.ndc,
+        }
 
     def describe(self) -> str:
         """One line for the log: views per split, picture size, focal length and ray bounds."""
@@ -326,9 +340,12 @@ class Scene:
         size = f"{width}x{height}" if self.sizes is None else f"{width}x{height} and other sizes,"
         if self.intrinsics.shape[-1] > 4:
             kind += ", lens distortion"
+        unit = (
+            f"; 1 scene unit is {self.file_units:.4g} of the files'" if self.has_own_world else ""
+        )
         return (
-            f"{counts} views, {size} {kind}, focal "
-            f"{self.intrinsics[0, 0].item():.2f}, {space} rays from {self.near:g} to {self.far:g}"
+            f"{counts} views, {size} {kind}, focal {self.intrinsics[0, 0].item():.2f}, "
+            f"{space} rays from {self.near:g} to {self.far:g}{unit}"
         )
 
 

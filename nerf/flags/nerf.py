@@ -199,7 +199,8 @@ def add_output_flags(parser: Parser) -> None:
     flag("i_testset", non_negative_int, 50000,
         "updates between measurements of the test views; 0: at the end only")
     flag("metres_per_unit", non_negative, 0.0,
-        "meters per scene unit, for depth files in meters; 0: depth in scene units")
+        "meters per unit of the data's files (1 where a capture is metric), for depth files in "
+        "meters; 0: depth in units of the data's files")
     add_viewer_flags(parser)
     section = add_export_flags(parser, mesh_res=256)
     flag = section.flag
@@ -207,7 +208,10 @@ def add_output_flags(parser: Parser) -> None:
         "write a point cloud with colors and normals; FILE ends in .ply")
     flag("num_points", positive_int, 200_000, "number of points of --export_points, approximately")
     flag("export_bound", non_negative, 0.0,
-        "half side of the exported cube around the origin, in world units; 0: chosen")
+        "half side of the exported cube around the origin, in scene units; 0: chosen")
+    flag("export_world", ("files", "scene"), "files",
+        "world of exported meshes and points: files, that of the data's files (a COLMAP model, "
+        "transforms.json); scene, the one that is trained in, for captures upright and of size 1")
 
 
 # fmt: on

@@ -10,7 +10,7 @@ from nerf.metrics import depth_error
 
 
 def depth_errors(depth: np.ndarray, folder: Path | None, name: str) -> dict[str, float]:
-    """``metrics.depth_error`` of a view's depth [H, W], scene units, against folder/NAME.npy.
+    """``metrics.depth_error`` of a view's depth [H, W] against folder/NAME.npy, in its unit.
 
     Empty where that file is missing or of another size. ValueError where it cannot be read.
     """
@@ -29,13 +29,17 @@ def depth_errors(depth: np.ndarray, folder: Path | None, name: str) -> dict[str,
 def write_depth_unit(folder: Path, scene: Scene, metres_per_unit: float, *, values: bool) -> None:
     """Write unit.json beside depth files: the unit of their values and the range of their colors.
 
-    metres_per_unit: 0: not known. values: whether there are .npy files beside the pictures.
+    metres_per_unit: length of a unit of the data's files; 0: not known, depth is in those units.
+    values: whether there are .npy files beside the pictures.
     """
-    scale = metres_per_unit or 1.0
+    scale = scene.file_units * (metres_per_unit or 1.0)
     content = {
         "depth": "z: along the camera's axis, not the distance to the camera",
-        "unit": "meters" if metres_per_unit else "scene units; their length in meters is not known",
-        "metres_per_scene_unit": metres_per_unit or None,
+        "unit": "meters"
+        if metres_per_unit
+        else "units of the data's files; their length in meters is not known",
+        "metres_per_scene_unit": scale if metres_per_unit else None,
+        "file_units_per_scene_unit": scene.file_units,
         "png": "color: bright is near, black is empty; linear in "
         + ("NDC depth" if scene.ndc else "1 / z" if scene.near > 0 else "z")
         + f" from {scene.near * (1 if scene.ndc else scale):g}"

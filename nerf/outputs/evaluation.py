@@ -32,11 +32,12 @@ class EvaluationSettings(NamedTuple):
     """The flags that evaluation needs, as plain values."""
 
     render_factor: int  # pictures are rendered this many times smaller; 0 or 1: full size
-    metres_per_unit: float  # length of a scene unit, for depth files; 0: unknown
+    metres_per_unit: float  # length of a unit of the data's files, for depth files; 0: unknown
     true_depth: Path  # folder of true depth, VIEW.npy; may be missing
     camera_path: Path | None  # key frames to render instead of the scene's own path
     variant: str  # ending of folders that do not hold the run's own full test and path; "": they do
     flags: dict[str, Any]  # of the run, for metrics.json
+    file_world: bool = True  # exports are in the world of the data's files, not in the scene's
 
 
 class Evaluation:
@@ -181,5 +182,6 @@ class Evaluation:
     def _trained_scene(self, bound: float) -> export.TrainedScene:
         outputs = self.outputs
         return export.TrainedScene(
-            self.renderer, outputs.scene, outputs.render, outputs.block, bound, self.run.log
-        )
+            self.renderer, outputs.scene, outputs.render, outputs.block, bound, self.run.log,
+            self.settings.file_world,
+        )  # fmt: skip

@@ -6,8 +6,9 @@ how soft its surfaces are. A mesh's surface has the density at which 1/32 of the
 has opacity 0.5, so it depends neither on the scene's units nor on the field's scale; RESULTS.md
 compares other levels on the demo scene.
 
-Files are in scene units and the scene's axes (``nerf.outputs.mesh``); scenes in normalized device
-coordinates (NDC) are converted back to world coordinates. No file holds what no ray has hit.
+Files are in the world of the data's own files, or in the scene's if ``TrainedScene.file_world`` is
+False: a capture is scaled, rotated and shifted for training (``Scene.to_world``). Scenes in
+normalized device coordinates (NDC) are converted back first. No file holds what no ray has hit.
 Colors depend on the viewing direction: a vertex has the mean color from the three training cameras
 that face it most squarely, a point of a cloud the color of its pixel.
 """
@@ -73,6 +74,13 @@ class TrainedScene(NamedTuple):
     block: int  # rays rendered together
     bound: float  # half side of the cube around the origin to export; 0: fit a box to the surface
     log: Callable[[str], None]  # of progress and of what may surprise
+    file_world: bool = True  # exports are in the world of the data's files, not in the scene's
+
+    @property
+    def unit(self) -> str:
+        """The unit of exported files, for the log."""
+        own = self.file_world and self.scene.has_own_world
+        return "in the world of its files" if own else "scene units"
 
 
 @torch.no_grad()
@@ -133,7 +141,7 @@ def export_box(
     renderer, scene = trained.renderer, trained.scene
     if scene.ndc and trained.bound:
         raise ValueError(
-            "--export_bound is in world units, but this scene is in NDC, where the box is fitted "
+            "--export_bound is in scene units, but this scene is in NDC, where the box is fitted "
             "to the surface; leave it out, or train with --no_ndc"
         )
     space, grid = getattr(renderer, "space", None), getattr(renderer, "grid", None)
@@ -181,7 +189,7 @@ def _quantiles(points: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def scene_mesh(trained: TrainedScene, *, resolution: int, level: float) -> "Trimesh":
-    """The scene's surface in world axes and scene units, colored; see ``mesh.extract_mesh``.
+    """The scene's surface, colored, in the exported world; see ``mesh.extract_mesh``.
 
     resolution: points along the box's longest side. level: the surface's density; 0: the density
     at which 1 / STEPS_PER_BOX of the box has opacity 0.5, or less in a soft scene.
@@ -217,6 +225,8 @@ def scene_mesh(trained: TrainedScene, *, resolution: int, level: float) -> "Trim
     ]
     visual: Any = surface.visual  # ColorVisuals, as ``mesh.extract_mesh`` makes them
     visual.vertex_colors = mesh.rgba(torch.cat(colors))
+    if trained.file_world:
+        surface.apply_transform(scene.file_matrix)
     return surface
 
 
@@ -273,7 +283,7 @@ def export_mesh(trained: TrainedScene, path: Path, *, resolution: int, level: fl
     closed = "watertight" if surface.is_watertight else "not watertight"
     trained.log(
         f"mesh: {path} ({len(surface.vertices)} vertices, {len(surface.faces)} triangles, {closed},"
-        f" scene units, {time.perf_counter() - start:.0f} s)"
+        f" {trained.unit}, {time.perf_counter() - start:.0f} s)"
     )
 
 
@@ -305,6 +315,9 @@ def scene_points(trained: TrainedScene, num_points: int) -> PointCloud:
         )
     world = (_to_world(scene, points) if scene.ndc else points).double().cpu().numpy()
     normals, kept = estimate_normals(world, cameras.double().cpu().numpy())
+    if trained.file_world:
+        world = scene.file_world(world)
+        normals = normals @ (scene.file_matrix[:3, :3] / scene.file_units).T
     return PointCloud(world[kept], normals[kept], to_8bit(rgb.cpu().numpy())[kept])
 
 
@@ -314,6 +327,6 @@ def export_points(trained: TrainedScene, path: Path, num_points: int) -> None:
     cloud = scene_points(trained, num_points)
     write_points(path, cloud)
     trained.log(
-        f"point cloud: {path} ({len(cloud.points)} points with colors and normals, scene units, "
+        f"point cloud: {path} ({len(cloud.points)} points with colors and normals, {trained.unit}, "
         f"{time.perf_counter() - start:.0f} s)"
     )

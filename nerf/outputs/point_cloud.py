@@ -13,7 +13,7 @@ CHUNK = 1 << 14  # points whose normals are computed together
 
 
 class PointCloud(NamedTuple):
-    """Points in world axes and scene units."""
+    """Points of a surface with normals and colors."""
 
     points: np.ndarray  # [N, 3]
     normals: np.ndarray  # [N, 3] unit, towards the camera of each point's pixel

@@ -20,14 +20,17 @@ from nerf.training.files import replace_file
 
 MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
+MAX_NOTES = 60  # lines of the log that are shown
+LOGGED = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)"  # a line of log.txt and its message
+ROUTINE = r"step \d+/\d+ |step \d+: validation PSNR|test: PSNR|report: |video: |next: |mesh: "
 # Folders of a test view's pictures inside render_test_STEP/, and their captions.
 PICTURES = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
 MEASUREMENTS = {  # keys of metrics.json and their labels
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "lpips": "LPIPS (VGG)",
-    "depth_error": "depth error, mean, scene units",
-    "depth_error_median": "depth error, median, scene units",
+    "depth_error": "depth error, mean, units of the data's files",
+    "depth_error_median": "depth error, median, units of the data's files",
     "seconds_per_view": "seconds per view",
 }
 # For each diagram the columns of metrics.csv and val.csv, and whether its y axis is logarithmic.
@@ -160,6 +163,20 @@ def measurements(run: Run) -> list[list[Any]]:
     return rows
 
 
+def notes(folder: Path) -> str:
+    """HTML of what the run logged besides its progress: views left out, warnings, changed flags."""
+    path = folder / "log.txt"
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    messages = [match[1] for line in lines if (match := re.match(LOGGED, line))]
+    kept = [text for text in dict.fromkeys(messages) if not re.match(ROUTINE, text)]
+    if not kept:
+        return ""
+    items = "".join(f"<li>{html.text(text[:1000])}</li>" for text in kept[:MAX_NOTES])
+    return f"<h2>Log, without progress</h2><ul>{items}</ul>"
+
+
 def views(run: Run) -> list[str]:
     """HTML of the test views with target, error and depth, worst PSNR first."""
     rows = run.views
@@ -208,7 +225,7 @@ def write_report(folder: Path) -> Path:
     """Write report.html of a run folder and return its path. ValueError if it holds no run."""
     run = Run(folder)
     parts = [html.table(["", ""], measurements(run)), "<h2>Curves</h2>", diagrams([run])]
-    parts += views(run) + pictures_and_videos(run)
+    parts += [*views(run), *pictures_and_videos(run), notes(folder)]
     settings = [[name, value] for name, value in sorted(run.args.items()) if value is not None]
     parts.append("<h2>Settings</h2>")
     command = folder / "cmd.txt"

@@ -142,7 +142,7 @@ def measure_views(
     the keys. ``psnr_8bit`` is measured on the pictures as saved. factor: render pictures this many
     times smaller, without metrics: one ray through a large pixel is not its average. lpips: of
     ``metrics.load_lpips``. true_depth: folder with the exact depth of views, NAME.npy [H, W].
-    metres_per_unit: length of a scene unit for depth files; 0: not known.
+    metres_per_unit: length of a unit of the data's files; 0: depth files are in those units.
     """
     scene = outputs.scene.resized(factor)
     world, views = outputs.world, outputs.scene.splits[split]
@@ -158,6 +158,7 @@ def measure_views(
             depth = outputs.z_depth(rendered, scene, view)
             write_view(folder, number, picture, target)
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))
+            depth = depth * scene.file_units  # in the units of the data's files
             np.save(folder / "depth" / f"{number:03d}.npy", depth * (metres_per_unit or 1.0))
             row: dict[str, Any] = {"name": scene.names[view], "seconds": seconds, "number": number}
             if factor <= 1:
