@@ -6,6 +6,10 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 TWO := --numprocesses 2 --dist worksteal
 OTHER := name another one with make PYTHON=python3.12
+# PyPI's torch for Linux holds 3 GB of CUDA; PyTorch's own index has a build without.
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' requirements.txt)
+NVIDIA := test -e /proc/driver/nvidia/version || command -v nvidia-smi > /dev/null
 
 .PHONY: help demo dream test test-all lint docs bench notebooks clean
 
@@ -51,7 +55,16 @@ clean: ## remove .venv, caches and the API page
 	@! test -x $(RUN) || $(RUN) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else ".venv is \
 	of Python %d.%d, too old: make clean, then again" % sys.version_info[:2])'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	@echo "installing requirements.txt into .venv: about 2 GB on disk with a CPU build of torch"
+	@if test "$$(uname -s)" != Linux; then \
+		echo "installing requirements.txt into .venv: 0.6 GB to download, 2 GB on disk"; \
+	elif $(NVIDIA) || test -z "$(CPU_TORCH)"; then \
+		echo "installing requirements.txt into .venv: 3 GB to download, 7 GB on disk, with CUDA"; \
+	else \
+		echo "no NVIDIA driver: installing requirements.txt into .venv with the CPU build of torch:" \
+		"0.6 GB to download, 2 GB on disk (with CUDA all the same: make CPU_TORCH= ...)"; \
+		$(PIP) --retries 1 --timeout 20 --index-url $(CPU_TORCH) $(TORCH) 2> /dev/null || \
+		echo "$(CPU_TORCH) cannot be reached: torch comes from PyPI, 3 GB with CUDA"; \
+	fi
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -e .
 	touch $@

@@ -9,6 +9,9 @@ written (the log says what); 4 done, but nothing was learned; 130 / 143 / 138 st
 SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
+import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+
+# isort: split
 import argparse
 import math
 import sys
@@ -104,10 +107,8 @@ def run_prompt(args, world, models) -> int:
     folder = Path(args.basedir) / args.expname
     if reading and not args.ft_path and not folder.is_dir():
         raise ValueError(f"{folder}: no checkpoint there; train first, or name one: --ft_path")
-    with (
-        explain_out_of_memory(next_memory_saving(args, world.device)),
-        RunFolder(folder, is_main=world.is_main, lock=not reading) as run,
-    ):
+    run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
+    with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
@@ -281,11 +282,10 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 renderer.parameters(), args.grad_clip or math.inf
             )
-            verdict = monitor.check(stats.loss, grad_norm)
-            if verdict.finite:  # on every rank: one that skipped alone would drift from the others
-                scaler.step(optimizer)
-                state.ema.update()
+            verdict = monitor.check(state.step, stats.loss, grad_norm)
+            system.update_if_finite(optimizer, verdict.finite)  # on all ranks, or they drift apart
             scaler.update()  # also after a skipped update: its scale may have been too large
+            state.ema.update()
             values = {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
             if guide.lora is not None:  # VSD: the LoRA learns what the renders look like by now
                 values["lora_loss"] = guide.lora.train_step(

@@ -10,6 +10,9 @@ written (the log says what); 4 done, but nothing was learned; 130 / 143 / 138 st
 SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
+import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+
+# isort: split
 import math
 import sys
 from contextlib import nullcontext
@@ -36,6 +39,7 @@ from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import diagnose_flat, renders_one_color, squared_error
 from nerf.training import checkpoint, distributed, entry, rng, system
 from nerf.training.ema import EMA
+from nerf.training.graph import StepGraphs
 from nerf.training.monitor import WATCHED_STEPS, Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
@@ -98,11 +102,10 @@ def run_scene(args) -> int:
         check_server(args.viewer_host, args.viewer_port)
     reading = is_reading(args)
     folder = Path(args.basedir) / args.expname
-    with (
-        explain_out_of_memory(SMALLER),
-        RunFolder(folder, is_main=world.is_main, lock=not reading) as run,
-    ):
+    run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
+    with explain_out_of_memory(SMALLER), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
+        system.set_tf32(args.tf32 == "on", world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -178,6 +181,13 @@ def render_block(args, renderer, world) -> int:
     return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
 
 
+def training_block(args, world, rendered: int) -> int:
+    """Rays in a micro-batch: on a GPU the whole batch; on a CPU as many as are ``rendered``."""
+    if args.occ_grid:
+        return MOST_RAYS
+    return args.N_rand if world.device.type == "cuda" else rendered
+
+
 def start_viewer(args, world, run, scene) -> Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
     if not args.viewer or not world.is_main:
@@ -228,11 +238,13 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     evaluation = make_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
-    micro = MicroBatches(
-        MOST_RAYS if args.occ_grid else evaluation.outputs.block, world, run.log, "rays", FEWER_RAYS
-    )
+    block = training_block(args, world, evaluation.outputs.block)
+    micro = MicroBatches(block, world, run.log, "rays", FEWER_RAYS)
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
-    monitor = Monitor(world, stop, state.clock, args.max_minutes)
+    graphs = make_graphs(args, world, run, renderer)
+    monitor = Monitor(
+        world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
+    )
     progress = Progress(args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW)
     content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
@@ -259,7 +271,9 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             position=state.rays_drawn,  # the order goes on where the last step ended
         )
         # accumulate_gradients(..., block), with a smaller block whenever memory runs out.
-        stats = micro.run(accumulate_gradients, args, world, model, state, (rays, target, noise))
+        stats = micro.run(
+            accumulate_gradients, args, world, model, state, graphs, (rays, target, noise)
+        )
         # fp16 only: gradients were scaled up to survive half precision; undo it before clipping.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(  # inf: measured only, as in NeRF
@@ -270,13 +284,23 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         flat = None
         if state.step + 1 < WATCHED_STEPS:
             flat = renders_one_color(stats.levels, stats.target)
-        # The same answer on every rank, from one device read: may the update be made, must we stop?
-        verdict = monitor.check(stats.loss, grad_norm, flat=flat, samples=stats.samples)
-        if verdict.finite:  # on every rank: one that skipped alone would drift from the others
-            scaler.step(optimizer)
-            state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
+        # The same answer on every rank: may the update be made, must we stop? On a GPU the numbers
+        # are read every 16th step only, because the host would wait for them.
+        verdict = monitor.check(
+            state.step,
+            stats.loss,
+            grad_norm,
+            flat=flat,
+            samples=stats.samples,
+            read=every(state.step + 1, args.i_print) or state.step + 1 == args.N_iters,
+        )
+        system.update_if_finite(
+            optimizer, verdict.finite
+        )  # on all ranks, or they would drift apart
         scaler.update()  # also after a skipped update: it was too large a scale that made it skip
-        renderer.end_step(num_rays, stats.samples, verdict.samples)  # fast path: the next num_rays
+        state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
+        if verdict.read:
+            renderer.end_step(num_rays, stats.samples, verdict.samples)  # fast path: next num_rays
         state.advance(num_rays)
 
         # ---- between updates: reasons to stop or to start again, then everything periodic.
@@ -323,6 +347,13 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     return 0
 
 
+def make_graphs(args, world, run, renderer) -> StepGraphs:
+    """CUDA graphs of a step's forward and backward: on one GPU, unless ``--cuda_graph off``."""
+    enabled = args.cuda_graph == "auto" and world.device.type == "cuda" and world.size == 1
+    static = build.has_static_shapes(args, world.device)
+    return StepGraphs(renderer, run.log, enabled=enabled and static)
+
+
 class StepStats(NamedTuple):
     """What a batch leaves behind besides its gradients."""
 
@@ -332,11 +363,20 @@ class StepStats(NamedTuple):
     target: Tensor  # [b, 3]
     loss: Tensor  # [] of the batch
     error: Tensor  # [] squared error of the final level, for PSNR
-    samples: int  # of this rank
+    samples: int | Tensor  # of this rank
 
 
-def accumulate_gradients(args, world, model, state: TrainState, batch, block: int) -> StepStats:
-    """Forward and backward of batch = (rays, target, noise), ``block`` rays at a time.
+def accumulate_gradients(
+    args, world, model, state: TrainState, graphs: StepGraphs, batch, block: int
+) -> StepStats:
+    """Forward and backward of batch = (rays, target, noise), ``block`` rays at a time."""
+    if not state.renderer.static_shapes:
+        return forward_backward(args, world, model, state, block, batch)
+    return graphs.run(partial(forward_backward, args, world, model, state, block), batch, block)
+
+
+def forward_backward(args, world, model, state: TrainState, block: int, batch) -> StepStats:
+    """Render, compare and backpropagate; on a GPU recorded as a graph, so nothing is read here.
 
     Micro-batches add up to the gradients of the whole batch. On a CPU they are so small that the
     activations stay in the cache.
@@ -361,7 +401,7 @@ def accumulate_gradients(args, world, model, state: TrainState, batch, block: in
         first_levels = first_levels or levels
         loss_sum += loss.detach()
         error_sum += errors[-1].detach()
-        samples += renderer.batch_samples
+        samples = samples + renderer.batch_samples
     return StepStats(first_levels, target[pieces[0]], loss_sum, error_sum, samples)
 
 

@@ -6,6 +6,9 @@ Solids are those of ``demo_scene.py``. The surface is that of their union, witho
 another solid and without the lowest part of the plate, whose underside no camera sees.
 """
 
+import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path

@@ -9,6 +9,9 @@ checksums, and the archive against --sha256, or against the SHA-256 that the ser
 A scene's folder is complete or does not exist.
 """
 
+import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
+
+# isort: split
 import argparse
 import hashlib
 import re
@@ -81,10 +84,8 @@ def _copy(response: HTTPResponse, part: Path, have: int, total: int | None, url:
     """Append the response to ``part``. DownloadError if it ends before ``total`` bytes."""
     from tqdm import tqdm
 
-    with (
-        open(part, "ab" if have else "wb") as file,
-        tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
-    ):
+    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None)
+    with bar, open(part, "ab" if have else "wb") as file:
         while block := response.read(1 << 20):
             file.write(block)
             bar.update(len(block))

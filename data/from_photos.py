@@ -8,6 +8,9 @@ The folder --out is complete or does not exist. It holds images/ (upright), spar
 model, z up, root mean square camera distance 1), report.txt, cameras.png and config.txt.
 """
 
+import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
+
+# isort: split
 import argparse
 import os
 import shutil

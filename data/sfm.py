@@ -9,6 +9,9 @@ object and on nothing around it. Therefore pairs that are not neighbors by name 
 their matches cover WIDE of the largest area that either picture shares with any other.
 """
 
+import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
+
+# isort: split
 import importlib.util
 import json
 import shutil

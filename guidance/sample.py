@@ -4,6 +4,9 @@ python -m guidance.sample --prompt "a red cone" --out sample.png
 python -m guidance.sample --prompt "a red cone" --views --sd_model /path/or/hub-id
 """
 
+import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
