@@ -45,9 +45,17 @@ def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:
     if not saved:  # nerf-pytorch's checkpoints and those of our first release have none
         return ""
     own = scene_identity(scene)
-    if saved["poses"].shape != own["poses"].shape:
-        return f"{len(saved['poses'])} training views -> {len(own['poses'])}"
     extent = float(own["poses"][:, :, 3].std(0).norm()) if len(own["poses"]) > 1 else 1.0
+    same = saved["poses"].shape == own["poses"].shape
+    if not (same and _agree(saved["poses"], own["poses"], extent)) and _are_views(
+        saved["poses"], scene, extent
+    ):
+        return (
+            f"another split of the same views, {len(saved['poses'])} training views -> "
+            f"{len(own['poses'])} (--llffhold, the files' lists of splits, or pictures left out)"
+        )
+    if not same:
+        return f"{len(saved['poses'])} training views -> {len(own['poses'])}"
     if _largest(saved["poses"][:, :, 3], own["poses"][:, :, 3]) > POSE_TOLERANCE * max(
         extent, 1e-6
     ):
@@ -59,6 +67,20 @@ def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:
     if _largest(saved["colors"], own["colors"]) > COLOR_TOLERANCE:
         return "other pictures"
     return ""
+
+
+def _agree(first: Tensor, second: Tensor, extent: float) -> bool:
+    """Whether cameras [..., 3, 4] are equal but for rounding; extent: of their positions."""
+    difference = (first - second).abs()
+    places = float(difference[..., 3].max()) <= POSE_TOLERANCE * max(extent, 1e-6)
+    return places and float(difference[..., :3].max()) <= POSE_TOLERANCE
+
+
+def _are_views(poses: Tensor, scene: Scene, extent: float) -> bool:
+    """Whether each of the cameras [V, 3, 4] is that of some view of the scene, of any split."""
+    every = scene.c2w.float().cpu()
+    nearest = [int((every - pose).abs().amax((1, 2)).argmin()) for pose in poses]
+    return _agree(poses, every[nearest], extent)
 
 
 def _largest(first: Tensor, second: Tensor) -> float:
