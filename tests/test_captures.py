@@ -589,11 +589,6 @@ def small_mask(folder):
     frame(mask_path="mask.png")(folder)
 
 
-def black_mask(folder):
-    Image.new("L", (32, 24), 0).save(folder / "mask.png")
-    frame(mask_path="mask.png")(folder)
-
-
 def text_model(name, old, new):
     def change(folder):
         path = as_text(folder) / "sparse" / name
@@ -616,10 +611,7 @@ TRANSFORMS = {
     "path outside": (frame(file_path="../out/train_1.png"), "leads out of the data folder"),
     "path absolute": (frame(file_path="/etc/hostname"), "leads out of the data folder"),
     "path a number": (frame(mask_path=7), "7 is not a file path"),
-    "picture truncated": (half_of("images/train_1.png"), "train_1.png"),
-    "mask missing": (frame(mask_path="mask.png"), "mask.png"),
     "mask of another shape": (small_mask, "40x10"),
-    "mask black": (black_mask, "leaves no pixel"),
     "list of unknown names": (top(test_filenames=["images/none.png"]), "none.png"),
     "list a number": (top(train_filenames=3), "train_filenames"),
     "scale 0": (top(scale=0), '"scale" 0'),

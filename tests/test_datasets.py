@@ -443,6 +443,11 @@ def savez(folder):
         np.savez(file, rows)
 
 
+def rename_poses(folder):
+    for path in (folder / "train/demo/pose").iterdir():
+        path.rename(path.with_stem(f"pose_{path.stem}"))
+
+
 POSE = np.eye(4)
 POSE[:3] = make_demo.hemisphere(1, seed=0)[0]
 NAN_POSE, SINGULAR, LEFT_HANDED, SCALED = POSE.copy(), POSE.copy(), POSE.copy(), POSE.copy()
@@ -464,8 +469,6 @@ def top(**values):
 
 
 BLENDER = {
-    "image truncated": (truncate("val/r_1.png"), "r_1.png"),
-    "image is text": (write("train/r_1.png", "no picture"), "r_1.png"),
     "JSON invalid": (write("transforms_train.json", '{"frames": ['), "transforms_train.json"),
     "JSON invalid in val": (write("transforms_val.json", "nope"), "transforms_val.json"),
     "JSON is a list": (write("transforms_train.json", "[]"), "transforms_train.json"),
@@ -529,11 +532,7 @@ LINEMOD = {
 }
 DEEPVOXELS = {
     "training folder missing": (remove("train"), "train"),
-    "pose missing": (remove(DEEP), "train/demo"),
-    "pose of another picture": (
-        lambda folder: (folder / DEEP).rename(folder / "train/demo/pose/000099.txt"),
-        "000002",
-    ),
+    "poses of other pictures": (rename_poses, "none of the same name"),
     "pose of 15 numbers": (write(DEEP, "1 " * 15), "000002.txt"),
     "pose of words": (write(DEEP, "one " * 16), "000002.txt"),
     "pose NaN": (write(DEEP, "nan " * 16), "000002"),
@@ -548,7 +547,6 @@ DEEPVOXELS = {
         write("train/demo/intrinsics.txt", "nan 16 16 0\n0 0 0\n1\n1\n32 32\n"),
         "intrinsics.txt",
     ),
-    "image truncated": (truncate("train/demo/rgb/000000.png"), "000000.png"),
 }
 LLFF = {
     "poses missing": (remove("poses_bounds.npy"), "poses_bounds.npy"),
@@ -561,9 +559,8 @@ LLFF = {
     "poses without rows": (table(lambda rows: rows[:0]), "poses_bounds.npy"),
     "poses of integers": (table(lambda rows: rows.astype(int)), "poses_bounds.npy"),
     "poses too few": (table(lambda rows: rows[:-1]), "poses_bounds.npy"),
-    "pictures too few": (remove("images/image004.png"), "poses_bounds.npy"),
+    "pictures too few": (remove("images/image009.png"), "poses_bounds.npy"),
     "pictures missing": (remove("images"), "images"),
-    "picture truncated": (truncate("images/image005.png"), "image005.png"),
     "pose NaN": (put(3, np.nan), "row 2"),
     "pose singular": (column_scaled(0, 0), "image002"),
     "pose left-handed": (column_scaled(0, -1), "image002"),

@@ -1,10 +1,8 @@
 """What exporters of posed pictures write: every item is used, or named where it is not.
 
-The small scenes are made here: five pictures or more of a pattern, with cameras on a circle that
-look at the origin.
+The small scenes are those of ``small_captures``. What is left out: test_left_out.py.
 """
 
-import json
 import shutil
 import unicodedata
 
@@ -13,105 +11,24 @@ import photos
 import pytest
 import torch
 from PIL import Image
+from small_captures import (
+    FOCAL,
+    HEIGHT,
+    MAKERS,
+    WIDTH,
+    colmap,
+    edit,
+    exported,
+    llff,
+    load,
+    make,
+    picture,
+    poses,
+    read_back,
+)
 
-from nerf.build import load_scene
-from nerf.cameras import look_at
-from nerf.datasets.colmap_model import Camera, Model
-from nerf.datasets.colmap_write import write_model
-from nerf.flags import nerf as nerf_flags
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.scene_bounds import carve
-
-WIDTH, HEIGHT, FOCAL = 32, 24, 35.0
-ANGLE_X = 2 * np.arctan(WIDTH / 2 / FOCAL)
-
-
-def poses(count, distance=4.0):
-    """c2w [count, 4, 4] on a cone around the z axis, looking at the origin."""
-    turns = np.linspace(0, 2 * np.pi, count, endpoint=False)
-    rows = np.tile(np.eye(4), (count, 1, 1))
-    for row, turn in zip(rows, turns, strict=True):
-        place = [0.8 * np.cos(turn), 0.8 * np.sin(turn), 0.6]
-        row[:3] = look_at(distance * np.array(place), np.zeros(3))
-    return rows
-
-
-def picture(number, mode="RGB", size=(WIDTH, HEIGHT)):
-    """A picture with squares of its own colors; with alpha, its middle is opaque."""
-    width, height = size
-    rng = np.random.default_rng(number)
-    squares = rng.integers(0, 255, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
-    pixels = squares.repeat(8, 0).repeat(8, 1)[:height, :width]
-    if mode == "RGBA":
-        alpha = np.zeros((height, width, 1), np.uint8)
-        alpha[height // 4 : -height // 4, width // 4 : -width // 4] = 255
-        pixels = np.concatenate([pixels, alpha], -1)
-    return Image.fromarray(pixels)
-
-
-def exported(folder, name="transforms_train.json", count=6, distance=4.0, mode="RGB", **top):
-    """A folder with one transforms file; ``top`` are its top-level keys."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    frames = []
-    for number, pose in enumerate(poses(count, distance)):
-        picture(number, mode).save(folder / "images" / f"v{number}.png")
-        frames.append({"file_path": f"images/v{number}.png", "transform_matrix": pose.tolist()})
-    content = {"camera_angle_x": ANGLE_X, **top, "frames": frames}
-    content = {key: value for key, value in content.items() if value is not None}
-    (folder / name).write_text(json.dumps(content))
-    return folder
-
-
-def edit(folder, change, name="transforms_train.json"):
-    path = folder / name
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return folder
-
-
-def load(folder, *flags, kind="auto", said=None):
-    args = nerf_flags.parse(
-        ["--datadir", str(folder), *(["--dataset_type", kind] if kind else []), *flags]
-    )
-    lines = []
-    scene = load_scene(args, lines.append)
-    if said is not None:
-        said += lines
-    return scene
-
-
-def colmap(folder, count=6, names=None, width=WIDTH, height=HEIGHT):
-    """A COLMAP scene: one pinhole camera and a few points around the origin."""
-    names = names or [f"v{number}.png" for number in range(count)]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        path = folder / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(path)
-    c2w = poses(count)[:, :3]
-    points = np.random.default_rng(0).normal(0, 0.5, (20, 3))
-    tracks = np.array([(point, view) for point in range(20) for view in range(count)])
-    camera = Camera("PINHOLE", width, height, (FOCAL, FOCAL, width / 2, height / 2))
-    colors = np.zeros((20, 3), np.uint8)
-    model = Model({1: camera}, names, [1] * count, c2w, points, colors, tracks)
-    write_model(folder / "sparse" / "0", model)
-    return folder
-
-
-def llff(folder, count=6, mode="RGB", size=(WIDTH, HEIGHT)):
-    """An LLFF capture of cameras that look the same way."""
-    (folder / "images").mkdir(parents=True)
-    rows = []
-    for number in range(count):
-        picture(number, mode, size).save(folder / "images" / f"v{number}.png")
-        place = np.array([0.2 * number - 0.5, 0.1 * (number % 3), 0.05 * number]) + 7
-        # columns: down, right, back, position, (height, width, focal)
-        matrix = np.stack([[0, -1, 0], [1, 0, 0], [0, 0, 1], place, [size[1], size[0], FOCAL]], 1)
-        rows.append(np.append(matrix.ravel(), [2.0, 9.0]))
-    np.save(folder / "poses_bounds.npy", np.array(rows, float))
-    return folder
-
 
 # --------------------------------------------------------------------- 1. one reader for all keys
 
@@ -172,10 +89,6 @@ def test_near_and_far_reach_what_far_and_close_cameras_look_at(tmp_path, distanc
     scene = load(exported(tmp_path, distance=distance), said=said)
     assert scene.near < 0.7 * distance and 1.3 * distance < scene.far < 2 * distance
     assert any("do not reach" in line for line in said)
-
-
-def make(folder, kind):
-    return {"llff": llff, "colmap": colmap}.get(kind, exported)(folder)
 
 
 @pytest.mark.parametrize("kind", ["blender", "transforms", "colmap", "llff"])
@@ -250,15 +163,17 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["blender", "transforms", "colmap", "llff"])
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("form", MASKS)
 def test_masks_of_every_form_are_used_in_every_format(tmp_path, kind, form):
-    folder, said = make(tmp_path, kind), []
+    folder = make(tmp_path, kind)
     name, mode = MASKS[form]
+    if kind == "deepvoxels":
+        name = f"train/cube/{name.replace('images/', 'rgb/')}"
     left_black(folder / name, "RGBA" if mode == "RGBA" else "L")
     if mode == "inverted":
         Image.open(folder / name).point(lambda level: 255 - level).save(folder / name)
-    scene = load(folder, "--factor", "1", kind=kind, said=said)
+    scene, said = read_back(folder, kind)
     view = next(index for index, name in enumerate(scene.names) if name.endswith("v1"))
     assert scene.usable[view, :, WIDTH // 2 :].all() and not scene.usable[view, :, :16].any()
     assert scene.usable.sum() == (6 - 0.5) * WIDTH * HEIGHT
@@ -326,23 +241,6 @@ def test_reduced_pictures_of_others_are_compared_with_the_originals(tmp_path, ki
 
 
 # ------------------------------------------------------------------- 5. pictures that are missing
-
-
-@pytest.mark.parametrize("kind", ["blender", "transforms", "colmap"])
-def test_missing_pictures_are_left_out_by_name(tmp_path, kind):
-    folder, said = make(tmp_path, kind), []
-    whole = load(folder, "--factor", "1", kind=kind)
-    (folder / "images" / "v4.png").unlink()
-    scene = load(folder, "--factor", "1", kind=kind, said=said)
-    assert len(scene.images) == 5 and not any(name.endswith("v4") for name in scene.names)
-    assert any("1 of 6" in line and "v4.png" in line for line in said)
-    kept = [0, 1, 2, 3, 5]
-    assert torch.equal(scene.images, whole.images[kept])
-    assert sorted(set(sum(scene.splits.values(), []))) == list(range(5))
-    for number in (1, 2, 3):
-        (folder / "images" / f"v{number}.png").unlink()
-    with pytest.raises(ValueError, match=r"4 of 6 pictures are missing"):
-        load(folder, "--factor", "1", kind=kind)
 
 
 def test_test_poses_without_pictures_leave_the_training_pictures(tmp_path):

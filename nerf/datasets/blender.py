@@ -28,7 +28,7 @@ from nerf.datasets.frames import (
     subset,
     views_of,
 )
-from nerf.datasets.images import picture_sizes, read_images
+from nerf.datasets.images import picture_sizes, read_images, why_unreadable
 from nerf.datasets.masks import DYNAMIC, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
@@ -144,7 +144,7 @@ def is_plain(datadir: Path, found: Capture) -> bool:
     top, frames = found.top, found.frames
     if any(key in top for key in NGP_KEYS):
         return False
-    first = find_picture(datadir, frames[0]["file_path"], frames[0]["where"])
+    files = [find_picture(datadir, frame["file_path"], frame["where"]) for frame in frames]
     for frame in frames:
         if "fl_x" in frame or "fl_y" in frame or frame.get("mask_path"):
             return False
@@ -154,11 +154,15 @@ def is_plain(datadir: Path, found: Capture) -> bool:
             return False
         if frame.get("camera_angle_x") != frames[0].get("camera_angle_x"):
             return False
-    if any(first.parent.glob(f"{DYNAMIC}*.png")):
+    if any(files[0].parent.glob(f"{DYNAMIC}*.png")):
         return False
-    if not {"cx", "cy", "camera_angle_y", "w", "h"} & set(frames[0]) or not first.is_file():
+    if not {"cx", "cy", "camera_angle_y", "w", "h"} & set(frames[0]):
         return True
-    row, (height, width) = camera_of(frames[0], first)
+    whole = (i for i, file in enumerate(files) if file.is_file() and not why_unreadable(file))
+    first = next(whole, None)
+    if first is None:
+        return True
+    row, (height, width) = camera_of(frames[first], files[first])
     fx, fy, cx, cy = row[:4]
     square = abs(fx / fy - 1) < 1e-3
     return square and abs(cx - width / 2) < 0.01 and abs(cy - height / 2) < 0.01

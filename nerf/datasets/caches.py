@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nerf.datasets.images import eight_bit, read_image
+from nerf.datasets.images import eight_bit, read_image, why_unreadable
 
 SPOT_CHECKS = 4  # pictures compared although their times arouse no suspicion
 SIDE = 8  # pixels of the thumbnails that are compared
@@ -59,9 +59,16 @@ def why_stale(reduced: Sequence[Path], originals: Sequence[Path]) -> str | None:
     few = set(np.linspace(0, len(reduced) - 1, SPOT_CHECKS).astype(int).tolist())
     for index, (small, large) in enumerate(zip(reduced, originals, strict=True)):
         if index in few or _changed(large) > _changed(small):
-            if _differ(small, large):
+            if not why_unreadable(large) and _differ(small, large):
                 return f"its {small.name} is another picture than {large.name} in images/"
     return None
+
+
+def other_factors(datadir: Path) -> str:
+    """For a message: the factors for which ``datadir`` has reduced pictures; "" for none."""
+    found = [path.name.removeprefix("images_") for path in datadir.glob("images_*/")]
+    factors = sorted((name for name in found if name.isdigit()), key=int)
+    return f", or give --factor {' or '.join(factors)}, for which there are some" * bool(factors)
 
 
 def _changed(file: Path) -> float:

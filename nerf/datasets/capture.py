@@ -127,7 +127,10 @@ def _check_all_usable(views: Views, cameras: torch.Tensor, height: int, width: i
 def _usable(
     views: Views, cameras: torch.Tensor, height: int, width: int, sizes: np.ndarray
 ) -> torch.Tensor | None:
-    """bool [V, height, width]: in the picture, not masked, valid for the lens. None: all are."""
+    """bool [V, height, width]: in the picture, not masked, valid for the lens. None: all are.
+
+    Views without any such pixel are left out later, by ``checks``.
+    """
     usable = torch.zeros(len(sizes), height, width, dtype=torch.bool)
     for view, (own_height, own_width) in enumerate(sizes.tolist()):
         inside = usable[view, :own_height, :own_width]
@@ -137,12 +140,6 @@ def _usable(
             inside &= torch.from_numpy(read_masks(masks, (own_height, own_width)))
         if cameras.shape[-1] > 4:
             inside &= _in_lens_domain(cameras[view], own_height, own_width)
-        if not inside.any():
-            culprit = masks[0].path if masks else views.files[view]
-            raise ValueError(
-                f"{culprit}: leaves no pixel of its picture; change the mask (or lens), or leave "
-                "the picture out"
-            )
     return None if bool(usable.all()) else usable
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nerf.datasets import capture
-from nerf.datasets.pictures import FEWEST, some
+from nerf.datasets.pictures import FEWEST, some, too_few
 from nerf.datasets.scene import Scene
 
 MOST_BLANK = 1 / 3  # of the training views; more are so by intent
@@ -25,6 +25,7 @@ Warn = Callable[[str], object]
 
 def check_scene(scene: Scene, warn: Warn) -> Scene:
     """The scene without its blank training views; ``warn`` names whatever is suspicious."""
+    scene = without_masked_views(scene, warn)
     scene = without_blank_views(scene, warn)
     check_backgrounds(scene, warn)
     check_reach(scene, warn)
@@ -32,6 +33,27 @@ def check_scene(scene: Scene, warn: Warn) -> Scene:
 
 
 # ------------------------------------------------------------------------------ single pictures
+
+
+def without_masked_views(scene: Scene, warn: Warn) -> Scene:
+    """The scene without views of which no pixel counts, by their mask or lens.
+
+    ValueError where too few training views remain, see ``pictures.too_few``.
+    """
+    if scene.usable is None:
+        return scene
+    empty = [view for view in _all_views(scene) if not bool(scene.usable[view].any())]
+    if not empty:
+        return scene
+    names, train = [scene.names[view] for view in empty], scene.splits["train"]
+    lost = len(set(train) & set(empty))
+    too_few(len(train), lost, "", "wholly masked, or behind masks that cannot be read", names)
+    warn(f"the mask or the lens leaves no pixel of {len(empty)} pictures, left out: {some(names)}")
+    kept = {
+        name: [view for view in views if view not in set(empty)]
+        for name, views in scene.splits.items()
+    }
+    return replace(scene, splits={name: views for name, views in kept.items() if views})
 
 
 def without_blank_views(scene: Scene, warn: Warn) -> Scene:

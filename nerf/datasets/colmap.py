@@ -7,9 +7,9 @@ import numpy as np
 
 from nerf import lenses
 from nerf.datasets import capture, pictures
-from nerf.datasets.caches import why_stale
+from nerf.datasets.caches import other_factors, why_stale
 from nerf.datasets.colmap_model import Model, find_model, read_model
-from nerf.datasets.images import inside, list_images, picture_sizes
+from nerf.datasets.images import inside, list_images, picture_sizes, why_unreadable
 from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store
@@ -92,7 +92,7 @@ def registered(
             f"{len(others)} of {len(files) + len(others)} pictures have no pose in {folder} and "
             f"are left out: {pictures.some(others)}"
         )
-    kept = pictures.without_missing(files, None, str(images), warn, "registered pictures")
+    kept = pictures.readable(files, None, str(images), warn, "registered pictures")
     model, files = _subset(model, kept), [files[view] for view in kept]
     intrinsics: dict[int, list[float]] = {}
     for number, camera in model.cameras.items():
@@ -146,18 +146,29 @@ def _subset(model: Model, kept: list[int]) -> Model:
 def picture_folder(
     datadir: Path, names: list[str], factor: int, warn: Callable[[str], object]
 ) -> Path:
-    """images_N/ with N = ``factor`` if it holds every picture of images/, else images/."""
+    """images_N/ with N = ``factor`` if it holds every registered picture, else images/.
+
+    Without images/, an incomplete images_N/ will do.
+    """
     images, reduced = datadir / "images", datadir / f"images_{factor}"
     if factor > 1:
         small = [pictures.existing(inside(reduced, name, "image name")) for name in names]
         if all(path.is_file() for path in small):
             large = [pictures.existing(inside(images, name, "image name")) for name in names]
             stale = why_stale(small, large)
+            broken = [path.name for path in small if why_unreadable(path)]
+            if broken and images.is_dir():
+                stale = f"its {broken[0]} cannot be read"
             if not stale:
                 return reduced
             warn(f"{reduced} is ignored: {stale}; delete the folder")
+        elif not images.is_dir() and any(path.is_file() for path in small):
+            return reduced
     if not images.is_dir():
-        raise ValueError(f"{images}: no such folder; put the pictures given to COLMAP there")
+        raise ValueError(
+            f"{images}: no such folder; put the pictures given to COLMAP there"
+            f"{other_factors(datadir)}"
+        )
     return images
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nerf.datasets import pictures
 from nerf.datasets.images import list_images, picture_sizes, read_images
+from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
 
@@ -39,39 +40,28 @@ def load(
     ``read_images``.
     """
     files: list[Path] = []
-    poses: list[np.ndarray] = []
+    poses: list[Path] = []
     numbers: dict[str, list[int]] = {}
     for split, folder in FOLDERS.items():
         base = datadir / folder / shape
         if split != "train" and not base.is_dir():
             continue
-        skip = 1 if split == "train" else max(1, testskip)
-        found = list_images(base / "rgb")
-        pose_files = sorted((base / "pose").glob("*.txt"))
-        if len(found) != len(pose_files) or not found:
-            raise ValueError(
-                f"{base}: {len(found)} pictures but {len(pose_files)} pose files; expected one "
-                "pose file per picture"
-            )
-        for picture, pose_file in zip(found, pose_files, strict=True):
-            if picture.stem != pose_file.stem:
-                raise ValueError(
-                    f"{base}: picture {picture.name} has no pose of its name (found "
-                    f"{pose_file.name}); pictures and pose files must have the same names"
-                )
-        numbers[split] = list(range(len(files), len(files) + len(found[::skip])))
-        files += found[::skip]
-        poses += [read_pose(path) for path in pose_files[::skip]]
-    sizes = [picture_sizes(file) for file in files]
-    kept = pictures.of_one_size(files, sizes, warn)
+        pairs = _pairs(base, warn)[:: 1 if split == "train" else max(1, testskip)]
+        numbers[split] = list(range(len(files), len(files) + len(pairs)))
+        files += [picture for picture, _ in pairs]
+        poses += [pose for _, pose in pairs]
+    kept = pictures.readable(files, numbers, str(datadir), warn)
+    sizes = [picture_sizes(files[view]) for view in kept]
+    kept = [kept[i] for i in pictures.of_one_size([files[view] for view in kept], sizes, warn)]
     files, poses = [files[view] for view in kept], [poses[view] for view in kept]
     numbers = pictures.renumbered(numbers, kept)
-    if (datadir / "masks").is_dir():
-        warn(f"{datadir / 'masks'}: not used, --dataset_type deepvoxels reads no masks")
+    masks = find_masks(datadir, files, warn)
     images = read_images(files, factor=factor, store=store)
+    if isinstance(images, np.memmap):
+        refuse_with_store(masks, datadir)
     height, width = images.shape[1:3]
     focal = read_focal(datadir / "train" / shape / "intrinsics.txt", height)
-    c2w = np.stack(poses)
+    c2w = np.stack([read_pose(path) for path in poses])
     radius = float(np.linalg.norm(c2w[:, :, 3], axis=-1).mean())
     render = c2w[numbers["test"]] if "test" in numbers else c2w
     return Scene(
@@ -85,8 +75,31 @@ def load(
         far=far or radius + 1.0,
         render_poses=torch.tensor(render, dtype=torch.float32),
         background=background,
+        usable=usable_pixels(masks, height, width),
         to_world=torch.eye(4, dtype=torch.float64),
     )
+
+
+def _pairs(base: Path, warn: Callable[[str], object]) -> list[tuple[Path, Path]]:
+    """The pictures and poses in rgb/ and pose/ of the same name, in the order of their names.
+
+    A pose without a picture comes with the path of one that does not exist. ``warn`` names pictures
+    without a pose. ValueError where there are no poses, or no picture has one.
+    """
+    found = {path.stem: path for path in list_images(base / "rgb")}
+    poses = {path.stem: path for path in sorted((base / "pose").glob("*.txt"))}
+    if not found.keys() & poses.keys():
+        raise ValueError(
+            f"{base}: {len(found)} pictures and {len(poses)} pose files, none of the same name; "
+            "expected rgb/000000.png with pose/000000.txt"
+        )
+    alone = [path.name for stem, path in found.items() if stem not in poses]
+    if alone:
+        warn(
+            f"{base}: {len(alone)} of {len(found)} pictures have no pose file and are left out: "
+            f"{pictures.some(alone)}"
+        )
+    return [(found.get(stem, base / "rgb" / f"{stem}.png"), pose) for stem, pose in poses.items()]
 
 
 def read_numbers(path: Path) -> list[list[float]]:

@@ -230,10 +230,10 @@ def _normalized(file_path: str) -> str:
 def present(datadir: Path, found: Capture, warn: Warn) -> tuple[Capture, list[Path]]:
     """The capture without the frames whose picture is missing, and the pictures of the others.
 
-    ``warn`` names them. ValueError where too few remain, see ``pictures.without_missing``.
+    ``warn`` names them. ValueError where too few remain, see ``pictures.readable``.
     """
     files = [find_picture(datadir, frame["file_path"], frame["where"]) for frame in found.frames]
-    kept = pictures.without_missing(files, found.splits, str(datadir), warn)
+    kept = pictures.readable(files, found.splits, str(datadir), warn)
     return subset(found, kept), [files[index] for index in kept]
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nerf.datasets.store import Store
 
@@ -65,8 +65,7 @@ def read_image(path: Path, size: Size | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as opened:
-            # An MPO photo carries a small copy of itself as a second frame; it is no animation.
-            if getattr(opened, "is_animated", False) and opened.format != "MPO":
+            if _is_animation(opened):
                 count = getattr(opened, "n_frames", "several")
                 raise ValueError(f"it is an animation of {count} frames, expected one")
             opened.load()
@@ -80,6 +79,55 @@ def read_image(path: Path, size: Size | None = None) -> np.ndarray:
     image = eight_bit(image, path)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return np.array(image.convert("RGBA" if transparent else "RGB"))
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be decoded as one picture; None: it can.
+
+    A file that begins and ends as its format demands, with the checksums that it has, is not
+    decoded; one that does not is, and Pillow decides.
+    """
+    try:
+        with Image.open(path) as image:
+            if _is_animation(image):
+                return f"an animation of {getattr(image, 'n_frames', 'several')} frames"
+            if image.mode == "F":
+                return "floating-point pixels"
+            kind = image.format
+            if kind == "PNG" and _has_checksums(image):
+                return None
+        if kind in ("JPEG", "MPO") and _ends_with(path, b"\xff\xd9"):
+            return None
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        return ("not a picture" if path.stat().st_size else "empty") if unknown else str(error)
+    return None
+
+
+def _has_checksums(image: Image.Image) -> bool:
+    """Whether all parts of an open PNG are there and have their checksums; it is used up."""
+    try:
+        image.verify()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    """Whether the last bytes of a file are ``mark``, perhaps followed by zeros."""
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, 4096), os.SEEK_END)
+        return file.read().rstrip(b"\0").endswith(mark)
+
+
+def _is_animation(image: Image.Image) -> bool:
+    """Whether an open picture has several frames.
+
+    An MPO photo carries a small copy of itself as a second frame; it is no animation.
+    """
+    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
 
 
 def picture_sizes(path: Path) -> list[tuple[int, int]]:

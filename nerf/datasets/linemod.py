@@ -53,7 +53,7 @@ def load(
         for key in ("near", "far")
     ]
     low, high = float(np.floor(min(stated[0]))), float(np.ceil(max(stated[1])))
-    kept = pictures.without_missing(files, numbers, str(datadir), warn)
+    kept = pictures.readable(files, numbers, str(datadir), warn)
     sizes = [picture_sizes(files[view]) for view in kept]
     kept = [kept[i] for i in pictures.of_one_size([files[view] for view in kept], sizes, warn)]
     files, poses = [files[view] for view in kept], [poses[view] for view in kept]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
 from nerf.datasets import pictures as choice
-from nerf.datasets.caches import source_of, why_stale, write_fingerprints
+from nerf.datasets.caches import other_factors, source_of, why_stale, write_fingerprints
 from nerf.datasets.images import (
     IMAGE_SUFFIXES,
     Size,
@@ -27,14 +27,17 @@ from nerf.datasets.images import (
     picture_sizes,
     read_image,
     read_images,
+    why_unreadable,
     with_alpha,
 )
+from nerf.datasets.llff_rows import files_of_rows
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store, as_tensor
 
 # The nearest depth is scaled to 1 / 0.75, so that NDC's near plane at 1 lies in front of it.
 BOUND_FACTOR = 0.75
+Warn = Callable[[str], object]
 
 
 def load(
@@ -47,7 +50,7 @@ def load(
     background: float,
     near: float = 0.0,
     far: float = 0.0,
-    warn: Callable[[str], object] = print,
+    warn: Warn = print,
     store: Store | None = None,
 ) -> Scene:
     """The capture at ``datadir``, its pictures ``factor`` times smaller.
@@ -59,13 +62,8 @@ def load(
     pixels. store: see ``read_images``.
     """
     poses, sizes, bounds = read_poses_bounds(datadir / "poses_bounds.npy")
-    found = read_pictures(datadir, factor, len(poses), sizes[0, :2], warn, store)
+    found = read_pictures(datadir, factor, poses, sizes[0, :2], warn, store)
     images, names = found.images, [file.stem for file in found.files]
-    if found.num_files != len(poses):
-        raise ValueError(
-            f"{datadir}: {found.num_files} pictures but {len(poses)} poses in poses_bounds.npy; "
-            "remove the pictures that were not registered, or estimate the poses again"
-        )
     poses, sizes, bounds = (rows[found.kept] for rows in (poses, sizes, bounds))
     masks = find_masks(datadir, found.files, warn)
     if isinstance(images, np.memmap):
@@ -179,23 +177,23 @@ class Pictures(NamedTuple):
 
     images: np.ndarray  # uint8 [V, H, W, 3], or 4 channels if any pixel is transparent
     files: list[Path]  # V
-    kept: list[int]  # V: their places among all pictures of the folder
-    num_files: int  # of all pictures of the folder
+    kept: list[int]  # V: the rows of the pose file that they belong to
 
 
 def read_pictures(
     datadir: Path,
     factor: int,
-    count: int,
+    poses: np.ndarray,
     full_size: np.ndarray,
-    warn: Callable[[str], object],
+    warn: Warn,
     store: Store | None = None,
 ) -> Pictures:
-    """The pictures, ``factor`` = N times smaller; ``warn`` names those of another size.
+    """The pictures, ``factor`` = N times smaller; ``warn`` names those that are left out.
 
-    images_N/ is used if it holds ``count`` pictures whose size is ``full_size`` (height and width
-    in the pose file) divided by N, and was made from the pictures in images/. Otherwise pictures
-    are reduced from images/, and kept in images_N/ if that does not exist or was made here.
+    poses: of the rows, see ``files_of_rows``. images_N/ is used if it holds a picture for each row
+    whose size is ``full_size`` (height and width in the pose file) divided by N, and was made from
+    the pictures in images/. Otherwise pictures are reduced from images/, and kept in images_N/ if
+    that does not exist or was made here.
     """
     if factor < 1:
         raise ValueError(f"--factor {factor}; expected 1 (full size) or more")
@@ -204,13 +202,16 @@ def read_pictures(
     cache, complaint, rebuild = datadir / f"images_{factor}", None, False
     if factor > 1 and cache.is_dir():
         files = list_images(cache)
-        complaint = _why_unusable(files, count, full_size / factor)
+        complaint = _why_unusable(files, len(poses), full_size / factor, originals.is_dir())
         if not complaint and originals.is_dir():
             complaint = why_stale(files, list_images(originals))
             rebuild = complaint is not None and source_of(files) is not None
         if not complaint:
-            images = _without_opaque_alpha(read_images(files, size, store=store))
-            return Pictures(images, files, list(range(len(files))), len(files))
+            kept = _whole(files, originals, warn)
+            files = [files[row] for row in kept]
+            return Pictures(
+                _without_opaque_alpha(read_images(files, size, store=store)), files, kept
+            )
         if not originals.is_dir():
             raise ValueError(f"{cache}: {complaint}, and {originals} does not exist to rebuild it")
         again = "it is made again" if rebuild else "delete the folder to have it rebuilt"
@@ -220,21 +221,38 @@ def read_pictures(
             f"{cache}: does not exist, and --data_store mmap needs it; create it by one run with "
             "--data_store memory on a machine with enough memory, or use --factor 1"
         )
-    everything = _originals(originals)
-    kept = choice.of_one_size(everything, [picture_sizes(file) for file in everything], warn)
-    files = [everything[index] for index in kept]
+    rows = files_of_rows(datadir, poses, _originals(originals), warn)
+    kept = choice.readable(rows, None, str(originals), warn)
+    found = [picture_sizes(rows[row]) for row in kept]
+    kept = [kept[i] for i in choice.of_one_size([rows[row] for row in kept], found, warn)]
+    files = [rows[row] for row in kept]
     if factor == 1:
-        images = _without_opaque_alpha(read_images(files, size, store=store))
-        return Pictures(images, files, kept, len(everything))
+        return Pictures(_without_opaque_alpha(read_images(files, size, store=store)), files, kept)
     reduced = [_reduced(file, factor, size) for file in files]
     if len({picture.size for picture in reduced}) > 1:
         read_images(files, size)  # raises ValueError with the name of the file that differs
-    if (not complaint or rebuild) and len(files) == count:
+    if (not complaint or rebuild) and len(files) == len(poses):
         _write_cache(cache, files, reduced, warn, replace=rebuild)
     arrays = [np.asarray(picture) for picture in reduced]
     if any(array.shape[-1] == 4 for array in arrays):
         arrays = [with_alpha(array) for array in arrays]
-    return Pictures(np.stack(arrays), files, kept, len(everything))
+    return Pictures(np.stack(arrays), files, kept)
+
+
+def _whole(reduced: list[Path], originals: Path, warn: Warn) -> list[int]:
+    """The numbers of the reduced pictures that can be read and were not taken out of ``originals``.
+
+    Only where reduced pictures have the names of the originals can one see which were taken out.
+    """
+    kept = choice.readable(reduced, None, str(reduced[0].parent), warn)
+    if not originals.is_dir():
+        return kept
+    there = {file.stem for file in list_images(originals)}
+    gone = [row for row in kept if reduced[row].stem not in there]
+    if not gone or not there < {file.stem for file in reduced}:
+        return kept
+    choice.leave_out(reduced, gone, warn, f"no longer in {originals.name}/")
+    return [row for row in kept if row not in set(gone)]
 
 
 def _without_opaque_alpha(images: np.ndarray) -> np.ndarray:
@@ -246,19 +264,30 @@ def _without_opaque_alpha(images: np.ndarray) -> np.ndarray:
 
 def _originals(folder: Path) -> list[Path]:
     """The pictures at full size. ValueError if there are none."""
-    files = list_images(folder)
+    files = list_images(folder) if folder.is_dir() else []
     if not files:
         raise ValueError(
             f"{folder}: holds no pictures; put the capture's {'/'.join(IMAGE_SUFFIXES)} files there"
+            f"{other_factors(folder.parent)}"
         )
     return files
 
 
-def _why_unusable(files: list[Path], count: int, expected_size: np.ndarray) -> str | None:
-    """Why cached pictures do not fit the poses (number, height and width); None if they do."""
+def _why_unusable(
+    files: list[Path], count: int, expected_size: np.ndarray, replaceable: bool
+) -> str | None:
+    """Why reduced pictures do not fit the poses (number, height and width); None if they do.
+
+    replaceable: the originals exist, so that one unreadable picture is a reason.
+    """
     if len(files) != count:
         return f"it holds {len(files)} pictures for {count} poses"
-    height, width = read_image(files[0], (expected_size[1], expected_size[0])).shape[:2]
+    broken = {file: why for file in files if (why := why_unreadable(file))}
+    if broken and (replaceable or len(broken) == count):
+        file, why = next(iter(broken.items()))
+        return f"its {file.name} cannot be read ({why})"
+    first = next(file for file in files if file not in broken)
+    height, width = read_image(first, (expected_size[1], expected_size[0])).shape[:2]
     if np.abs(np.array([height, width]) - expected_size).max() > 1.0:
         want = f"{expected_size[1]:g}x{expected_size[0]:g}"
         return f"its pictures are {width}x{height} where the poses expect {want}"
@@ -283,7 +312,7 @@ def _write_cache(
     cache: Path,
     files: Sequence[Path],
     pictures: Sequence[Image.Image],
-    warn: Callable[[str], object],
+    warn: Warn,
     *,
     replace: bool,
 ) -> None:

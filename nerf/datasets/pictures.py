@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nerf.datasets.images import why_unreadable
+
 FEWEST = 3  # training pictures that must remain
 LEAST_PART = 1 / 3  # of the training pictures that must remain
 Splits = dict[str, list[int]]
@@ -52,31 +54,42 @@ def renumbered(splits: Splits, kept: list[int]) -> Splits:
     return {name: views for name, views in moved.items() if views or name == "train"}
 
 
-def without_missing(
+def readable(
     files: list[Path], splits: Splits | None, where: str, warn: Warn, kind: str = "pictures"
 ) -> list[int]:
-    """The numbers of the files that exist; ``warn`` names the others.
+    """The numbers of the files that exist and are whole pictures; ``warn`` names the others.
 
     splits: split name -> numbers, or None. ValueError, beginning with ``where``, if fewer than
-    FEWEST or LEAST_PART of the training pictures exist.
+    FEWEST or LEAST_PART of the training pictures remain.
     """
     missing = [index for index, file in enumerate(files) if not file.is_file()]
-    if not missing:
+    lost = set(missing)
+    broken = {
+        index: why
+        for index, file in enumerate(files)
+        if index not in lost and (why := why_unreadable(file))
+    }
+    lost |= set(broken)
+    if not lost:
         return list(range(len(files)))
-    absent = set(missing)
     for name, views in (splits or {}).items():
-        if name != "train" and views and absent.issuperset(views):
-            warn(f"{where}: none of the {len(views)} {name} pictures exists; that split is empty")
+        if name != "train" and views and lost.issuperset(views):
+            why = "exists" if set(missing).issuperset(views) else "can be read"
+            warn(f"{where}: none of the {len(views)} {name} pictures {why}; that split is empty")
             missing = [index for index in missing if index not in set(views)]
     train = splits["train"] if splits and splits.get("train") else range(len(files))
-    names = [files[index].name for index in missing]
-    too_few(len(train), sum(index in absent for index in train), f"{where}: ", "missing", names)
-    if missing:
-        warn(
-            f"{where}: {len(missing)} of {len(files)} {kind} are missing and left out: "
-            f"{some(names)}"
-        )
-    return [index for index in range(len(files)) if index not in absent]
+    names = [files[index].name for index in train if index in lost]
+    reason = " and ".join(["missing"] * bool(missing) + ["unreadable"] * bool(broken))
+    too_few(len(train), sum(index in lost for index in train), f"{where}: ", reason, names)
+    for group, what in ((missing, "missing"), (list(broken), "unreadable")):
+        if group:
+            shown = [files[i].name + (f" ({broken[i]})" if i in broken else "") for i in group]
+            are = "is" if len(group) == 1 else "are"
+            warn(
+                f"{where}: {len(group)} of {len(files)} {kind} {are} {what} and left out: "
+                f"{some(shown)}"
+            )
+    return [index for index in range(len(files)) if index not in lost]
 
 
 def too_few(count: int, lost: int, where: str, why: str, names: list[str]) -> None:
