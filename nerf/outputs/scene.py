@@ -6,7 +6,7 @@ another renders. The caller swaps in the weights to render with.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from nerf.outputs.render import clip_rays, normals_from_points, render_view
 from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered
 from nerf.training.distributed import World
+from nerf.training.progress import frames
 from nerf.training.recovery import halve_until_it_fits
 from nerf.training.system import StopSignal
 
@@ -42,6 +43,8 @@ class SceneOutputs:
     out, which does not change the pictures. stop: once it has caught a signal, the next
     ``render_camera`` raises Interrupted.
     """
+
+    seconds_per_pixel: float | None = None  # of the latest picture
 
     def __init__(
         self,
@@ -65,10 +68,27 @@ class SceneOutputs:
         if self.stop is not None and self.stop.number:
             raise Interrupted
         size = size or (scene.height, scene.width)
-        rays_of = scene.view_rays(c2w, intrinsics, size[1])
-        return self.halve_block_until_it_fits(
+        rays_of, start = scene.view_rays(c2w, intrinsics, size[1]), time.perf_counter()
+        picture = self.halve_block_until_it_fits(
             lambda block: render_view(self.render, rays_of, size, block, self.world.device)
         )
+        self.seconds_per_pixel = (time.perf_counter() - start) / math.prod(size)
+        return picture
+
+    def rendering_seconds(self, factor: int, *, video: bool) -> float | None:
+        """How long the test views and the path's frames would take; None: nothing to go by yet."""
+        scene = self.scene.resized(factor)
+        sizes = [scene.view_size(view) for view in scene.splits.get("test", [])]
+        sizes += [scene.view_size(0)] * len(scene.render_poses) * video
+        if sizes and self.seconds_per_pixel is None:
+            return None
+        return (self.seconds_per_pixel or 0.0) * sum(map(math.prod, sizes)) / self.world.size
+
+    def own_frames(self, count: int, what: str) -> Iterator[int]:
+        """The numbers of this rank among ``count`` pictures; rank 0 shows the progress."""
+        world = self.world
+        numbers = range(world.rank, count, world.size)
+        return frames(numbers, what, self.log, total=count, stride=world.size, show=world.is_main)
 
     def halve_block_until_it_fits(self, job: Callable[[int], T]) -> T:
         """job(block), with the block halved until it fits; the job must not talk to other ranks."""
@@ -148,7 +168,7 @@ def measure_views(
     world, views = outputs.world, outputs.scene.splits[split]
     own_rows = []
     with world.raise_on_all_ranks():
-        for number in range(world.rank, len(views), world.size):
+        for number in outputs.own_frames(len(views), "test view"):
             view, start = views[number], time.perf_counter()
             rendered = outputs.render_dataset_view(scene, view)
             seconds = time.perf_counter() - start
@@ -230,7 +250,7 @@ def render_path(
         focal = 0.5 * size[0] / np.tan(np.radians(key_path[1]) / 2)
         cameras = [camera.new_tensor([f, f, 0.5 * size[1], 0.5 * size[0]]) for f in focal]
     with world.raise_on_all_ranks():
-        for number in range(world.rank, len(poses), world.size):
+        for number in outputs.own_frames(len(poses), "frame"):
             rendered = outputs.render_camera(scene, poses[number], cameras[number], size)
             write_png(folder / f"{number:03d}.png", rendered.rgb.clamp(0, 1).numpy())
             write_png(folder / "depth" / f"{number:03d}.png", outputs.depth_map(rendered))

@@ -1,10 +1,12 @@
-"""Progress of a run: the training clock, speeds, the progress bar and the logged line."""
+"""Progress of a run: the training clock, speeds, the ETA, and the progress of what is rendered."""
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -46,6 +48,39 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+SECONDS_BETWEEN = 10.0  # lines about frames, where there is no terminal
+
+
+def frames(
+    items: Sequence[T],
+    what: str,
+    log: Callable[[str], None],
+    *,
+    total: int = 0,
+    stride: int = 1,
+    show: bool = True,
+) -> Iterator[T]:
+    """The items one by one, with "test view 12/60" and the time left: a bar, or a line in the log.
+
+    total: their number over all ranks, of which every ``stride``-th is here; 0: all are here. The
+    log gets a line at most every SECONDS_BETWEEN seconds, a terminal a bar. show: on rank 0.
+    """
+    from tqdm import tqdm
+
+    total, start = total or len(items), time.monotonic()
+    on_terminal, said = show and sys.stderr.isatty(), start
+    form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}"
+    with tqdm(total=total, desc=what, bar_format=form, leave=False, disable=not on_terminal) as bar:
+        for number, item in enumerate(items, start=1):
+            yield item
+            done, now = min(number * stride, total), time.monotonic()
+            bar.update(done - bar.n)
+            if show and not on_terminal and now - said >= SECONDS_BETWEEN and done < total:
+                left = (now - start) / done * (total - done)
+                log(f"{what} {done}/{total}, {duration(left)} left")
+                said = now
+
+
 FIRST_STEPS = 5  # after these a first estimate of the whole run is logged, if it is a long one
 LONG_SECONDS = 2 * 3600.0
 
@@ -63,7 +98,11 @@ class Progress:
 
     total: the number of updates (--N_iters). state: the run's counters, which change meanwhile.
     show: whether to show the bar if there is a terminal. hint: said about a run that takes hours.
+    Set ``rendering`` to the seconds that the pictures after the last update will take, once they
+    can be estimated: the ETA counts them, and says that it does not while they are not known.
     """
+
+    rendering: float | None = None
 
     def __init__(self, total: int, state: Counters, *, show: bool, hint: str = "") -> None:
         from tqdm import tqdm
@@ -104,12 +143,19 @@ class Progress:
             if seconds > LONG_SECONDS:
                 log(f"{left} updates will take about {duration(seconds)} at this speed{self.hint}")
 
+    def eta(self) -> str:
+        """The time until the run ends: that of its updates, and of the rendering after them."""
+        left = (self.total - self.state.step) * self.seconds_per_step
+        if self.rendering is None:
+            return f"ETA {duration(left)}, without rendering"
+        return f"ETA {duration(left + self.rendering)}"
+
     def report(self, log: Callable[[str], None], line: str) -> None:
         """Show ``line`` beside the bar; without a bar, log it with the step and the time left."""
-        self.bar.set_postfix_str(line, refresh=False)
+        then = f", then {duration(self.rendering)} of rendering" if self.rendering else ""
+        self.bar.set_postfix_str(line + then, refresh=False)
         if not self.on_terminal:
-            left = duration((self.total - self.state.step) * self.seconds_per_step)
-            log(f"step {self.state.step}/{self.total}  {line}  ETA {left}")
+            log(f"step {self.state.step}/{self.total}  {line}  {self.eta()}")
 
     def close(self) -> None:
         """Close the bar."""
