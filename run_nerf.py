@@ -246,6 +246,11 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
     )
     progress = Progress(args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW)
+    # Of test views and video, for the ETA; not known before the first validation.
+    rendering_seconds = partial(
+        evaluation.outputs.rendering_seconds, args.render_factor, video=args.i_video > 0
+    )
+    progress.rendering = rendering_seconds()
     content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
@@ -322,6 +327,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         if every(state.step, args.i_img):
             with state.clock.paused():
                 state.record_validation(evaluation.validate(state.step))
+            progress.rendering = rendering_seconds()
         if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
             with state.clock.paused():
                 state.save(run, args.keep_ckpts, **content)
