@@ -25,6 +25,7 @@ from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
+from nerf.training.monitor import READ_EVERY
 from nerf.training.schedules import highest, scheduled, stepped
 
 Log = Callable[[str], None]
@@ -81,6 +82,7 @@ def build_renderer(
     if args.occ_grid:
         assert scene is not None, "an occupancy grid needs the scene's bounds"
         return _occupancy_renderer(args, scene, field, log)
+    device = scene.c2w.device if scene is not None else torch.device("cpu")
     return NeRFRenderer(
         field(args.netdepth, args.netwidth),
         field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
@@ -90,6 +92,7 @@ def build_renderer(
         perturb=args.perturb > 0,
         raw_noise_std=args.raw_noise_std,
         lindisp=args.lindisp,
+        static_shapes=has_static_shapes(args, device),
     )
 
 
@@ -136,7 +139,18 @@ def _occupancy_renderer(
         near_scaling=args.near_scaling,
         lambda_tv=args.lambda_tv,
         resample=args.resample,
+        static_shapes=has_static_shapes(args, scene.c2w.device),
     )
+
+
+def has_static_shapes(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether training uses constant shapes, so that a GPU is never waited for."""
+    return args.static_shapes == "on" or (args.static_shapes == "auto" and device.type == "cuda")
+
+
+def read_every(args: argparse.Namespace, device: torch.device) -> int:
+    """Steps between two reads of the numbers of a step (``monitor.Monitor``)."""
+    return READ_EVERY if has_static_shapes(args, device) else 1
 
 
 def parameter_groups(renderer: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:

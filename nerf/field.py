@@ -132,7 +132,9 @@ class NeRFField(Field):
         if not self.use_viewdirs:
             return self.output_linear(hidden)[:, :3].float()
         per_sample, per_ray = self._view_layer(hidden, viewdirs)
-        return self.rgb_linear(F.relu(per_sample + per_ray[ray_indices], inplace=True)).float()
+        assert ray_indices is not None
+        per_ray = per_ray.index_select(0, ray_indices)
+        return self.rgb_linear(F.relu(per_sample + per_ray, inplace=True)).float()
 
     def forward(
         self, points: Tensor, viewdirs: Tensor, ray_indices: Tensor | None = None
@@ -220,7 +222,8 @@ class FeatureField(Field):
         h = self.density_net(self.encoding(points))
         feature = self.on_feature(h)
         if self.view_encoding is not None:
-            feature = feature + self.on_view(self.view_encoding(viewdirs))[ray_indices]
+            on_view = self.on_view(self.view_encoding(viewdirs))
+            feature = feature + on_view.index_select(0, ray_indices)
         rgb = self.color_net(feature)
         return h[:, 0].float(), rgb.float()
 

@@ -3,6 +3,10 @@
 Unit coordinates: every ``Space`` maps its scene into the cube [-1, 1]^3, the coordinates of the
 occupancy grid's cells and of the field's encodings. Samples are packed: those of all rays are in
 one list, sorted by ray, then by t, with the ray's number beside each sample.
+
+Static shapes: the number of samples is known only on the device, and the host would have to wait
+for it to size the list. With a ``capacity`` the list always has that many rows: unused rows have
+length 0, so their weight is 0, and rays whose samples do not all fit have none.
 (Mueller et al. 2022, Instant-NGP, section 5.2 and appendix E; Li et al. 2023, NerfAcc.)
 """
 
@@ -31,12 +35,50 @@ class Samples(NamedTuple):
     t: Tensor  # [N] midpoint of the sample's interval
     lengths: Tensor  # [N] of the intervals, scene units
     points: Tensor  # [N, 3] unit coordinates
+    found: Tensor | None = None  # [] of static shapes: samples found, whether or not they fit
+
+    def at(self, index: Tensor) -> "Samples":
+        """The samples at ``index`` [M]."""
+        return Samples(*(member.index_select(0, index) for member in self[:4]))
+
+    def select(self, mask: Tensor, num_rays: int, capacity: int | None = None) -> "Samples":
+        """The samples where ``mask`` [N] is True, of ``num_rays`` rays; in ``capacity`` rows."""
+        if capacity is None:
+            return self.at(mask.nonzero()[:, 0])
+        index, count = first_true(mask, capacity)
+        ray_indices, t, lengths, points = self.at(index)[:4]
+        ray_indices, used = rows_in_use(ray_indices, count, num_rays)
+        return Samples(ray_indices, t, torch.where(used, lengths, 0.0), points, count)
+
+
+def first_true(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices [count] of the first True of mask [N], ascending, and how many there are, [].
+
+    Where there are fewer than ``count``, the last indices are N - 1. Nothing is read on the host.
+    """
+    total = mask.cumsum(0, dtype=torch.int32)
+    wanted = torch.arange(1, count + 1, dtype=torch.int32, device=mask.device)
+    return torch.searchsorted(total, wanted).clamp(max=len(mask) - 1), total[-1]
+
+
+def rows_in_use(ray_indices: Tensor, count: Tensor, num_rays: int) -> tuple[Tensor, Tensor]:
+    """Ray indices of a list with static shape, still ascending, and which rows are used, bool.
+
+    ray_indices [capacity] of the first rows, of ``count`` [] in all. A ray of which some samples do
+    not fit has none: those that do would be trained as if nothing were behind them.
+    """
+    capacity = len(ray_indices)
+    used = torch.arange(capacity, device=ray_indices.device) < count
+    ray_indices = torch.where(used, ray_indices, num_rays - 1)
+    cut = torch.where(count > capacity, ray_indices[-1], -1)
+    return ray_indices, used & (ray_indices != cut)
 
 
 class Space(Protocol):
     """A map from the scene to unit coordinates, and where rays are sampled in it."""
 
     step: float  # shortest length of a marching step, scene units
+    num_steps: int  # most marching steps along a ray
 
     def to_unit(self, points: Tensor) -> Tensor:
         """Unit coordinates of points [..., 3] of the scene."""
@@ -48,12 +90,13 @@ class Space(Protocol):
         """
 
     def midpoints(
-        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float
+        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float, *, static: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Midpoints t [R, K] of the intervals of rays, and the intervals' lengths in t.
 
         enter, leave: see ``span``. u [R, 1] or a number, in [0, 1): where in its first interval a
-        ray's first midpoint lies. Lengths are [R, K], or [R, 1] if they are equal along a ray.
+        ray's first midpoint lies. Lengths are [R, K], or [R, 1] if they are equal along a ray. K is
+        as large as these rays need, or ``num_steps`` if ``static``.
         """
 
     def cell_coordinates(self, rays: Rays, t: Tensor, size: int) -> list[Tensor]:
@@ -92,11 +135,14 @@ class Box:
         return enter, leave
 
     def midpoints(
-        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float
+        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float, *, static: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See ``Space.midpoints``; equal steps from where a ray enters, lengths [R, 1]."""
         step = self.step / rays.directions.norm(dim=-1, keepdim=True)
-        count = int(((leave - enter) / step).amax().ceil()) if len(enter) else 0
+        if static:
+            count = self.num_steps
+        else:
+            count = int(((leave - enter) / step).amax().ceil()) if len(enter) else 0
         numbers = torch.arange(count, device=step.device, dtype=step.dtype)
         return torch.addcmul(enter + u * step, numbers, step), step
 
@@ -121,7 +167,7 @@ class Contraction:
             t += max(smallest, t * cone_angle)
             edges.append(t)
         self.t_edges = torch.tensor(edges)
-        self.step = smallest
+        self.step, self.num_steps = smallest, len(edges) - 1
 
     def to(self, device: torch.device | str) -> "Contraction":
         """This space, with its step edges moved to ``device``."""
@@ -129,7 +175,7 @@ class Contraction:
         return self
 
     def __str__(self) -> str:
-        return f"contracted space, {len(self.t_edges) - 1} steps of {self.step:.4f} and up"
+        return f"contracted space, {self.num_steps} steps of {self.step:.4f} and up"
 
     def to_unit(self, points: Tensor) -> Tensor:
         """Unit coordinates of points [..., 3] of the scene."""
@@ -142,7 +188,7 @@ class Contraction:
         return rays.near * scale, rays.far * scale
 
     def midpoints(
-        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float
+        self, rays: Rays, enter: Tensor, leave: Tensor, u: Tensor | float, *, static: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See ``Space.midpoints``; all rays have the same steps, lengths [R, K]."""
         scale, steps = 1.0 / rays.directions.norm(dim=-1, keepdim=True), self.t_edges.diff()
@@ -173,6 +219,11 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("occupied", torch.ones(cells, dtype=torch.bool))
         self.register_buffer("bounds", torch.tensor([[-1.0] * 3, [1.0] * 3]))
         self.register_buffer("possible", torch.ones(cells, dtype=torch.bool))
+        self._possible_cells: Tensor | None = None  # indices of ``possible``, once they are needed
+        self.register_load_state_dict_post_hook(lambda grid, keys: grid._forget_possible_cells())
+
+    def _forget_possible_cells(self) -> None:
+        self._possible_cells = None
 
     @property
     def fraction(self) -> float:
@@ -192,22 +243,27 @@ class OccupancyGrid(nn.Module):
         step: int,
         step_length: float,
         generator: torch.Generator,
+        *,
+        static: bool = False,
     ) -> None:
         """Evaluate the density at random points of some cells and recompute ``occupied``.
 
         density_at: unit points [M, 3] -> density [M]. step_length: of marching, scene units. All
         cells while ``step`` < WARM_UP; later 1/8 of them, half drawn from all, half from occupied
-        ones.
+        ones. static: nothing is read on the host, with other draws.
         """
         device = self.density.device
-        possible = self.possible.nonzero()[:, 0]
+        if self._possible_cells is None:
+            self._possible_cells = self.possible.nonzero()[:, 0]
+        possible = self._possible_cells
         if step < WARM_UP:
             cells = possible
         else:
             count = max(1, len(possible) // 16)
             cells = possible[self._draw(len(possible), count, generator)]
-            occupied = self.occupied.nonzero()[:, 0]
-            if len(occupied):
+            if static:
+                cells = torch.cat([cells, self._draw_occupied(count, generator)])
+            elif len(occupied := self.occupied.nonzero()[:, 0]):
                 cells = torch.cat([cells, occupied[self._draw(len(occupied), count, generator)]])
         u = torch.rand(len(cells), 3, generator=generator, device=device)
         found = torch.cat([density_at(part) for part in self.cell_points(cells, u).split(1 << 15)])
@@ -227,6 +283,7 @@ class OccupancyGrid(nn.Module):
     def carve(self, possible: Tensor) -> None:
         """Exclude cells permanently: those where ``possible`` [R^3] bool is False."""
         self.possible.copy_(possible)
+        self._forget_possible_cells()
         self.occupied &= possible
         self._tighten()
 
@@ -234,42 +291,65 @@ class OccupancyGrid(nn.Module):
         """Set ``bounds`` to the box around the occupied cells, or to the cube if there are none."""
         size = self.resolution
         occupied = self.occupied.view(size, size, size)
-        if not occupied.any():
-            self.bounds.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]))
-            return
         for axis in range(3):
             others = [other for other in range(3) if other != axis]
-            used = occupied.any(others[1]).any(others[0]).nonzero()
-            self.bounds[0, axis] = used.min() / size * 2 - 1
-            self.bounds[1, axis] = (used.max() + 1) / size * 2 - 1
+            used = occupied.any(others[1]).any(others[0]).to(torch.uint8)
+            # argmax is 0 where none is used: then the bounds are the cube's.
+            self.bounds[0, axis] = used.argmax() / size * 2 - 1
+            self.bounds[1, axis] = (size - used.flip(0).argmax()) / size * 2 - 1
 
     @staticmethod
     def _draw(high: int, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(high, (count,), generator=generator, device=generator.device)
 
+    def _draw_occupied(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` random occupied cells, by the inverse of their cumulative number."""
+        total = self.occupied.cumsum(0, dtype=torch.int32)
+        u = torch.rand(count, generator=generator, device=generator.device)
+        wanted = (u * total[-1]).to(torch.int32).minimum(total[-1] - 1) + 1
+        return torch.searchsorted(total, wanted).clamp(max=len(total) - 1)
+
     @torch.no_grad()
-    def march(self, rays: Rays, space: Space, u: Tensor | None) -> Samples:
+    def march(
+        self, rays: Rays, space: Space, u: Tensor | None, capacity: int | None = None
+    ) -> Samples:
         """The samples of rays [R] in occupied cells.
 
-        u [R, 1] in [0, 1) shifts each ray's samples, see ``Space.midpoints``; None: 0.5.
+        u [R, 1] in [0, 1) shifts each ray's samples, see ``Space.midpoints``; None: 0.5. capacity:
+        the number of rows of the result with static shapes, see the module.
         """
+        static, num_rays = capacity is not None, len(rays.origins)
         enter, leave = space.span(rays, self.bounds)
-        hits = (leave > enter)[:, 0].nonzero()[:, 0]
-        rays, enter, leave = rays.part(hits), enter[hits], leave[hits]
-        t, lengths = space.midpoints(rays, enter, leave, 0.5 if u is None else u[hits])  # [R, K]
-        occupied = self._occupied_at(
-            space.cell_coordinates(rays, t.minimum(leave), self.resolution)
-        )
-        row, number = (occupied & (t < leave)).nonzero(as_tuple=True)
+        hits = None
+        if not static:  # rays that miss the box are left out at once
+            hits = (leave > enter)[:, 0].nonzero()[:, 0]
+            rays, enter, leave = rays.part(hits), enter[hits], leave[hits]
+            u = None if u is None else u[hits]
+        t, lengths = space.midpoints(
+            rays, enter, leave, 0.5 if u is None else u, static=static
+        )  # [R, K]
+        cells = space.cell_coordinates(rays, t.minimum(leave), self.resolution)
+        if static:  # rays that miss the box: into the empty cells around the grid
+            cells = [axis.clamp(-0.5, self.resolution + 0.5) for axis in cells]
+        inside = self._occupied_at(cells) & (t < leave)
         # index_select, here and wherever samples are selected: 3 times as fast as [] on a CPU.
-        sample = row * t.shape[1] + number
+        used = found = None
+        if capacity is None:
+            row, number = inside.nonzero(as_tuple=True)
+            sample = row * t.shape[1] + number
+        else:
+            sample, found = first_true(inside.flatten(), capacity)
+            row, used = rows_in_use(sample // t.shape[1], found, num_rays)
         t = t.flatten().index_select(0, sample)
         lengths = lengths * rays.directions.norm(dim=-1, keepdim=True)
         per_sample = sample if lengths.shape[1] > 1 else row
         lengths = lengths.flatten().index_select(0, per_sample)
+        if used is not None:
+            lengths = torch.where(used, lengths, 0.0)
         origins, directions = (part.index_select(0, row) for part in rays[:2])
         points = space.to_unit(torch.addcmul(origins, directions, t[:, None]))
-        return Samples(hits.index_select(0, row), t, lengths, points)
+        ray_indices = row if hits is None else hits.index_select(0, row)
+        return Samples(ray_indices, t, lengths, points, found)
 
     def _occupied_at(self, coordinates: list[Tensor]) -> Tensor:
         """Whether the cells at coordinates x, y, z in [0, resolution] are occupied, same shape.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nerf.encodings import TriPlane
-from nerf.field import Field, density_packed, query_packed
+from nerf.field import BUCKET, Field, density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples, Space
 from nerf.rays import Rays
 from nerf.renderer import LoadStateDict, RayNoise, Rendered
@@ -23,7 +23,16 @@ FEWEST_RAYS, MOST_RAYS = 256, 1 << 15
 # Step from which importance resampling is on. Earlier, the initial fog near the cameras would take
 # all samples, and would then persist.
 RESAMPLE_AFTER = 500
-SAMPLES_PER_ROUND = 8  # per ray, in ``render``, between two checks for opaque rays
+# Samples per ray, in ``render``, between two checks for opaque rays. A GPU waits for each check.
+SAMPLES_PER_ROUND = {"cpu": 8, "cuda": 64}
+# With static shapes: numbers of rays of a step, so that few of them occur; room for samples as a
+# multiple of ``target_samples``, and how many more there may be before occluded ones are culled.
+RAY_COUNTS = (
+    *(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192),
+    *(10240, 12288, 14336, 16384, 20480, 24576, 28672, 32768),
+)
+SPARE_ROOM = 1.125
+MARCHED_PER_SAMPLE = 2
 
 
 def density_of(raw: Tensor) -> Tensor:
@@ -41,7 +50,9 @@ class OccupancyRenderer(nn.Module):
     near_scaling: distance d below which gradients are multiplied by (distance / d)^2 (0: off).
     lambda_tv: weight of the feature planes' total variation in ``penalty``. resample: importance
     samples per ray, from the weights of a first no-grad pass over the marched samples, from step
-    ``RESAMPLE_AFTER`` on (0: train on the marched samples).
+    ``RESAMPLE_AFTER`` on (0: train on the marched samples). static_shapes: train with lists of
+    samples of constant length (``nerf.occupancy``), so that a GPU is never waited for; the number
+    of rays is then one of RAY_COUNTS. Not while resampling.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class OccupancyRenderer(nn.Module):
         near_scaling: float = 0.0,
         lambda_tv: float = 0.0,
         resample: int = 0,
+        static_shapes: bool = False,
     ):
         super().__init__()
         self.field, self.grid, self.space = field, grid, space
@@ -66,8 +78,24 @@ class OccupancyRenderer(nn.Module):
         self.target_samples, self.num_rays = target_samples, first_rays
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
         self.near_scaling, self.lambda_tv, self.resample = near_scaling, lambda_tv, resample
-        self.batch_samples = 0  # of the latest forward; after ``end_step`` of the whole step
+        # Of the latest forward, after ``end_step`` of the whole step. With static shapes a tensor
+        # [], the share of the room that was used, times target_samples.
+        self.batch_samples: int | Tensor = 0
         self.resamples = resample > 0  # whether it is on at the current step
+        # The table of "padded" is as wide as the longest ray.
+        self._static, self._num_ranks = static_shapes and composite == "cumsum", 1
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the shapes in the current step follow from its number of rays alone."""
+        return self._static and not self.resamples
+
+    @property
+    def capacity(self) -> int | None:
+        """Rows of a training batch's samples with static shapes; None: as many as needed."""
+        if not (self.static_shapes and self.training):
+            return None
+        return -int(-SPARE_ROOM * self.target_samples / self._num_ranks // BUCKET) * BUCKET
 
     @property
     def fields(self) -> list[Field]:
@@ -101,7 +129,10 @@ class OccupancyRenderer(nn.Module):
 
     def rays_per_step(self, N_rand: int, num_ranks: int) -> int:
         """Rays that take about ``target_samples`` samples; ``N_rand`` is ignored."""
-        return max(num_ranks, self.num_rays // num_ranks * num_ranks)
+        self._num_ranks, num_rays = num_ranks, self.num_rays
+        if self.static_shapes:
+            num_rays = max(c for c in RAY_COUNTS if c <= max(num_rays, RAY_COUNTS[0]))
+        return max(num_ranks, num_rays // num_ranks * num_ranks)
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Update the occupancy grid, every ``UPDATE_EVERY`` steps; equal on all ranks."""
@@ -112,13 +143,15 @@ class OccupancyRenderer(nn.Module):
                 step,
                 self.space.step,
                 generator,
+                static=self._static,
             )
 
-    def end_step(self, num_rays: int, samples: int, total_samples: float) -> None:
+    def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Choose the next step's number of rays for ``target_samples`` samples."""
         num_wanted = int(num_rays * self.target_samples / max(1.0, total_samples))
-        self.batch_samples = samples
-        self.num_rays = min(MOST_RAYS, max(FEWEST_RAYS, num_wanted))
+        self.batch_samples = int(samples)
+        fewest = RAY_COUNTS[0] if self._static else FEWEST_RAYS
+        self.num_rays = min(MOST_RAYS, max(fewest, num_wanted))
 
     def penalty(self) -> Tensor | float:
         """``lambda_tv`` times the total variation of the feature planes."""
@@ -130,16 +163,21 @@ class OccupancyRenderer(nn.Module):
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """Rays [R] rendered from the field, as a tuple of one level."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
-        samples = self.grid.march(rays, self.space, None if self.resamples else jitter)
-        num_rays = len(rays.origins)
+        num_rays, room = len(rays.origins), self.capacity
+        culls = self.early_stop > 0 and self.training and not self.resamples
+        marched = room * MARCHED_PER_SAMPLE if room and culls else room
+        samples = self.grid.march(rays, self.space, None if self.resamples else jitter, marched)
+        marched_found = samples.found
         if self.resamples:
             samples = self._importance_resample(samples, rays, jitter)
-        elif self.early_stop and self.training:
-            samples = self._cull_occluded(samples, num_rays)
+        elif culls:
+            samples = self._cull_occluded(samples, num_rays, room)
         self.batch_samples = len(samples.ray_indices)
+        if room and marched and marched_found is not None and samples.found is not None:
+            self.batch_samples = torch.maximum(samples.found / room, marched_found / marched) * room
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
-        if not self.batch_samples:  # DDP needs a gradient of every parameter even so
+        if not len(samples.ray_indices):  # DDP needs a gradient of every parameter even so
             connected_zero = 0.0 * sum(parameter.sum() for parameter in self.field.parameters())
             zero = rays.origins.new_zeros(num_rays)
             return (Rendered(background + connected_zero, zero, zero),)
@@ -169,7 +207,7 @@ class OccupancyRenderer(nn.Module):
         return (distance / self.near_scaling).square().clamp(max=1.0)
 
     @torch.no_grad()
-    def _cull_occluded(self, samples: Samples, num_rays: int) -> Samples:
+    def _cull_occluded(self, samples: Samples, num_rays: int, room: int | None) -> Samples:
         """``samples`` without occluded ones, those with transmittance up to ``early_stop``.
 
         A no-grad pass over the density alone: once there are surfaces about half of a ray's samples
@@ -179,8 +217,7 @@ class OccupancyRenderer(nn.Module):
         weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
         alpha = -torch.expm1(-sigma * samples.lengths)
         # weights = transmittance * alpha, compared without a division by 0
-        index = (weights > self.early_stop * alpha).nonzero()[:, 0]
-        return Samples(*(member.index_select(0, index) for member in samples))
+        return samples.select(weights > self.early_stop * alpha, num_rays, room)
 
     @torch.no_grad()
     def _importance_resample(self, samples: Samples, rays: Rays, u: Tensor | None) -> Samples:
@@ -211,14 +248,14 @@ class OccupancyRenderer(nn.Module):
         first = torch.cumsum(counts, dim=0) - counts
         alive = counts.nonzero()[:, 0]
         transmittance = torch.ones_like(sums[:, 0])
-        done = 0
+        done, round_size = 0, SAMPLES_PER_ROUND.get(rays.origins.device.type, 64)
         while len(alive):
-            left = (counts[alive] - done).clamp(max=SAMPLES_PER_ROUND)
+            left = (counts[alive] - done).clamp(max=round_size)
             rows = torch.repeat_interleave(torch.arange(len(alive), device=left.device), left)
             starts = torch.cumsum(left, dim=0) - left
             numbers = torch.arange(len(rows), device=left.device)
             index = (first[alive] - starts + done).index_select(0, rows) + numbers
-            part = Samples(*(member.index_select(0, index) for member in samples))
+            part = samples.at(index)
             raw_sigma, raw_rgb = query_packed(self.field, part.points, rays.viewdirs[alive], rows)
             optical_depth = density_of(raw_sigma) * part.lengths
             weights = self.packed_weights(
@@ -230,7 +267,7 @@ class OccupancyRenderer(nn.Module):
             )
             sums.index_add_(0, part.ray_indices, weights[:, None] * values)
             transmittance[alive] *= torch.exp(-sum_per_ray(optical_depth, rows, len(alive)))
-            done += SAMPLES_PER_ROUND
+            done += round_size
             alive = alive[(counts[alive] > done) & (transmittance[alive] > self.early_stop)]
         return _rendered(sums, rays.origins.new_full((num_rays, 3), self.background))
 
@@ -262,7 +299,7 @@ class OccupancyRenderer(nn.Module):
         """Rays of the next step, samples per ray, and the fraction of cells that are occupied."""
         return {
             "rays": self.num_rays,
-            "samples_per_ray": self.batch_samples / self.num_rays,
+            "samples_per_ray": float(self.batch_samples) / self.num_rays,
             "occupied": self.grid.fraction,
         }
 

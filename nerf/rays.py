@@ -42,7 +42,7 @@ def pixel_directions(x: Tensor, y: Tensor, intrinsics: Tensor, pixel_center: boo
     if intrinsics.shape[-1] > 4:
         plane = torch.stack([(x + shift - cx) / fx, (y + shift - cy) / fy], dim=-1)
         opencv = lenses.directions(plane, intrinsics[..., 4:])  # y down, z forward
-        return opencv * opencv.new_tensor([1.0, -1.0, -1.0])
+        return torch.cat([opencv[..., :1], -opencv[..., 1:]], dim=-1)
     return torch.stack(
         [(x + shift - cx) / fx, -(y + shift - cy) / fy, -torch.ones_like(x + cx)], dim=-1
     )

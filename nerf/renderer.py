@@ -54,7 +54,11 @@ class Renderer(Protocol):
     """
 
     background: float  # gray level in [0, 1] of empty rays, 1 for white
-    batch_samples: int  # number of samples of the latest ``forward``
+    batch_samples: int | Tensor  # number of samples of the latest ``forward``
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the shapes in a training step follow from its number of rays alone."""
 
     @property
     def fields(self) -> list[Field]:
@@ -87,7 +91,7 @@ class Renderer(Protocol):
     def penalty(self) -> Tensor | float:
         """Regularization [] that is added to the loss; 0.0 for none."""
 
-    def end_step(self, num_rays: int, samples: int, total_samples: float) -> None:
+    def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Adapt ``rays_per_step`` after a step.
 
         num_rays and total_samples: rays and samples of the step over all ranks. samples: of this
@@ -122,7 +126,8 @@ class NeRFRenderer(nn.Module):
     over both levels that ``forward`` returns.
 
     background: gray level of empty rays, 1 for white. perturb: draw stratified samples in training.
-    raw_noise_std: standard deviation of noise added to densities in training.
+    raw_noise_std: standard deviation of noise added to densities in training. static_shapes: never
+    skip empty samples, which would have to be counted.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class NeRFRenderer(nn.Module):
         perturb: bool = True,
         raw_noise_std: float = 0.0,
         lindisp: bool = False,
+        static_shapes: bool = False,
     ):
         super().__init__()
         assert (fine is not None) == (num_importance > 0), "a fine field needs importance samples"
@@ -143,7 +149,7 @@ class NeRFRenderer(nn.Module):
         self.num_samples, self.num_importance = num_samples, num_importance
         self.background, self.perturb = background, perturb
         self.raw_noise_std, self.lindisp = raw_noise_std, lindisp
-        self._skip_empty = False
+        self.static_shapes, self._skip_empty = static_shapes, False
         self.batch_samples = 0  # of the latest forward
 
     @property
@@ -189,11 +195,11 @@ class NeRFRenderer(nn.Module):
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Measure again, from now on, whether skipping empty samples pays.
 
-        Only on a CPU: on a GPU, reading the number of such samples costs as much as it saves.
+        Not with static shapes: on a GPU, reading the number of such samples costs what it saves.
         """
-        self._skip_empty = next(self.parameters()).device.type == "cpu"
+        self._skip_empty = not self.static_shapes
 
-    def end_step(self, num_rays: int, samples: int, total_samples: float) -> None:
+    def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Do nothing: the number of rays is fixed."""
 
     def penalty(self) -> float:

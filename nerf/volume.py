@@ -124,7 +124,8 @@ def packed_weights_cumsum(
     optical_depth = (sigma * lengths).double()
     total = torch.cumsum(optical_depth, dim=0) - optical_depth  # exclusive
     first = torch.searchsorted(ray_indices, torch.arange(num_rays, device=ray_indices.device))
-    before = total - total[first.clamp(max=len(ray_indices) - 1)][ray_indices]
+    first = first.clamp(max=len(ray_indices) - 1).index_select(0, ray_indices)
+    before = total - total.index_select(0, first)
     return torch.exp(-before.float()) * -torch.expm1(-(sigma * lengths))
 
 

@@ -80,6 +80,14 @@ def add_optimization_flags(parser: Parser) -> None:
         "number of first updates in which the learning rate rises linearly; 0: none")
     flag("amp", ("off", "bf16", "fp16"), "off",
         "half precision in the networks; fp16: with gradient scaling")
+    flag("tf32", ("on", "off"), "on",
+        "NVIDIA GPUs: float32 matrix products in TF32, several times as fast, with 10 bits after "
+        "the point; off: exact float32, as in nerf-pytorch")
+    flag("static_shapes", ("auto", "on", "off"), "auto",
+        "train with tensors of constant shape, so that a GPU is never waited for; auto: on a GPU")
+    flag("cuda_graph", ("auto", "off"), "auto",
+        "auto: record a step's forward and backward as CUDA graphs, where shapes are constant and "
+        "one process trains; off: launch each kernel from Python")
     flag("ema_decay", decay, 0.0,
         "render and measure with an exponential moving average of the weights; decay per update, "
         "e.g. 0.999; 0: no average")

@@ -210,8 +210,7 @@ class ObjectRenderer(nn.Module):
         kept = weights > self.early_stop * alpha  # weights = transmittance * alpha
         if training:
             kept &= alpha > FAINT
-        index = kept.nonzero()[:, 0]
-        return Samples(*(member.index_select(0, index) for member in samples))
+        return samples.select(kept, num_rays)
 
     @torch.no_grad()
     def surface_density(self, rays: Rays) -> Tensor:

@@ -49,6 +49,14 @@ class World:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
+    def reduce_max(self, facts: Tensor, more: tuple[float, ...]) -> Tensor:
+        """``facts`` [N] and the numbers ``more`` on the device, each its maximum over all ranks."""
+        host = facts.new_tensor(more) if any(more) else facts.new_zeros(len(more))
+        numbers = torch.cat([facts, host])
+        if self.size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers
+
     def all_reduce_sum(self, value: float) -> float:
         """The sum of ``value`` over all ranks."""
         if self.size == 1:

@@ -44,9 +44,33 @@ def usable_amp(amp: str, device: torch.device, log: Callable[[str], None]) -> st
     return amp
 
 
+def set_tf32(use: bool, device: torch.device, log: Callable[[str], None]) -> None:
+    """Whether float32 matrix products on an NVIDIA GPU may round their inputs to TF32."""
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high" if use else "highest")
+    torch.backends.cudnn.allow_tf32 = use
+    if use:
+        log("float32 matrix products in TF32: 10 bits after the point; --tf32 off for float32")
+
+
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Loss scaling, which float16's narrow range needs; of no effect for other precisions."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def update_if_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """``optimizer.step()`` with unscaled gradients, of no effect where ``finite`` [] is False.
+
+    A fused optimizer decides that on the device by ``found_inf``, as in GradScaler.step, so that
+    the host does not wait. Other optimizers wait.
+    """
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch sets it so
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif bool(finite):
+        optimizer.step()
 
 
 def map_on_threads(
