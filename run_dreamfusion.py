@@ -12,10 +12,10 @@ SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
 
 # isort: split
-import argparse
 import math
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,7 @@ from nerf.outputs.object import (
     write_turntable,
 )
 from nerf.outputs.report import try_report
+from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.text3d.collapse import Collapse
 from nerf.text3d.losses import shape_loss
@@ -82,7 +83,7 @@ def run_prompts(args) -> int:
     prompts, codes = dream_flags.read_prompts(Path(args.prompt_file)), []
     names = dream_flags.run_names(args, prompts)  # all of them first: no two share a folder
     for prompt, name in zip(prompts, names, strict=True):
-        own = argparse.Namespace(**(vars(args) | {"prompt": prompt, "expname": name}))
+        own = dream_flags.Flags(vars(args) | {"prompt": prompt, "expname": name}, args.left_out)
         codes.append(
             entry.report_mistakes("run_dreamfusion.py", partial(run_prompt, own, world, models))
         )
@@ -105,6 +106,8 @@ def run_prompt(args, world, models) -> int:
         name_run_to_read(args)
     dream_flags.check_dream_flags(args, world.size)
     folder = Path(args.basedir) / args.expname
+    if args.init_from and (args.no_reload or not checkpoint.list_checkpoints(folder)):
+        find_start(args, lambda warning: None)  # what does not fit must fail early, too
     if reading and not args.ft_path and not folder.is_dir():
         raise ValueError(f"{folder}: no checkpoint there; train first, or name one: --ft_path")
     run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
@@ -136,7 +139,7 @@ def prepare(args, world, attempt: Attempt) -> TrainState:
     # Every rank gets the same initial weights. What differs between ranks are the views they
     # train on: each draws the same global batch, see rng.step_generator, and keeps its shard.
     rng.seed_everything(attempt.weights_seed)
-    renderer = build.object_renderer(args).to(world.device)
+    renderer = build.object_renderer(args, world.device).to(world.device)
     groups = build.parameter_groups(renderer, args)
     fused = world.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=(0.9, 0.99), eps=1e-15, fused=fused)
@@ -160,26 +163,43 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
         run.log(f"{path} has all {state.step} updates; to train on, set --N_iters to more")
 
 
+def find_start(args, log) -> checkpoint.SavedState:
+    """The checkpoint of ``--init_from``, a file or the newest of a run folder."""
+    path = Path(args.init_from)
+    found = checkpoint.newest_checkpoint(path, log) if path.is_dir() else None
+    if path.is_dir() and found is None:
+        raise ValueError(f"--init_from {path}: there is no checkpoint in it")
+    path, saved = found or (path, checkpoint.load_checkpoint(path))
+    check_object(f"--init_from {path}", saved)
+    if changes := dream_flags.shape_changes(saved["args"], args):
+        raise ValueError(
+            f"--init_from {path}: its object was made with other flags "
+            f"({'; '.join(changes)}); start from it with those"
+        )
+    return path, saved
+
+
 def start_from(args, run, state: TrainState) -> None:
     """``--init_from``: another run's object, as its pictures show it; all else is new."""
-    path = Path(args.init_from)
-    if path.is_dir():
-        newest = checkpoint.newest_checkpoint(path, run.log)
-        if newest is None:
-            raise ValueError(f"--init_from {path}: there is no checkpoint in it")
-        path, saved = newest
-    else:
-        saved = checkpoint.load_checkpoint(path)
-    averaged = EMA(state.renderer, saved.get("args", {}).get("ema_decay", 0.0))
+    path, saved = find_start(args, run.log)
+    averaged = EMA(state.renderer, saved["args"].get("ema_decay", 0.0))
     checkpoint.restore(path, saved, run.log, state.renderer, ema=averaged)
     averaged.keep()
     state.ema.reset()
     run.log(f"starting from the object of {path}")
 
 
+def check_object(name: str, saved) -> None:
+    """ValueError if a checkpoint is not of this script."""
+    if "guidance" not in (saved.get("args") or {}):
+        program = "run_nerf.py" if "N_rand" in (saved.get("args") or {}) else "another program"
+        raise ValueError(f"{name}: a checkpoint of {program}; give one of run_dreamfusion.py")
+
+
 def check_same_run(args, saved, model: str) -> None:
     """ValueError if the checkpoint was made for another prompt, model or network."""
     path, content = saved
+    check_object(str(path), content)
     other = [f"the model: {content.get('model')} -> {model} ({args.sd_model})"]
     common_flags.check_same_run(
         path,
@@ -190,12 +210,13 @@ def check_same_run(args, saved, model: str) -> None:
     )
 
 
-def make_outputs(args, world, run, renderer, ema) -> ObjectOutputs:
+def make_outputs(args, world, run, renderer, ema, stop=None) -> ObjectOutputs:
     """Where previews, turntables and meshes of this run come from."""
     return ObjectOutputs(
         run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
         elevation_deg=args.eval_elevation, radius=sum(args.radius_range) / 2,
         fov_deg=sum(args.fov_range) / 2, bound=args.bound, flat=args.space == "2d",
+        stop=stop,
     )  # fmt: skip
 
 
@@ -224,8 +245,8 @@ def train(args, world, run, models) -> int:
         checkpoint.archive_checkpoints(run.folder, run.log)
     find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
     attempt = Attempt.from_checkpoint(args.seed, find(reload=not args.no_reload))
-    if unused := build.unused_flags(args):
-        run.log(f"--space 2d has no shape: {', '.join(unused)} left out")
+    for line in args.left_out:
+        run.log(line)
     saved = attempt.saved[1] if attempt.saved else {}
     guide = make_guide(args, world.device, run.log, models, saved)
     if attempt.saved:
@@ -241,6 +262,9 @@ def train(args, world, run, models) -> int:
                     return train_attempt(args, world, run, guide, attempt, stop)
                 except Restart as reason:
                     attempt = next_attempt(attempt, reason, run, world, find)
+                except Interrupted:
+                    run.log(f"stopped by signal {stop.number} while rendering; training is saved")
+                    return 128 + stop.number
     finally:
         guide.release()  # the next prompt's LoRA hangs on the same model
 
@@ -255,14 +279,18 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     if world.size > 1:
         # Of several particles a step trains one: DDP has to be told to expect no more gradients.
         model = DistributedDataParallel(renderer, find_unused_parameters=True)
-    outputs = make_outputs(args, world, run, renderer, state.ema)
+    # Of several ranks one could be through with its frames when the signal comes: none stops early.
+    may_stop = stop if world.size == 1 else None
+    outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)
     micro = MicroBatches(
         args.batch_views // world.size, world, run.log, "views",
         next_memory_saving(args, world.device),
     )  # fmt: skip
-    monitor = Monitor(world, stop, state.clock, args.max_minutes)
+    read_every = build.read_every(args, world.device)
+    monitor = Monitor(world, stop, state.clock, args.max_minutes, read_every)
     progress, collapse = Progress(args.N_iters, state, show=world.is_main), Collapse()
-    left_out = 0  # views whose guidance was not finite
+    progress.rendering = 0.0 if outputs.flat else None  # until a preview was timed
+    left_out, views_left_out = torch.zeros((), device=world.device), 0.0  # guidance not finite
 
     with start_viewer(args, world, run, outputs) or nullcontext() as viewer:
         while state.step < args.N_iters:
@@ -282,11 +310,21 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 renderer.parameters(), args.grad_clip or math.inf
             )
-            verdict = monitor.check(state.step, stats.loss, grad_norm)
+            left_out = left_out + stats.distilled.skipped
+            verdict = monitor.check(
+                state.step,
+                stats.loss,
+                grad_norm,
+                more=torch.cat([torch.stack([stats.opacity, left_out]), renderer.room_used]),
+                read=every(state.step + 1, args.i_print) or state.step + 1 == args.N_iters,
+            )
             system.update_if_finite(optimizer, verdict.finite)  # on all ranks, or they drift apart
             scaler.update()  # also after a skipped update: its scale may have been too large
             state.ema.update()
             values = {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
+            if verdict.read:
+                opacity, views_left_out, *room_used = verdict.more
+                renderer.end_step(room_used)
             if guide.lora is not None:  # VSD: the LoRA learns what the renders look like by now
                 values["lora_loss"] = guide.lora.train_step(
                     stats.distilled.latents, inputs.cameras.c2w, inputs.noise, world
@@ -302,20 +340,19 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             if verdict.diverged:
                 raise NonFinite.diagnose(state.step, world, step_tensors(renderer, inputs, stats))
             optimizer.zero_grad(set_to_none=True)  # frees memory for pictures
-            left_out += int(stats.distilled.skipped)
-            if args.space == "3d":
-                collapse.watch(stats.opacity.item(), state.step, run.log)
+            if args.space == "3d" and verdict.read:
+                collapse.watch(opacity, state.step, run.log)
             if verdict.signal:
                 content = {"args": vars(args), **guide.checkpoint_state()}
                 return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
             last = verdict.time_up or state.step == args.N_iters
             if every(state.step, args.i_print) or last:
-                values |= {"views_left_out": left_out, "skipped": monitor.skipped}
+                values |= {"views_left_out": views_left_out, "skipped": monitor.skipped}
                 log_step(args, run, progress, world, state, stats, values)
             progress.advance(run.log)
             if every(state.step, args.i_img) or last:
                 with state.clock.paused(), run.guard("previews"):
-                    preview(args, outputs, state.step)
+                    progress.rendering = preview(args, outputs, state.step)
             if every(state.step, args.i_attn):
                 with state.clock.paused(), run.guard("attention maps"):
                     write_attention(args, run, guide.prior, inputs, stats, state.step)
@@ -324,13 +361,14 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                     content = {"args": vars(args), **guide.checkpoint_state()}
                     state.save(run, args.keep_ckpts, **content)
             if every(state.step, args.i_video) and not last:
-                with state.clock.paused(), run.guard("turntable"):
+                # After a signal the turntable ends early, and the next step saves and stops.
+                with state.clock.paused(), run.guard("turntable"), suppress(Interrupted):
                     write_turntable(outputs, state.step, args.video_frames)
             if last:
                 break
     progress.close()
     finish(args, run, outputs, state, guide)
-    if left_out and left_out >= (state.step - progress.first_step) * len(inputs.jitter):
+    if views_left_out and views_left_out >= (state.step - progress.first_step) * len(inputs.jitter):
         run.log("the guidance of every view was not finite: nothing was learned; try --amp off, or "
                 "--guidance_dtype fp32")  # fmt: skip
         return entry.NOTHING_LEARNED
@@ -361,14 +399,17 @@ def draw_inputs(args, now, prior, step: int, generator: torch.Generator) -> Step
     ranges = build.orbit_ranges(args)
     if args.view_spread < 1:
         ranges = ranges._replace(settle=partial(pull_to_view_center, fraction=args.view_spread))
-    cameras = random_orbit_cameras(num_views, ranges, generator)
+    host = rng.host_generator(generator)  # the host chooses view words by the cameras' angles
+    cameras = random_orbit_cameras(num_views, ranges, host)
     # Albedo alone at first: shading needs normals, and those of the first fog mean nothing.
     settings, lit = build.lighting_settings(args), step >= args.albedo_steps
-    lighting = draw_lighting(cameras.c2w[:, :, 3], settings, generator, lit=lit)
+    lighting = draw_lighting(cameras.c2w[:, :, 3], settings, host, lit=lit)
+    is_lit, device = lighting.is_lit, generator.device
+    cameras, lighting = cameras.on(device), lighting.on(device)
     jitter = torch.rand(num_views * size**2, 1, generator=generator, device=generator.device)
     shown = guidance_size(args, prior, size)
     noise = sds.draw_noise(num_views, prior.latent_shape(shown, shown), generator)
-    return StepInputs(0, cameras, lighting, jitter.view(num_views, -1), noise, lighting.is_lit)
+    return StepInputs(0, cameras, lighting, jitter.view(num_views, -1), noise, is_lit)
 
 
 def guidance_size(args, prior, size: int) -> int:
@@ -416,7 +457,7 @@ def accumulate_gradients(
         # DDP averages the gradients in backward(); a micro-batch counts by its share of the views.
         state.scaler.scale(loss * (len(images) / num_views)).backward()
         detached = shape.detach(), loss.detach(), images.detach()
-        opacity, samples = rendered.opacity.detach().mean(), renderer.report().get("samples", 0)
+        opacity, samples = rendered.opacity.detach().mean(), renderer.batch_samples
         pieces.append(StepStats(distilled, *detached, conditions.text, opacity, samples))
     return pieces[0] if len(pieces) == 1 else join_stats(pieces, now["lambda_sds"])
 
@@ -450,6 +491,7 @@ def log_step(args, run, progress, world, state: TrainState, stats: StepStats, va
     progress.measure()
     distilled, renderer_values = stats.distilled, state.renderer.report()
     left_out, skipped = values.pop("views_left_out"), values.pop("skipped")
+    values = {name: float(value) for name, value in values.items()}
     values = {"sds": distilled.loss.item(), "t": distilled.t.float().mean().item(), **values}
     values |= {"opacity": stats.opacity.item(), "lr": state.optimizer.param_groups[0]["lr"]}
     values |= {"views_left_out": left_out, "skipped": skipped, **renderer_values}
@@ -469,12 +511,19 @@ def log_step(args, run, progress, world, state: TrainState, stats: StepStats, va
     )
 
 
-def preview(args, outputs: ObjectOutputs, step: int) -> None:
-    """Four sides of every object, or all images that are optimized (``--space 2d``)."""
+def preview(args, outputs: ObjectOutputs, step: int) -> float:
+    """Four sides of every object, or all images that are optimized (``--space 2d``).
+
+    Returns how many seconds the turntable will take at the same speed.
+    """
     size, num_views = build.scheduled_flags(args, step)["train_res"], args.batch_views
     if not outputs.flat:
         size, num_views = min(args.eval_res, 2 * size), 4
+    start = time.perf_counter()
     write_preview(outputs, step, num_views, size)
+    seconds_per_pixel = (time.perf_counter() - start) / (num_views * size**2)
+    pixels = 0 if outputs.flat else args.video_frames * args.eval_res**2
+    return seconds_per_pixel * pixels / outputs.world.size
 
 
 def write_attention(args, run, prior, inputs: StepInputs, stats: StepStats, step: int) -> None:
@@ -515,6 +564,11 @@ def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -
     if run.is_main:
         try_report(run.folder, run.log)
     run.log(f"done: {run.folder}/ ({seconds:.0f} s of training)")
+    more = "--export out.glb writes a mesh, with --render_only --viewer it opens in the browser"
+    run.log(
+        f"next: open {run.folder}/report.html"
+        + ("" if outputs.flat else f"; the same command with {more}")
+    )
 
 
 # ------------------------------------------------------------- modes that only read a finished run
@@ -526,7 +580,13 @@ def render_and_export(args, world, run) -> int:
     if saved is None:
         raise ValueError(f"{run.folder}: no checkpoint there; train first, or name one: --ft_path")
     path, content = saved
-    build.adopt_saved_flags(args, content.get("args", {}), run.log)
+    check_object(str(path), content)
+    if content["args"].get("space") == "2d":
+        raise ValueError(
+            f"{path}: of --space 2d, whose pictures are in {run.folder}/previews/; there is no "
+            "object to render or export"
+        )
+    build.adopt_saved_flags(args, content["args"], run.log)
     renderer = prepare(args, world, Attempt(args.seed)).renderer
     ema = EMA(renderer, content.get("args", {}).get("ema_decay", 0.0))
     checkpoint.restore(path, content, run.log, renderer, ema=ema)

@@ -22,6 +22,7 @@ from nerf.flags.common import (
     check_run_flags,
     refuse_first,
 )
+from nerf.flags.modes import leave_out
 from nerf.flags.object import add_camera_flags, add_light_flags, add_loss_flags, add_object_flags
 from nerf.flags.parser import Parser
 from nerf.flags.types import (
@@ -46,11 +47,6 @@ STRUCTURAL = (
     *GUIDANCE_STRUCTURAL,
     *"space field activation netdepth netwidth multires i_embed grid_res occ_res bound".split(),
     *"blob_scale blob_std density_scale background n_particles smooth_planes".split(),
-)
-# Flags whose value may change with the step; train_res too, but it goes in jumps.
-SCHEDULES = (
-    *"guidance_scale guidance_rescale t_min t_max latent_clip lambda_sds lambda_opacity".split(),
-    *"lambda_entropy lambda_orient lambda_spread lambda_tv".split(),
 )
 # Flags that are schedules of numbers. train_res is a schedule of sizes.
 SCHEDULES = (
@@ -227,8 +223,18 @@ TINY_MODEL = "guidance/tiny/model"
 TINY_CONFIGS = {"sds": "dream_tiny.txt", "csd": "dream_tiny.txt", "vsd": "prolificdreamer_tiny.txt"}
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of this run of run_dreamfusion.py.
+class Flags(argparse.Namespace):
+    """Parsed flags, and a line about each group of settings that their mode cannot use."""
+
+    __slots__ = ("left_out",)  # not in vars(), which goes into checkpoints
+
+    def __init__(self, values: dict[str, Any], left_out: list[str]) -> None:
+        super().__init__(**values)
+        self.left_out = left_out
+
+
+def parse(argv: list[str] | None = None) -> Flags:
+    """The flags of this run of run_dreamfusion.py, without what its mode cannot use.
 
     Without --config, the embedded model takes its own (TINY_CONFIGS).
     """
@@ -240,23 +246,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
         given = ["--config", str(path), *argv]
         args = common.parse(dream_parser(), given, lambda args: run_name(args, args.prompt or ""))
-    leave_out_tri_planes(args, {word.split("=")[0] for word in argv})
-    return args
-
-
-def leave_out_tri_planes(args: argparse.Namespace, typed: set[str]) -> None:
-    """Unset what a config says of tri-planes where another --field is typed, and name it."""
-    unset = {"smooth_planes": False, "lambda_tv": "0"} if args.field != "triplane" else {}
-    left_out = [
-        name
-        for name, value in unset.items()
-        if getattr(args, name) != value and f"--{name}" not in typed
-    ]
-    for name in left_out:
-        setattr(args, name, unset[name])
-    if left_out:
-        names = ", ".join(f"--{name}" for name in left_out)
-        print(f"{names} left out: of tri-planes, and --field is {args.field}", file=sys.stderr)
+    typed = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    left_out = leave_out(args, dream_parser().get_default, typed)
+    reads = args.render_only or args.export  # with the flags that the run was trained with
+    return Flags(vars(args), [] if reads else left_out)
 
 
 def run_name(args: argparse.Namespace, prompt: str) -> str:
@@ -296,8 +289,11 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         (args.normals == "analytic" and args.field == "triplane",
          "--normals analytic needs second derivatives, which --field triplane lacks; "
          "use --normals fd"),
-        (args.space == "2d" and args.export,
-         "--export writes a mesh, and --space 2d has none; leave one out"),
+        (args.space == "2d" and (args.export or args.render_only or args.viewer),
+         "--space 2d makes pictures, in previews/: there is no object for --export, --render_only "
+         "and --viewer; leave them out"),
+        (args.space == "2d" and args.init_from,
+         "--init_from starts from an object, and --space 2d makes none; leave one out"),
         (args.space == "2d" and len(sizes) > 1,
          "--space 2d keeps one size; give --train_res one number"),
         (args.space == "2d" and args.n_particles > 1,
@@ -365,6 +361,17 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
             for name in ("lora_model", "lora_file")
         ),
     ])  # fmt: skip
+
+
+def shape_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Why an object made with the flags ``saved`` does not fit into this run, for --init_from."""
+    names = ["space", "n_particles", "field", "occ_res"]
+    names += (
+        ["netdepth", "netwidth", "multires", "i_embed"] if args.field == "mlp" else ["grid_res"]
+    )
+    if args.background == "learned":  # a network, which an object of another one does not have
+        names.append("background")
+    return common.structural_changes(saved, args, names)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from nerf.media import colorize, nearness, write_png, write_videos
 from nerf.metrics import to_8bit
 from nerf.outputs import mesh
 from nerf.outputs.render import clip_rays
+from nerf.outputs.scene import Interrupted
 from nerf.rays import Rays
 from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.particles import members_of
@@ -24,6 +25,7 @@ from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
 from nerf.text3d.shading import Lighting, preview_lighting
 from nerf.training import distributed, system
 from nerf.training.ema import EMA
+from nerf.training.progress import frames
 from nerf.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 AMBIENT = 0.3  # share of ambient light in lit pictures
 BLOCK = 4096  # rays rendered together
+MIN_TOGETHER = 4  # frames, between signs of progress
 # Kinds of picture: rgb is the albedo alone; lit has light from the camera.
 MODES = ("rgb", "lit", "normal", "depth", "opacity")
 
@@ -52,6 +55,7 @@ class ObjectOutputs(NamedTuple):
     fov_deg: float
     bound: float  # half a side of the objects' cube
     flat: bool = False  # pictures are optimized (--space 2d), not objects
+    stop: system.StopSignal | None = None  # with a signal caught, turntables raise Interrupted
 
     def cameras(self, num_views: int) -> OrbitCameras:
         """Cameras evenly around the object; the first one sees its front."""
@@ -211,14 +215,14 @@ def write_turntable(
     cameras: of ``path_cameras``, instead of a circle of num_frames; their folder ends in ``name``.
     """
     cameras = cameras or outputs.cameras(num_frames)
-    videos: list[Path | str] = []
+    made = []
     with outputs.ema.swap():
         for ending, render in outputs.renderers():
             folder = outputs.run.folder / f"render_path{ending}_{step:06d}{name and f'_{name}'}"
-            videos += _write_frames(outputs, render, cameras, folder) or [
-                f"frames only, in {folder}/"
-            ]
-    outputs.run.log("turntable: " + ", ".join(map(str, videos)))
+            first, *others = _write_frames(outputs, render, cameras, folder) or [folder]
+            beside = ", ".join(path.stem for path in others)
+            made.append(f"{first} (beside it: {beside})" if others else f"frames only, in {first}/")
+    outputs.run.log("turntable: " + ", ".join(made))
 
 
 def _write_frames(
@@ -229,17 +233,24 @@ def _write_frames(
     rgb's frames are in ``folder``, those of the other MODES in a folder each inside it. Cameras are
     split over the ranks.
     """
-    world = outputs.world
-    own_numbers = range(world.rank, len(cameras.c2w), world.size)
-    own_cameras = cameras.part(slice(world.rank, None, world.size))
-    albedo = render_cameras(render, own_cameras, outputs.size, outputs.background)
-    lit = render_cameras(render, own_cameras, outputs.size, outputs.background, lit=True)
+    world, count = outputs.world, len(cameras.c2w)
+    own_numbers = range(world.rank, count, world.size)
+    together = max(MIN_TOGETHER, torch.get_num_threads())
+    starts = range(0, len(own_numbers), together)
     with world.raise_on_all_ranks():
-        for number, pair in zip(own_numbers, zip(albedo, lit, strict=True), strict=True):
-            for name, picture in as_pictures(*pair, *outputs.depth_range).items():
-                write_png(
-                    (folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture
-                )
+        for start in frames(starts, "frame", outputs.run.log, total=count,
+                            stride=together * world.size, show=world.is_main):  # fmt: skip
+            if outputs.stop is not None and outputs.stop.number:
+                raise Interrupted
+            numbers = own_numbers[start : start + together]
+            part = cameras.part(slice(numbers.start, numbers.stop, world.size))
+            albedo = render_cameras(render, part, outputs.size, outputs.background)
+            lit = render_cameras(render, part, outputs.size, outputs.background, lit=True)
+            for number, pair in zip(numbers, zip(albedo, lit, strict=True), strict=True):
+                for name, picture in as_pictures(*pair, *outputs.depth_range).items():
+                    write_png(
+                        (folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture
+                    )
     if not world.is_main:
         return []
     return write_videos(folder, MODES, len(cameras.c2w), outputs.run.log)

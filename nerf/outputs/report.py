@@ -22,7 +22,10 @@ MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
 MAX_NOTES = 60  # lines of the log that are shown
 LOGGED = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)"  # a line of log.txt and its message
-ROUTINE = r"step \d+/\d+ |step \d+: validation PSNR|test: PSNR|report: |video: |next: |mesh: "
+ROUTINE = (
+    r"step \d+/\d+ |step \d+: validation PSNR|(test view|frame) \d+/|test: PSNR|report: |video: |"
+    r"next: |mesh: "
+)
 # Folders of a test view's pictures inside render_test_STEP/, and their captions.
 PICTURES = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
 MEASUREMENTS = {  # keys of metrics.json and their labels

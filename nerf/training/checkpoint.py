@@ -218,10 +218,18 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def archive_checkpoints(folder: Path, log: Log) -> None:
-    """Move the checkpoints of ``folder`` to before_1/ (2, ...) in it, for --no_reload.
+# What a run's pictures, numbers and meshes are called in its folder, besides its checkpoints.
+RESULTS = (
+    "metrics.json", "metrics.csv", "val.csv", "val_strip.png", "report.html", "render_test_*",
+    "render_path_*", "previews", "attentions", "mesh*.glb", "lora.safetensors",
+)  # fmt: skip
 
-    If they stayed, the new run's checkpoints, of lower steps, would be taken for old and removed.
+
+def archive_checkpoints(folder: Path, log: Log) -> None:
+    """Move checkpoints and results of ``folder`` to before_1/ (2, ...) in it, for --no_reload.
+
+    If they stayed, the new run's checkpoints, of lower steps, would be taken for old and removed,
+    and the old run's pictures for those of the new one.
     """
     paths = list_checkpoints(folder)
     if not paths:
@@ -230,7 +238,7 @@ def archive_checkpoints(folder: Path, log: Log) -> None:
     while (archive := folder / f"before_{number}").exists():
         number += 1
     archive.mkdir()
-    for path in paths:
+    for path in [*paths, *(path for name in RESULTS for path in folder.glob(name))]:
         path.rename(archive / path.name)
     log(f"starting from scratch; {len(paths)} earlier checkpoints are in {archive}")
 
