@@ -50,6 +50,7 @@ def start_memory(device: torch.device) -> None:
     """Free what earlier measurements left, and count the peak from here on."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.init()  # the peak of a device that was never used cannot be reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

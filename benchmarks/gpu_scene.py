@@ -43,7 +43,7 @@ def demo_scene(settings: dict[str, Any]) -> Path:
     sys.path.append(str(ROOT / "data"))
     import make_demo  # in data/, which is no package
 
-    size, counts = (400, {"train": 8, "val": 2, "test": 4})
+    size, counts = (400, {"train": 3, "val": 1, "test": 4})  # a frame to warm up, three to time
     if settings["quick"]:
         size, counts = (20, {"train": 4, "val": 1, "test": 4})
     folder = Path(settings["work"]) / "demo"
