@@ -15,7 +15,7 @@ import nerf.training.installed  # noqa: F401  first: says in a sentence what is 
 # isort: split
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -333,7 +333,9 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
                 state.save(run, args.keep_ckpts, **content)
         if last:
             break
-        with state.clock.paused(), run.guard("a rendering"):
+        # After a signal a rendering ends early, and the next step saves and stops.
+        interrupted = suppress(Interrupted) if world.size == 1 else nullcontext()
+        with state.clock.paused(), run.guard("a rendering"), interrupted:
             if every(state.step, args.i_testset):
                 evaluation.measure_test(state.step)
             if every(state.step, args.i_video):
