@@ -13,8 +13,10 @@ from pathlib import Path
 from nerf.datasets import blender, colmap, deepvoxels, linemod, llff, transforms
 from nerf.datasets.checks import check_scene
 from nerf.datasets.colmap_model import find_model
+from nerf.datasets.exporters import foreign_format
 from nerf.datasets.frames import read
 from nerf.datasets.images import IMAGE_SUFFIXES
+from nerf.datasets.pictures import some
 from nerf.datasets.scene import Scene
 from nerf.datasets.settings import DataSettings, Warn, check_flags, name_reduction
 from nerf.datasets.store import Store
@@ -156,6 +158,8 @@ DATASETS: dict[str, Callable[[DataSettings, Warn], Scene]] = {
 }
 # In these formats pixel centers lie at half numbers, so their rays always pass through centers.
 WITH_PIXEL_CENTERS = ("transforms", "colmap")
+# Many programs, and people's own scripts, write these: the axes of their poses are often others.
+BY_HAND = ("blender", "transforms", "LINEMOD")
 
 
 def recognize(folder: Path) -> str:
@@ -174,14 +178,24 @@ def recognize(folder: Path) -> str:
         return "llff"
     if any(folder.glob("train/*/pose")):
         return "deepvoxels"
+    foreign = foreign_format(folder)
     folders = (folder, folder / "images")
     if any(
         path.suffix.lower() in IMAGE_SUFFIXES for parent in folders for path in parent.glob("*")
     ):
         pictures = folders[1] if folders[1].is_dir() else folder
         raise ValueError(
-            f"{folder}: holds pictures but no poses; make them with: "
+            f"{folder}: holds pictures but no poses that can be read; make them with: "
             f"python data/from_photos.py {pictures} --out data/mine"
+            + (f" (it also holds {foreign})" if foreign else "")
+        )
+    if foreign:
+        raise ValueError(f"{folder}: holds {foreign}")
+    inner = [path for path in sorted(folder.glob("*/")) if _recognized(path)]
+    if inner:
+        raise ValueError(
+            f"{folder}: holds {some([path.name + '/' for path in inner])}, which "
+            f"{'is' if len(inner) == 1 else 'are'} of a known format: give --datadir {inner[0]}"
         )
     raise ValueError(
         f"{folder}: no known format; expected transforms.json, transforms_train.json, "
@@ -206,6 +220,8 @@ def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str
         raise ValueError(f"{folder}: no such data folder; {_where_else(folder)}")
     if kind == "auto":
         kind = recognize(folder)
+        if kind == "blender" and settings.spherify:  # its loader keeps the file's own layout
+            kind = "transforms"
         warn(f"{folder} is in format {kind} (--dataset_type auto)")
     elif kind == "llff" and not (folder / "poses_bounds.npy").exists():
         found = _recognized(folder)
@@ -224,8 +240,16 @@ def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str
 
 def _recognized(folder: Path) -> str | None:
     """The format of a folder; None if it is none."""
+    known = (
+        "transforms*.json",
+        "sparse",
+        "colmap",
+        "cameras.*",
+        "poses_bounds.npy",
+        "train/*/pose",
+    )
     try:
-        return recognize(folder)
+        return recognize(folder) if any(next(folder.glob(k), None) for k in known) else None
     except ValueError:
         return None
 
@@ -264,4 +288,4 @@ def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:
         )
     name_reduction(settings, kind, scene, warn)
     scene.pixel_center |= settings.pixel_center or kind in WITH_PIXEL_CENTERS
-    return check_scene(scene, warn)
+    return check_scene(scene, warn, by_hand=kind in BY_HAND)

@@ -15,14 +15,12 @@ import torch
 from nerf import lenses
 from nerf.cameras import orbit_path
 from nerf.datasets import capture, pictures
+from nerf.datasets.frame_cameras import LENS, camera_of, number
 from nerf.datasets.frames import (
-    LENS,
     NGP_KEYS,
     Capture,
-    camera_of,
     expected_sizes,
     find_picture,
-    number,
     present,
     read,
     subset,
@@ -58,7 +56,7 @@ def load(
     from the cameras where these do not reach what they look at. background: gray level in [0, 1]
     behind transparent pixels. store: see ``read_images``.
     """
-    found, files = present(datadir, read(datadir, testskip), warn)
+    found, files = present(datadir, read(datadir, testskip, splits_first=True), warn)
     views = views_of(datadir, found, files, warn)
     sizes = [picture_sizes(file) for file in files]
     kept = pictures.of_their_cameras(files, expected_sizes(found, views, sizes), sizes, warn)

@@ -192,7 +192,9 @@ def around(c2w: np.ndarray) -> Layout:
         back = np.eye(3)[np.abs(up).argmin()] - up[np.abs(up).argmin()] * up
     y = -normalize(back)  # the cameras' mean horizontal direction becomes +y
     frame = np.stack([np.cross(y, up), y, up, center], axis=1)
-    radius = float(np.sqrt(((c2w[:, :, 3] - center) ** 2).sum(-1).mean())) or 1.0
+    radius = float(np.sqrt(((c2w[:, :, 3] - center) ** 2).sum(-1).mean()))
+    if radius < 1e-6 * max(1.0, float(np.abs(c2w[:, :, 3]).max())):  # all stand at one place
+        radius = 1.0
     to_world = homogeneous(frame) @ np.diag([radius] * 3 + [1.0])
     moved = to_scene(c2w, to_world)
     return Layout(moved, arc_path(moved, found), to_world)

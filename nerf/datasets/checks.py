@@ -19,15 +19,23 @@ MOST_BLANK = 1 / 3  # of the training views; more are so by intent
 PLAIN = 2  # gray levels within which a picture or a border is of one color
 PLAIN_VIEWS = 0.8  # part of the views whose border must have that color
 STRIDE = 8  # pixels between those that are looked at first
+FAR_OFF = 0.3  # of the width or height: principal points farther from the middle are named
 USUAL_DISTANCE = 2.0  # of cameras from what they look at, in scene units
 Warn = Callable[[str], object]
 
 
-def check_scene(scene: Scene, warn: Warn) -> Scene:
-    """The scene without its blank training views; ``warn`` names whatever is suspicious."""
+def check_scene(scene: Scene, warn: Warn, *, by_hand: bool = False) -> Scene:
+    """The scene without its blank training views; ``warn`` names whatever is suspicious.
+
+    by_hand: its files may be from anybody's script, and the poses' axes others than expected.
+    """
     scene = without_masked_views(scene, warn)
     scene = without_blank_views(scene, warn)
     check_backgrounds(scene, warn)
+    if by_hand:
+        check_axes(scene, warn)
+    check_centers(scene, warn)
+    check_splits(scene, warn)
     check_reach(scene, warn)
     return scene
 
@@ -194,3 +202,73 @@ def check_reach(scene: Scene, warn: Warn) -> None:
                 f"the scene fills less than a tenth of the box that the file states (half side "
                 f"{half:.3g}): lower aabb_scale, or remove it"
             )
+
+
+# ------------------------------------------------------------------------- cameras that are others
+
+
+def check_axes(scene: Scene, warn: Warn) -> None:
+    """Warn where cameras look at no common point, but would in another convention of poses."""
+    if scene.ndc or scene.to_world is None:
+        return
+    c2w = scene.c2w[scene.splits["train"]].double().cpu().numpy()
+    if len(c2w) < FEWEST or capture.focus(c2w)[1]:
+        return
+    own = c2w.copy()  # in the file's world, where an inverse is one
+    own[:, :, 3] = scene.file_world(c2w[:, :, 3])
+    own[:, :, :3] = scene.to_world.double().cpu().numpy()[:3, :3] / scene.file_units @ own[:, :, :3]
+    inverse = own.copy()
+    inverse[:, :, :3] = own[:, :, :3].transpose(0, 2, 1)
+    inverse[:, :, 3] = -(inverse[:, :, :3] @ own[:, :, 3:])[:, :, 0]
+    flip = np.array([1.0, -1.0, -1.0, 1.0])
+    for poses, name in (
+        (own * flip, "camera-to-world in OpenCV's axes (y down, z forward)"),
+        (inverse, "world-to-camera"),
+        (inverse * flip, "world-to-camera in OpenCV's axes (y down, z forward)"),
+    ):
+        if capture.focus(poses)[1]:
+            warn(
+                f"the cameras look at no common point, but would if the poses were {name}; "
+                "expected camera-to-world with x right, y up, z backward. Unless the cameras look "
+                "outward from one place, as in a room, convert the poses"
+            )
+            return
+
+
+def check_centers(scene: Scene, warn: Warn) -> None:
+    """Warn where principal points lie far from the pictures' middles."""
+    views = scene.splits["train"]
+    sizes = np.array([scene.view_size(view)[::-1] for view in views])
+    center = scene.intrinsics[views, 2:4].double().cpu().numpy()
+    if np.median(np.abs(center / sizes - 0.5).max(-1)) > FAR_OFF:
+        x, y = np.median(center, axis=0)
+        warn(
+            f"principal points lie at ({x:.4g}, {y:.4g}), far from the middle of pictures of "
+            f"{scene.width}x{scene.height} pixels: are the intrinsics for pictures of another "
+            'size? State that size ("w" and "h"), or correct them'
+        )
+
+
+def check_splits(scene: Scene, warn: Warn) -> None:
+    """Warn where test views are training views, too: of the same pose and the same picture."""
+    train = scene.splits["train"]
+    for split in ("val", "test"):
+        views = scene.splits.get(split, [])
+        if split == "test" and views == scene.splits.get("val"):
+            continue
+        both = [view for view in views if _is_among(scene, view, train)]
+        if both:
+            names = some([scene.names[view] for view in both])
+            warn(
+                f"{len(both)} of {len(views)} {split} views are training views, too ({names}): "
+                "their PSNR tells how well training pictures are remembered, not how new views look"
+            )
+
+
+def _is_among(scene: Scene, view: int, others: list[int]) -> bool:
+    """Whether a view has the camera and the picture of one of the others."""
+    near = (scene.c2w[view] - scene.c2w[others]).abs().amax((1, 2)) <= 1e-6
+    same = [others[index] for index in near.nonzero()[:, 0].tolist()]
+    return any(
+        other == view or torch.equal(scene.images[view], scene.images[other]) for other in same
+    )

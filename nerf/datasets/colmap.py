@@ -86,6 +86,9 @@ def registered(
     files = [
         pictures.existing(inside(images, name, f"{folder}: image name")) for name in model.names
     ]
+    if not any(file.is_file() for file in files):  # names may begin with the folder's own
+        whole = [inside(datadir, name, f"{folder}: image name") for name in model.names]
+        files = whole if any(file.is_file() for file in whole) else files
     others = _unregistered(images, files)
     if others:
         warn(
@@ -150,7 +153,7 @@ def picture_folder(
 
     Without images/, an incomplete images_N/ will do.
     """
-    images, reduced = datadir / "images", datadir / f"images_{factor}"
+    images, reduced = pictures.existing(datadir / "images"), datadir / f"images_{factor}"
     if factor > 1:
         small = [pictures.existing(inside(reduced, name, "image name")) for name in names]
         if all(path.is_file() for path in small):

@@ -88,7 +88,9 @@ def _count_images(folder: Path) -> int:
         if files and files[0].suffix == ".bin":
             with open(files[0], "rb") as file:
                 return int(struct.unpack("<Q", file.read(8))[0])
-        return len(_text_images(files[0].read_text(encoding="utf-8").split("\n"))) if files else 0
+        return (
+            len(_text_images(files[0].read_text(encoding="utf-8-sig").split("\n"))) if files else 0
+        )
     except (OSError, ValueError, struct.error):
         return 0
 
@@ -118,7 +120,9 @@ def read_model(folder: Path) -> Model:
             if files[0].suffix == ".bin":
                 parts[name] = READERS[name](_Bytes(files[0].read_bytes()))
             else:
-                parts[name] = TEXT_READERS[name](files[0].read_text(encoding="utf-8").split("\n"))
+                parts[name] = TEXT_READERS[name](
+                    files[0].read_text(encoding="utf-8-sig").split("\n")
+                )
         except (OSError, UnicodeDecodeError, struct.error, ValueError, IndexError) as error:
             raise ValueError(
                 f"{files[0]}: is truncated or not a COLMAP file ({error}); export the model again"
@@ -272,18 +276,30 @@ def _text_cameras(lines: list[str]) -> dict[int, Camera]:
 
 
 def _text_images(lines: list[str]) -> list[_Image]:
-    lines = _without_comments(lines)
-    while lines and not lines[0].strip():
-        lines.pop(0)
+    """The images; after each comes a line of features, which some programs leave out."""
     images = []
-    for line in lines[::2]:  # the lines between list features, and may be empty
-        if line.strip():
-            number, *pose, camera, name = line.strip().split(maxsplit=9)
+    features = False
+    for line in _without_comments(lines):
+        words = line.strip().split(maxsplit=9)
+        if features and (not words or _is_number(line.split()[-1])):
+            features = False
+        elif words:
+            number, *pose, camera, name = words
             if len(pose) != 7:
                 raise ValueError(f"{line[:40]!r}; expected 10 entries: id, pose, camera, name")
             values = np.array([float(word) for word in pose])
             images.append(_Image(int(number), values, int(camera), name))
+            features = True
     return images
+
+
+def _is_number(word: str) -> bool:
+    """Whether a line of features ends in ``word``; a line of an image ends in its name."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _text_points(lines: list[str]) -> _Points:

@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nerf import lenses
 from nerf.datasets import capture, pictures
-from nerf.datasets.images import IMAGE_SUFFIXES, inside, picture_sizes
+from nerf.datasets.exporters import check_keys, name_unused
+from nerf.datasets.frame_cameras import CENTER, LENS, SIZE, camera_of, table
+from nerf.datasets.images import IMAGE_SUFFIXES, inside
 from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import SPLITS
 
-PERSPECTIVE_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL")
-FISHEYE_MODELS = ("OPENCV_FISHEYE",)
-UNSUPPORTED = ("ftheta_p0", "latlong", "equirectangular", "orthographic")
-SIZE, CENTER, LENS = ("w", "h"), ("cx", "cy"), ("k1", "k2", "k3", "k4", "p1", "p2")
 # The spellings of one quantity: if a frame has one of them, those at the top level do not count.
 SPELLINGS = (
     ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y"),
@@ -59,7 +56,7 @@ class Capture(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. ValueError names the file and what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
+        content = json.loads(path.read_bytes())  # UTF-8, 16 or 32, with or without a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:  # ValueError also for a number of 5000 digits
@@ -74,25 +71,6 @@ def _shown(frame: dict[str, Any]) -> str:
     """The file_path of a frame for a message: on one line, whatever it holds."""
     text = str(frame["file_path"])
     return text if text.isprintable() else repr(text)
-
-
-def number(content: dict[str, Any], key: str, where: str) -> float:
-    """content[key] as a finite float. ValueError begins with ``where``, names key and value."""
-    if key not in content:
-        raise ValueError(f'{where}: has no "{key}"; expected a number')
-    value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise ValueError(f'{where}: "{key}" is {value!r}; expected a finite number')
-    return float(value)
-
-
-def table(rows: object) -> np.ndarray | None:
-    """Nested lists of numbers as a float64 array; None if ``rows`` is anything else."""
-    try:
-        values = np.array(rows)
-    except ValueError:  # rows of different lengths
-        return None
-    return values.astype(np.float64) if values.dtype.kind in "if" else None
 
 
 def read_frames(path: Path, skip: int) -> Frames:
@@ -111,6 +89,11 @@ def read_frames(path: Path, skip: int) -> Frames:
             raise ValueError(
                 f'{where} ({_shown(frame)}): "transform_matrix" is not a 4x4 table of numbers'
             )
+        if len(matrix) == 4 and matrix[3, :3].any() and not matrix[:3, 3].any():
+            raise ValueError(
+                f'{where} ({_shown(frame)}): "transform_matrix" is transposed: the position stands '
+                "in its last row; expected it in the last column"
+            )
         poses.append(matrix[:3])
     return Frames(content, frames, poses)
 
@@ -118,12 +101,13 @@ def read_frames(path: Path, skip: int) -> Frames:
 def read_splits(datadir: Path, testskip: int) -> dict[str, Frames]:
     """Split name -> content of transforms_<split>.json in ``datadir``, for the files that exist.
 
-    testskip: keep every n-th val and test view (0 or 1: all). Only the train file is required.
+    testskip: keep every n-th val and test view (0 or 1: all). Only the train file is required; a
+    val or test file without frames counts as none.
     """
     found = {}
     for split in SPLITS:
         path = datadir / f"transforms_{split}.json"
-        if path.exists():
+        if path.exists() and (split == "train" or read_json(path).get("frames") != []):
             found[split] = read_frames(path, 1 if split == "train" else max(1, testskip))
     if "train" not in found:
         raise ValueError(
@@ -133,10 +117,13 @@ def read_splits(datadir: Path, testskip: int) -> dict[str, Frames]:
     return found
 
 
-def read(datadir: Path, testskip: int) -> Capture:
-    """transforms.json, or else the transforms files of the splits (see ``read_splits``)."""
+def read(datadir: Path, testskip: int, *, splits_first: bool = False) -> Capture:
+    """transforms.json, or else the transforms files of the splits (see ``read_splits``).
+
+    splits_first: the other way round, where both are there.
+    """
     path = datadir / "transforms.json"
-    if path.exists():
+    if path.exists() and not (splits_first and (datadir / "transforms_train.json").exists()):
         top, frames, poses = read_frames(path, 1)
         merged = [
             {**joined(top, frame), "where": f"{path}: frame {index} ({_shown(frame)})"}
@@ -230,8 +217,11 @@ def _normalized(file_path: str) -> str:
 def present(datadir: Path, found: Capture, warn: Warn) -> tuple[Capture, list[Path]]:
     """The capture without the frames whose picture is missing, and the pictures of the others.
 
-    ``warn`` names them. ValueError where too few remain, see ``pictures.readable``.
+    ``warn`` names them, and keys that are not used. ValueError where too few remain, see
+    ``pictures.readable``.
     """
+    check_keys(found.top, found.frames, str(datadir))
+    name_unused(found.top, found.frames, str(datadir), warn)
     files = [find_picture(datadir, frame["file_path"], frame["where"]) for frame in found.frames]
     kept = pictures.readable(files, found.splits, str(datadir), warn)
     return subset(found, kept), [files[index] for index in kept]
@@ -288,89 +278,17 @@ def expected_sizes(
 def find_picture(datadir: Path, file_path: object, where: str) -> Path:
     """The file at ``file_path``, whose extension may be missing and slashes may be backward.
 
-    Accents may be composed in the one and decomposed in the other. ValueError, beginning with
+    Accents may be composed in the one and decomposed in the other, letters small in the one and
+    capital in the other. ValueError, beginning with
     ``where``, if it is not a path inside ``datadir``.
     """
     if not isinstance(file_path, str):
         raise ValueError(f"{where}: {file_path!r} is not a file path")
-    path = pictures.existing(inside(datadir, file_path, where))
-    if not path.is_file():
-        for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)):
-            other = pictures.existing(path.with_name(path.name + suffix))
-            if other.is_file():
-                return other
-    return path
-
-
-def camera_of(frame: dict[str, Any], file: Path) -> tuple[list[float], tuple[float, float]]:
-    """fx fy cx cy and lens [4 + LENS] of a frame, and the height and width that they are for.
-
-    Without "w" and "h" these are the size of the picture ``file``.
-    """
-    where = frame["where"]
-    given = {key: number(frame, key, where) for key in SIZE if key in frame}
-    if len(given) < 2:
-        upright_width, upright_height = upright_size(file)
-        given = {"w": float(upright_width), "h": float(upright_height)}
-    width, height = given["w"], given["h"]
-    if width < 1 or height < 1:
-        raise ValueError(f"{where}: pictures of {width:g}x{height:g}; expected 1x1 or more")
-    fx = _focal(frame, "x", width, where)
-    fy = _focal(frame, "y", height, where) or fx
-    if fx is None and "fl_y" not in frame:  # the vertical angle alone: square pixels
-        fx = fy
-    if fx is None or fy is None:
-        raise ValueError(
-            f'{where}: has neither "fl_x" nor "camera_angle_x", in the frame or at the top level; '
-            "expected the focal length in pixels or the angle of view in radians"
-        )
-    cx = number(frame, "cx", where) if "cx" in frame else width / 2
-    cy = number(frame, "cy", where) if "cy" in frame else height / 2
-    return [fx, fy, cx, cy, *_lens(frame, where)], (height, width)
-
-
-def _focal(frame: dict[str, Any], axis: str, size: float, where: str) -> float | None:
-    """Focal length along "x" or "y" in pixels, for ``size`` pixels; None without a key for it."""
-    if f"fl_{axis}" in frame:
-        focal = number(frame, f"fl_{axis}", where)
-        if focal <= 0:
-            raise ValueError(f'{where}: "fl_{axis}" is {focal:g}; expected pixels > 0')
-        return focal
-    if f"camera_angle_{axis}" in frame:
-        angle = number(frame, f"camera_angle_{axis}", where)
-        if not 0 < angle < np.pi:
-            raise ValueError(
-                f'{where}: "camera_angle_{axis}" is {angle:g}; expected radians in (0, pi)'
-            )
-        return 0.5 * size / np.tan(0.5 * angle)
-    return None
-
-
-def _lens(frame: dict[str, Any], where: str) -> list[float]:
-    """The numbers [LENS] of ``nerf.lenses`` for a frame. ValueError for an unsupported model."""
-    for key in UNSUPPORTED:
-        if frame.get(key):
-            raise ValueError(
-                f'{where}: the lens of "{key}" is not supported; undistort the pictures first'
-            )
-    model = frame.get("camera_model", "OPENCV_FISHEYE" if frame.get("is_fisheye") else "OPENCV")
-    if model not in PERSPECTIVE_MODELS + FISHEYE_MODELS:
-        known = ", ".join(PERSPECTIVE_MODELS + FISHEYE_MODELS)
-        raise ValueError(f'{where}: "camera_model" is {model!r}; expected one of {known}')
-    if frame.get("is_fisheye") and model not in FISHEYE_MODELS:
-        raise ValueError(
-            f'{where}: "camera_model" is {model} and "is_fisheye" is true, which contradict each '
-            "other; remove the one that is wrong"
-        )
-    k, p = (
-        [number(frame, key, where) if key in frame else 0.0 for key in keys]
-        for keys in (("k1", "k2", "k3", "k4"), ("p1", "p2"))
-    )
-    if model in FISHEYE_MODELS:
-        return lenses.lens(lenses.EQUIDISTANT, k)
-    return lenses.lens(lenses.PERSPECTIVE, k, tangential=p)
-
-
-def upright_size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture after its EXIF rotation, without decoding it."""
-    return picture_sizes(file)[-1]
+    path = inside(datadir, file_path, where)
+    endings = ("", *IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
+    names = [path.with_name(path.name + ending) for ending in endings]
+    exact = next((name for name in names if name.is_file()), None)
+    if exact is not None:
+        return exact
+    similar = (pictures.existing(name) for name in names)
+    return next((name for name in similar if name.is_file()), path)

@@ -32,7 +32,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
             raise ValueError(f"{where}: {name[:80]!r} is not a valid file name; correct it")
     root = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(root, name.replace("\\", "/")))
-    if "\0" in name or not Path(path).is_relative_to(root):
+    if "\0" in name or re.match(r"[A-Za-z]:[/\\]", name) or not Path(path).is_relative_to(root):
         raise ValueError(
             f"{where}: {name!r} leads out of the data folder; put the pictures into {folder} and "
             "name them from there"
@@ -52,6 +52,7 @@ def list_images(folder: Path) -> list[Path]:
         path
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.is_dir()
         and not path.name.startswith((".", "dynamic_mask_"))  # the latter: see ``masks``
     )
 

@@ -8,7 +8,8 @@ import torch
 
 from nerf.cameras import orbit_path
 from nerf.datasets import pictures
-from nerf.datasets.frames import number, read_splits, table
+from nerf.datasets.frame_cameras import number, table
+from nerf.datasets.frames import read_splits
 from nerf.datasets.images import inside, picture_sizes, read_images
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene

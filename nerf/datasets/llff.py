@@ -76,7 +76,13 @@ def load(
     bounds = bounds * scale
     poses = recenter(poses)
     if spherical:
-        poses, path, bounds = spherify(poses, bounds)
+        try:
+            poses, path, bounds = spherify(poses, bounds)
+        except np.linalg.LinAlgError:
+            raise ValueError(
+                f"{datadir}: all cameras look in exactly the same direction, and --spherify is for "
+                "cameras around an object; leave it out"
+            ) from None
     else:
         path = spiral_path(poses, bounds.min(), bounds.max())
     intrinsics = _intrinsics(sizes, images.shape[1:3], names, f"{datadir}/poses_bounds.npy")
@@ -197,7 +203,7 @@ def read_pictures(
     """
     if factor < 1:
         raise ValueError(f"--factor {factor}; expected 1 (full size) or more")
-    originals = datadir / "images"
+    originals = choice.existing(datadir / "images")
     size = (full_size[1], full_size[0])  # decides whether poses include the EXIF rotation
     cache, complaint, rebuild = datadir / f"images_{factor}", None, False
     if factor > 1 and cache.is_dir():

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from nerf.datasets.images import IMAGE_SUFFIXES, read_image, why_unreadable
-from nerf.datasets.pictures import some
+from nerf.datasets.pictures import existing, some
 
 DYNAMIC = "dynamic_mask_"
 OTHER_FOLDERS = ("mask", "mattes", "segmentation", "segmentations", "silhouettes")
@@ -111,8 +111,9 @@ def _in_folder(place: Path) -> Path | None:
     """The mask of a picture that would itself lie at ``place``; None without one."""
     names = [place.name + ".png", *(place.stem + suffix for suffix in IMAGE_SUFFIXES)]
     for name in names:
-        if place.with_name(name).is_file():
-            return place.with_name(name)
+        found = existing(place.with_name(name))
+        if found.is_file():
+            return found
     return None
 
 

@@ -31,18 +31,24 @@ def composed(name: str) -> str:
 
 
 def existing(path: Path) -> Path:
-    """``path``, or the file of the same name but for the composition of its accents."""
-    if path.exists() or str(path).isascii():
+    """``path``, or the one file whose name differs only in capital letters or composed accents."""
+    if path.exists():
         return path
     found = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
-        if not (found / part).exists() and not part.isascii() and found.is_dir():
-            for name in os.listdir(found):
-                if composed(name) == composed(part):
-                    part = name
-                    break
+        if not (found / part).exists() and found.is_dir():
+            part = _similar(part, os.listdir(found))
         found = found / part
     return found
+
+
+def _similar(name: str, names: list[str]) -> str:
+    """The only one of ``names`` that is ``name`` but for accents, then for case; else ``name``."""
+    for form in (composed, lambda text: composed(text).casefold()):
+        same = [other for other in names if form(other) == form(name)]
+        if same:
+            return same[0] if len(same) == 1 else name
+    return name
 
 
 def renumbered(splits: Splits, kept: list[int]) -> Splits:
@@ -80,19 +86,30 @@ def readable(
     train = splits["train"] if splits and splits.get("train") else range(len(files))
     names = [files[index].name for index in train if index in lost]
     reason = " and ".join(["missing"] * bool(missing) + ["unreadable"] * bool(broken))
-    too_few(len(train), sum(index in lost for index in train), f"{where}: ", reason, names)
+    hint = _other_ending([files[index] for index in missing])
+    too_few(len(train), sum(index in lost for index in train), f"{where}: ", reason, names, hint)
     for group, what in ((missing, "missing"), (list(broken), "unreadable")):
         if group:
             shown = [files[i].name + (f" ({broken[i]})" if i in broken else "") for i in group]
             are = "is" if len(group) == 1 else "are"
             warn(
                 f"{where}: {len(group)} of {len(files)} {kind} {are} {what} and left out: "
-                f"{some(shown)}"
+                f"{some(shown)}{hint if group is missing else ''}"
             )
     return [index for index in range(len(files)) if index not in lost]
 
 
-def too_few(count: int, lost: int, where: str, why: str, names: list[str]) -> None:
+def _other_ending(missing: list[Path]) -> str:
+    """For a message: a file that has the name of a missing one, but another ending; else ""."""
+    for file in missing[:3]:
+        if file.parent.is_dir():
+            for name in sorted(os.listdir(file.parent)):
+                if Path(name).stem == file.stem and (file.parent / name).is_file():
+                    return f"; {name} is there, which has another ending"
+    return ""
+
+
+def too_few(count: int, lost: int, where: str, why: str, names: list[str], hint: str = "") -> None:
     """ValueError if fewer than FEWEST, or LEAST_PART, of ``count`` pictures are not ``lost``.
 
     why: what is wrong with those that are lost, for the message; names: theirs.
@@ -100,7 +117,7 @@ def too_few(count: int, lost: int, where: str, why: str, names: list[str]) -> No
     if lost and (count - lost < FEWEST or count - lost < LEAST_PART * count):
         raise ValueError(
             f"{where}{lost} of {count} pictures are {why} ({some(names)}), which leaves too few; "
-            "is the data folder complete?"
+            f"is the data folder complete?{hint}"
         )
 
 

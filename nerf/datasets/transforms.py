@@ -15,16 +15,15 @@ import numpy as np
 import torch
 
 from nerf.datasets import capture, pictures
+from nerf.datasets.frame_cameras import number, table
 from nerf.datasets.frames import (
     NGP_KEYS,
     Capture,
     Splits,
     expected_sizes,
-    number,
     present,
     read,
     subset,
-    table,
     views_of,
 )
 from nerf.datasets.images import picture_sizes
@@ -54,6 +53,11 @@ def load(
     near, far: in scene units; 0: from the file, the box or the cameras. background: gray level in
     [0, 1] behind transparent pixels. store: see ``images.read_images``.
     """
+    if all((datadir / f"{name}.json").exists() for name in ("transforms", "transforms_train")):
+        warn(
+            f"{datadir}: transforms.json is read, not transforms_train.json beside it "
+            "(--dataset_type blender reads that)"
+        )
     found, files = present(datadir, read(datadir, testskip), warn)
     views = views_of(datadir, found, files, warn)
     sizes = [picture_sizes(file) for file in files]
