@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from nerf.datasets.images import eight_bit
+from nerf.datasets.images import eight_bit, why_unreadable
+from nerf.datasets.pictures import some, too_few
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
@@ -63,6 +64,9 @@ def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     if not pictures:
         videos = [path.name for path in files if path.suffix.lower() in VIDEOS]
         hint = f"; for a video, give its path: {folder / videos[0]}" if videos else ""
+        inner = [p for p in sorted(folder.glob("*/*")) if p.suffix.lower() in PICTURES + HEIC]
+        if inner and not hint:
+            hint = f"; photos lie in folders in it: give one, {inner[0].parent}"
         raise ValueError(f"{folder}: holds no photo; expected {', '.join(PICTURES)}{hint}")
     return pictures, [path for path in files if path not in set(pictures)]
 
@@ -72,11 +76,15 @@ def take_photos(
 ) -> list[Photo]:
     """Copy the photos of ``folder`` to ``out``, upright, with sides of at most max_side pixels.
 
-    Other files, unreadable pictures and duplicates are left out, and ``log`` names them.
+    Other files and folders, unreadable pictures and duplicates are left out, and ``log`` names
+    them. ValueError where too many are unreadable, see ``pictures.too_few``.
     """
     pictures, others = list_photos(folder)
     if others:
         log(f"left out, not pictures: {some([path.name for path in others])}")
+    inner = [path.name + "/" for path in sorted(folder.glob("*/")) if path.name[0] != "."]
+    if inner:
+        log(f"not read: folders in {folder}: {some(inner)}; only the photos beside them are used")
     photos: list[Photo] = []
     broken, repeated = [], []
     for path in pictures:
@@ -84,8 +92,8 @@ def take_photos(
             with Image.open(path) as image:
                 image.load()
                 upright = eight_bit(ImageOps.exif_transpose(image), path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            broken.append(path.name)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            broken.append(f"{path.name} ({why_unreadable(path) or error})")
             continue
         suffix = ".png" if is_transparent(upright) else ".jpg"
         photo = measured(_unused(path.stem, photos) + suffix, upright)
@@ -93,6 +101,7 @@ def take_photos(
             repeated.append(path.name)
             continue
         photos.append(_save(upright, out, photo, max_side))
+    too_few(len(pictures), len(broken), f"{folder}: ", "unreadable", broken)
     transparent = sum(photo.name.endswith(".png") for photo in photos)
     if transparent:
         log(f"{transparent} photos are transparent in parts, which is kept: saved as PNG")
@@ -171,9 +180,3 @@ def blurred(photos: list[Photo]) -> list[str]:
     """Names of photos much less sharp than the median."""
     median = float(np.median([photo.sharpness for photo in photos]))
     return [photo.name for photo in photos if photo.sharpness < BLURRED * median]
-
-
-def some(names: list[str], count: int = 6) -> str:
-    """The first names of a list, and how many more it has."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

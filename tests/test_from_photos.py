@@ -28,7 +28,7 @@ def texture(seed, size=(96, 64)):
 
 
 def fill(folder, count, first=0):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
         texture(number).save(folder / f"photo_{number:02d}.jpg")
     return folder
@@ -64,15 +64,18 @@ def test_what_is_no_new_picture_is_left_out_by_name(tmp_path):
     folder = fill(tmp_path / "mine", 3)
     (folder / "notes.txt").write_text("kitchen, Tuesday")
     (folder / "broken.jpg").write_bytes((folder / "photo_00.jpg").read_bytes()[:300])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "masks").mkdir()
     texture(1).save(folder / "copy.png")
     texture(7).save(folder / "photo_02.png")  # another picture of the same name
     kept, said, out = take(folder)
     names = ["photo_00.jpg", "photo_02.jpg", "photo_02_2.jpg"]
     assert sorted(p.name for p in out.iterdir()) == sorted(photo.name for photo in kept)
     assert [photo.name for photo in kept] == ["copy.jpg", *names]
-    for word in ("notes.txt", "broken.jpg", "photo_01.jpg"):
+    reasons = ("broken.jpg (", "empty.jpg (empty)")
+    for word in ("notes.txt", "photo_01.jpg", "masks/", *reasons):
         assert sum(word in line for line in said) == 1
-    assert all(path.exists() for path in folder.iterdir()) and len(list(folder.iterdir())) == 7
+    assert all(path.exists() for path in folder.iterdir()) and len(list(folder.iterdir())) == 9
 
 
 def test_pictures_are_kept_upright_and_not_too_large(tmp_path):
@@ -294,6 +297,13 @@ def same(folder):
     return folder
 
 
+def mostly_broken(folder):
+    fill(folder, 4)
+    for number in range(9):
+        (folder / f"broken{number}.jpg").write_bytes(b"no picture")
+    return folder
+
+
 def written(name, content=b"no picture"):
     def make(folder):
         folder.mkdir()
@@ -320,6 +330,8 @@ BAD = {
     ),
     "neither folder nor video": (written("notes"), "neither a folder of photos nor a video"),
     "video without frames": (written("clip.mp4", b""), "holds no video"),
+    "photos in folders": (lambda folder: fill(folder / "left", 3).parent, "photos lie in folders"),
+    "mostly unreadable": (mostly_broken, "9 of 13 pictures are unreadable"),
     "one photo": (lambda folder: fill(folder, 1), "1 different picture;"),
     "two photos": (lambda folder: fill(folder, 2), "2 different pictures;"),
     "identical photos": (same, "1 different picture;"),
