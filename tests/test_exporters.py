@@ -118,7 +118,8 @@ def test_bounds_and_boxes_that_miss_the_scene_are_named(tmp_path):
 
 
 def test_a_frame_replaces_every_spelling_of_the_top_level(tmp_path):
-    folder = exported(tmp_path, "transforms.json", fl_x=70, fl_y=70, w=WIDTH, h=HEIGHT)
+    size = {"w": WIDTH, "h": HEIGHT}
+    folder = exported(tmp_path, "transforms.json", camera_angle_x=None, fl_x=70, fl_y=70, **size)
 
     def change(top):
         top["frames"][0]["camera_angle_x"] = 2 * np.arctan(WIDTH / 2 / 110.0)

@@ -312,6 +312,14 @@ def test_another_split_of_the_same_views_is_named_as_such(tmp_path, kind):
     assert difference and "another split" not in difference
 
 
+def test_a_resumed_run_that_lost_a_picture_says_so(tmp_path):
+    folder = exported(tmp_path, count=8)
+    saved = scene_identity(load(folder, kind="blender"))
+    cut(folder / "images" / "v3.png")
+    difference = scene_difference(saved, load(folder, kind="blender", said=[]))
+    assert "8 training views -> 7" in difference and "cannot be read any more" in difference
+
+
 @pytest.mark.parametrize("kind", ["blender", "transforms"])
 def test_llffs_factor_on_another_format_is_said(tmp_path, kind):
     said = []

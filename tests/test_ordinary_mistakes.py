@@ -148,6 +148,7 @@ REFUSED = {
     "lens terms": (top(k5=0.1), 'lens term "k5"'),
     "Mitsuba's axes": (top(from_mitsuba=True), "other axes"),
     "width and height swapped": (top(w=HEIGHT, h=WIDTH), "camera is for 24x32"),
+    "two focal lengths": (top(fl_x=70, w=WIDTH, h=HEIGHT), '"fl_x" is 70 pixels, but'),
     "no frames": (top(frames=[]), '"frames" is missing or empty'),
 }
 
@@ -213,6 +214,7 @@ NAMED = {
         r"principal points lie at \(32, 24\)",
     ),
     "depth": (frames(depth_file_path="depth/1.png"), "depth_file_path: not used"),
+    "a camera matrix": (frames(intrinsic_matrix=[[1]]), "intrinsic_matrix: not used"),
     "rolling shutter": (top(rolling_shutter=[0, 0, 1, 0]), "rolling_shutter: not used"),
     "white is transparent": (top(white_transparent=True), "white_transparent: not used"),
     "listed twice": (
@@ -271,6 +273,25 @@ def test_empty_and_short_splits(tmp_path):
     picture(50).save(folder / "val" / "a.png")
     scene = load(folder)
     assert {name: len(views) for name, views in scene.splits.items()} == {"train": 6, "val": 1}
+
+
+def test_repeated_training_pictures_are_named(tmp_path):
+    folder, said = exported(tmp_path), []
+
+    def repeat(content):
+        again = {**content["frames"][0], "file_path": "images/v1.png"}
+        content["frames"] += [content["frames"][2], again]
+
+    edit(folder, repeat)
+    load(folder, said=said)
+    assert any("2 of 8 training views repeat" in line and "1 of them" in line for line in said)
+
+
+def test_a_picture_whose_background_was_not_removed_is_named(tmp_path):
+    folder, said = exported(tmp_path, mode="RGBA"), []
+    picture(3).save(folder / "images" / "v3.png")
+    load(folder, "--white_bkgd", said=said)
+    assert any("1 of 6 pictures have no transparent pixel" in line for line in said)
 
 
 def test_an_explicit_blender_type_reads_the_split_files(tmp_path):

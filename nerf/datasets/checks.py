@@ -124,6 +124,13 @@ def check_backgrounds(scene: Scene, warn: Warn) -> None:
                 "the pictures have transparent backgrounds, which are trained and rendered black; "
                 "--white_bkgd makes them white"
             )
+        opaque = [view for view in set(views) - set(transparent) if _is_opaque(scene, view)]
+        if transparent and 0 < len(opaque) <= MOST_BLANK * len(views):
+            names = some([scene.names[view] for view in sorted(opaque)])
+            warn(
+                f"{len(opaque)} of {len(views)} pictures have no transparent pixel, unlike the "
+                f"others, and their background is trained as it is: {names}"
+            )
         return
     colors = []
     for view in views:
@@ -151,6 +158,12 @@ def check_backgrounds(scene: Scene, warn: Warn) -> None:
         f"{blue}), but rays that hit nothing are rendered {rendered}: {cure}, or training may end "
         "in that one color"
     )
+
+
+def _is_opaque(scene: Scene, view: int) -> bool:
+    """Whether all pixels of a picture with alpha are opaque."""
+    height, width = scene.view_size(view)
+    return int(scene.images[view, :height, :width, 3].min()) == 255
 
 
 def _border(scene: Scene, view: int) -> Tensor:
@@ -250,8 +263,18 @@ def check_centers(scene: Scene, warn: Warn) -> None:
 
 
 def check_splits(scene: Scene, warn: Warn) -> None:
-    """Warn where test views are training views, too: of the same pose and the same picture."""
+    """Warn of repeated training views, and of test views that are training views, too."""
     train = scene.splits["train"]
+    place: dict[str, int] = {}
+    repeated = [view for view in train if place.setdefault(scene.names[view], view) != view]
+    if repeated:
+        poses = scene.c2w[[place[scene.names[view]] for view in repeated]]
+        others = int(((poses - scene.c2w[repeated]).abs().amax((1, 2)) > 1e-6).sum())
+        warn(
+            f"{len(repeated)} of {len(train)} training views repeat another one's picture, "
+            f"{others} of them with another pose: "
+            + some(sorted({scene.names[view] for view in repeated}))
+        )
     for split in ("val", "test"):
         views = scene.splits.get(split, [])
         if split == "test" and views == scene.splits.get("val"):

@@ -3,7 +3,8 @@
 Each is named in one line, with the way to a format that is read. Nothing here reads a scene.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ FORMATS = (
 AXES = ("from_mitsuba", "from_na")
 TERMS = ("k5", "k6", "s1", "s2", "s3", "s4")
 COLORS = ("white_transparent", "black_transparent", "mask_color")
+CAMERAS = ("intrinsics", "intrinsic_matrix", "K", "focal", "focal_length")
+CONTRADICTION = 1.05  # ratio of two statements of one focal length
 READ_PATHS = ("file_path", "mask_path")
 Warn = Callable[[str], object]
 
@@ -43,13 +46,21 @@ def foreign_format(folder: Path) -> str:
     return ""
 
 
-def check_keys(top: dict[str, Any], frames: Iterable[dict[str, Any]], where: str) -> None:
-    """ValueError for keys that turn the axes or add terms to the lens, which is not carried out."""
+def check_keys(top: dict[str, Any], frames: Sequence[dict[str, Any]], where: str) -> None:
+    """ValueError for keys that contradict each other, turn the axes, or add terms to the lens."""
     for key in AXES:
         if top.get(key):
             raise ValueError(
                 f'{where}: "{key}" says that the poses have other axes, which are not read; '
                 "convert them to x right, y up, z backward, and remove the key"
+            )
+    focal, angle, width = (_number(top, key) for key in ("fl_x", "camera_angle_x", "w"))
+    if focal and width and 0 < angle < math.pi and not _is_fisheye(top):
+        stated = 0.5 * width / math.tan(0.5 * angle)
+        if not 1 / CONTRADICTION < focal / stated < CONTRADICTION:
+            raise ValueError(
+                f'{where}: "fl_x" is {focal:g} pixels, but "camera_angle_x" {angle:g} with "w" '
+                f"{width:g} means {stated:.5g}; remove the one that is wrong"
             )
     for frame in frames:
         for key in TERMS:
@@ -60,8 +71,18 @@ def check_keys(top: dict[str, Any], frames: Iterable[dict[str, Any]], where: str
                 )
 
 
+def _number(content: dict[str, Any], key: str) -> float:
+    """content[key]; 0 where it is missing or no number."""
+    value = content.get(key)
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else 0.0
+
+
+def _is_fisheye(top: dict[str, Any]) -> bool:
+    return bool(top.get("is_fisheye")) or "FISHEYE" in str(top.get("camera_model"))
+
+
 def name_unused(
-    top: dict[str, Any], frames: Iterable[dict[str, Any]], where: str, warn: Warn
+    top: dict[str, Any], frames: Sequence[dict[str, Any]], where: str, warn: Warn
 ) -> None:
     """Warn about keys that would change the result and are not used."""
     unused = [key for key in COLORS if top.get(key)]
@@ -70,6 +91,9 @@ def name_unused(
     rolling = top.get("rolling_shutter")
     if isinstance(rolling, list) and any(rolling):
         warn(f"{where}: rolling_shutter: not used, cameras are taken to stand still")
+    cameras = sorted({key for frame in frames for key in CAMERAS if key in frame})
+    if cameras:
+        warn(f"{where}: {', '.join(cameras)}: not used, focal lengths are read from fl_x, fl_y")
     paths = {key for frame in frames for key in frame if key.endswith("_path")}
     paths -= {*READ_PATHS, "ply_file_path"}
     if paths:

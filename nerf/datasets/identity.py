@@ -47,15 +47,17 @@ def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:
     own = scene_identity(scene)
     extent = float(own["poses"][:, :, 3].std(0).norm()) if len(own["poses"]) > 1 else 1.0
     same = saved["poses"].shape == own["poses"].shape
-    if not (same and _agree(saved["poses"], own["poses"], extent)) and _are_views(
-        saved["poses"], scene, extent
+    if not (same and _agree(saved["poses"], own["poses"], extent)) and _are_among(
+        saved["poses"], scene.c2w.float().cpu(), extent
     ):
         return (
             f"another split of the same views, {len(saved['poses'])} training views -> "
             f"{len(own['poses'])} (--llffhold, the files' lists of splits, or pictures left out)"
         )
     if not same:
-        return f"{len(saved['poses'])} training views -> {len(own['poses'])}"
+        fewer = _are_among(own["poses"], saved["poses"], extent)
+        why = " (pictures were removed, or cannot be read any more)" * fewer
+        return f"{len(saved['poses'])} training views -> {len(own['poses'])}{why}"
     if _largest(saved["poses"][:, :, 3], own["poses"][:, :, 3]) > POSE_TOLERANCE * max(
         extent, 1e-6
     ):
@@ -76,9 +78,8 @@ def _agree(first: Tensor, second: Tensor, extent: float) -> bool:
     return places and float(difference[..., :3].max()) <= POSE_TOLERANCE
 
 
-def _are_views(poses: Tensor, scene: Scene, extent: float) -> bool:
-    """Whether each of the cameras [V, 3, 4] is that of some view of the scene, of any split."""
-    every = scene.c2w.float().cpu()
+def _are_among(poses: Tensor, every: Tensor, extent: float) -> bool:
+    """Whether each of the cameras [V, 3, 4] is one of ``every`` [N, 3, 4], but for rounding."""
     nearest = [int((every - pose).abs().amax((1, 2)).argmin()) for pose in poses]
     return _agree(poses, every[nearest], extent)
 
