@@ -51,6 +51,7 @@ from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
 from nerf.text3d.shading import Lighting, draw_lighting
 from nerf.training import checkpoint, distributed, entry, rng, system
 from nerf.training.ema import EMA
+from nerf.training.graph import StepGraphs
 from nerf.training.monitor import Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
@@ -113,6 +114,7 @@ def run_prompt(args, world, models) -> int:
     run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
+        system.configure_gpu(args.tf32 == "on", world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -249,6 +251,7 @@ def train(args, world, run, models) -> int:
         run.log(line)
     saved = attempt.saved[1] if attempt.saved else {}
     guide = make_guide(args, world.device, run.log, models, saved)
+    guide.record_unet(make_graphs(args, world, run))
     if attempt.saved:
         check_same_run(args, attempt.saved, guide.prior.fingerprint)
     if attempt.finished_updates < args.N_iters:  # else args.json would tell what never ran
@@ -373,6 +376,13 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 "--guidance_dtype fp32")  # fmt: skip
         return entry.NOTHING_LEARNED
     return 0
+
+
+def make_graphs(args, world, run) -> StepGraphs:
+    """CUDA graphs of the U-Net: on a GPU, where its weights stay, unless ``--cuda_graph off``."""
+    enabled = args.cuda_graph == "auto" and world.device.type == "cuda"
+    fixed = args.guidance != "vsd" and args.offload == "none"
+    return StepGraphs(torch.nn.Module(), run.log, enabled=enabled and fixed)
 
 
 class StepInputs(NamedTuple):
@@ -516,10 +526,8 @@ def preview(args, outputs: ObjectOutputs, step: int) -> float:
 
     Returns how many seconds the turntable will take at the same speed.
     """
-    size, num_views = build.scheduled_flags(args, step)["train_res"], args.batch_views
-    if not outputs.flat:
-        size, num_views = min(args.eval_res, 2 * size), 4
-    start = time.perf_counter()
+    size = min(args.eval_res, 2 * build.scheduled_flags(args, step)["train_res"])
+    start, num_views = time.perf_counter(), 4
     write_preview(outputs, step, num_views, size)
     seconds_per_pixel = (time.perf_counter() - start) / (num_views * size**2)
     pixels = 0 if outputs.flat else args.video_frames * args.eval_res**2

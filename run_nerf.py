@@ -105,7 +105,7 @@ def run_scene(args) -> int:
     run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(SMALLER), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
-        system.set_tf32(args.tf32 == "on", world.device, run.log)
+        system.configure_gpu(args.tf32 == "on", world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -305,7 +305,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         scaler.update()  # also after a skipped update: it was too large a scale that made it skip
         state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
         if verdict.read:
-            renderer.end_step(num_rays, stats.samples, verdict.samples)  # fast path: next num_rays
+            renderer.end_step(num_rays, verdict.samples, verdict.total_samples)  # next num_rays
         state.advance(num_rays)
 
         # ---- between updates: reasons to stop or to start again, then everything periodic.

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ ConditionsAt = Callable[[Any, int, Tensor], Conditions]
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # --sd_model guidance/tiny/model, from any folder
 VIEW_FLAGS = {word: word.split()[0] for word in VIEW_WORDS}  # "right side" -> --prompt_right
+
+
+class Recorder(Protocol):
+    """What ``record_unet`` needs of ``nerf.training.graph.StepGraphs``."""
+
+    def run(self, function: Callable[[Any], Tensor], inputs: Any, /) -> Tensor: ...
 
 
 @dataclass
@@ -70,6 +76,11 @@ class Guide:
         """Load ``checkpoint_state``; ValueError if it is of another LoRA score network."""
         if saved and self.lora is not None:
             self.lora.restore(saved.get("copy"), where)
+
+    def record_unet(self, graphs: Recorder) -> None:
+        """Call the frozen U-Net through ``graphs``."""
+        if isinstance(self.prior, StableDiffusion):
+            self.prior.run_unet = graphs.run
 
     def release(self) -> None:
         """Take the LoRA's hooks off the model, which the next prompt uses too."""

@@ -146,7 +146,7 @@ class ViewPrompts:
         )
 
     def at(self, azimuth_deg: Tensor, elevation_deg: Tensor) -> Conditions:
-        """The embeddings for V cameras: angles [V] -> Conditions of [V, L, D] each."""
+        """The embeddings for V cameras: angles [V] on the CPU -> Conditions of [V, L, D] each."""
         views = list(zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True))
         words = [view_word(*view) for view in views]
         text = cat(
@@ -160,8 +160,10 @@ class ViewPrompts:
             return Conditions(negative, text)
         rows = [self._perp_neg_prompts(*view) for view in views]
         others = tuple(cat([row[0][n] for row in rows]) for n in range(2))
-        weights = tuple(text.new_tensor([row[1][n] for row in rows]) for n in range(2))
-        return Conditions(negative, text, others, weights)
+        weights = torch.tensor([row[1] for row in rows], dtype=text.dtype)  # [V, 2]
+        if text.is_cuda:  # without waiting for what the GPU is doing
+            weights = weights.pin_memory().to(text.device, non_blocking=True)
+        return Conditions(negative, text, others, weights.unbind(1))
 
     def _perp_neg_prompts(
         self, azimuth_deg: float, elevation_deg: float

@@ -107,8 +107,8 @@ def timesteps(u: Tensor, t_range: tuple[float, float], num_timesteps: int) -> Te
     return (low + (u * (high - low)).long()).clamp(max=num_timesteps - 1)
 
 
-def falling_timestep(fraction: float, num_timesteps: int, alphas_cumprod: Tensor) -> int:
-    """DreamTime's t after ``fraction`` of the run: non-increasing (Huang et al. 2023).
+def falling_timestep(fraction: float, num_timesteps: int, alphas_cumprod: Tensor) -> Tensor:
+    """DreamTime's t [] after ``fraction`` of the run: non-increasing (Huang et al. 2023).
 
     t is where the weights sqrt((1 - a) / a) x prior(t), summed from T - 1 down, reach ``fraction``
     of their total. The prior is 1 from 0.5 T to 0.8 T and falls off below and above like Gaussians
@@ -121,7 +121,7 @@ def falling_timestep(fraction: float, num_timesteps: int, alphas_cumprod: Tensor
     # At zero terminal SNR, a = 0, the last weight would be infinite and t would never fall.
     weight = torch.where(alphas_cumprod > 0, weight, 0.0)
     reached = weight.flip(0).cumsum(0) / weight.sum()
-    return num_timesteps - 1 - int((reached < fraction).sum().clamp(max=num_timesteps - 1))
+    return num_timesteps - 1 - (reached < fraction).sum().clamp(max=num_timesteps - 1)
 
 
 ANNEALS = ("none", "linear", "sqrt", "falling")
@@ -138,10 +138,11 @@ def pick_timesteps(u: Tensor, recipe: Recipe, alphas_cumprod: Tensor) -> Tensor:
         return timesteps(u, recipe.t_range, num_timesteps)
     low, high = recipe.t_range
     fraction = math.sqrt(recipe.progress) if recipe.t_anneal == "sqrt" else recipe.progress
-    t = int((high - (high - low) * fraction) * num_timesteps)
     if recipe.t_anneal == "falling":
-        t = falling_timestep(fraction, num_timesteps, alphas_cumprod)
-        t = min(max(t, int(low * num_timesteps)), int(high * num_timesteps))
+        falling = falling_timestep(fraction, num_timesteps, alphas_cumprod)
+        falling = falling.clamp(int(low * num_timesteps), int(high * num_timesteps))
+        return falling.clamp(max=num_timesteps - 1).expand(len(u))
+    t = int((high - (high - low) * fraction) * num_timesteps)
     return torch.full_like(u, min(t, num_timesteps - 1), dtype=torch.long)
 
 

@@ -69,6 +69,8 @@ class StableDiffusion:
         whose noise schedule replaces the model's own. ValueError, in one line, on any other input.
         """
         self.warn = warn
+        # How ``predict`` calls the U-Net; a trainer may replace it by one that records kernels.
+        self.run_unet: Callable[[Callable[[Any], Tensor], Any], Tensor] = lambda call, x: call(x)
         self._warned: set[str] = set()  # what was warned of already
         self.device, self.memory = torch.device(device), memory
         self.dtype = _choose_dtype(dtype, self.device, warn)
@@ -159,8 +161,9 @@ class StableDiffusion:
         self.latent_shape(*images.shape[-2:])
         with self._no_autocast():
             scaled = images.float() * 2 - 1
-            # With --offload the VAE stays on the device: its backward pass comes after the U-Net.
-            posterior = self.vae.to(self.device).encode(self._to_network(scaled)).latent_dist
+            if self.memory.offload == "model":
+                self.vae.to(self.device)  # and stays: its backward pass comes after the U-Net
+            posterior = self.vae.encode(self._to_network(scaled)).latent_dist
             latents = posterior.mean.float()  # [V, C, h, w]
             if noise is not None:
                 latents = latents + posterior.std.float() * noise
@@ -184,12 +187,16 @@ class StableDiffusion:
         # inference_mode saves 4 to 7 % of a call of the embedded model on a CPU (batch 8, one core:
         # 62.5 ms, no_grad 65.3). channels_last, unfused attention and fused q, k, v save nothing.
         # dtype bf16 saves 27 % there, but c - u is then 5 % off at t = 100 (0.7 % at t = 800).
-        with torch.inference_mode(), self._no_autocast(), self._on_device(self.unet) as unet:
-            output = unet(
-                self._to_network(noisy), t, encoder_hidden_states=embeddings.to(self.dtype)
-            ).sample
+        output = self.run_unet(self._unet_output, (noisy, t, embeddings))
         # Autograd cannot save an inference tensor for a backward pass, but can save this copy.
         return output.to(torch.float32, copy=True)
+
+    def _unet_output(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        noisy, t, embeddings = inputs
+        with torch.inference_mode(), self._no_autocast(), self._on_device(self.unet) as unet:
+            return unet(
+                self._to_network(noisy), t, encoder_hidden_states=embeddings.to(self.dtype)
+            ).sample
 
     @property
     def _shift(self) -> float:
@@ -198,7 +205,7 @@ class StableDiffusion:
     def attention(self, noisy: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         """Cross-attention maps [B, L, side, side] of one forward pass (``guidance.attention``)."""
         with recorded_attention(self.unet) as kept:
-            self.predict(noisy, t, embeddings)
+            self._unet_output((noisy, t, embeddings))
         return token_maps({name: value.clone() for name, value in kept.items()}, len(noisy))
 
     def _to_network(self, x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def disable_unet_class_embedding(unet: Any) -> AbstractContextManager[None]:
 
 def flat_cameras(c2w: Tensor) -> Tensor:
     """Flatten c2w [V, 3, 4] to [V, 16]: a 4 x 4 matrix whose last row is 0 0 0 1."""
-    last = c2w.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(c2w), 4)
+    last = (torch.arange(4, device=c2w.device) == 3).to(c2w.dtype).expand(len(c2w), 4)
     return torch.cat([c2w.flatten(1), last], dim=1)
 
 
@@ -94,7 +94,11 @@ class LoRAScoreNetwork(nn.Module):
         self.camera.dtype = base.dtype
         self.camera_dropout, self.views = camera_dropout, views
         self.base, self._text = base, text
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lrate, weight_decay=0.0)
+        # Fused, it leaves out an update on the device, see ``train_step``.
+        fused = base.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=lrate, weight_decay=0.0, fused=fused
+        )
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=base.device))
 
@@ -125,8 +129,8 @@ class LoRAScoreNetwork(nn.Module):
 
     def train_step(
         self, latents: Tensor, c2w: Tensor, noise: GuidanceNoise, world: GradientAverager
-    ) -> float:
-        """Take one diffusion training step on the renders' latents [V, C, h, w]; return the loss.
+    ) -> Tensor:
+        """Take one diffusion training step on the renders' latents [V, C, h, w]; the loss [].
 
         t is uniform over all of T and independent of the scene's t. Gradients are averaged over
         all processes; if the average is not finite, every process skips the optimizer step.
@@ -144,12 +148,20 @@ class LoRAScoreNetwork(nn.Module):
         world.average_gradients(self.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        if torch.isfinite(norm):
-            self.scaler.step(self.optimizer)
-            self.steps += 1
+        self._update_if_finite(norm.isfinite())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
+
+    def _update_if_finite(self, finite: Tensor) -> None:
+        """An update of the weights where ``finite`` [] is True; a GPU decides that by itself."""
+        if self.optimizer.param_groups[0].get("fused"):
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # as GradScaler
+            self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        elif bool(finite):
+            self.optimizer.step()
+        self.steps += finite
 
     def state(self) -> dict[str, Any]:
         """The state dicts of the weights, the optimizer and the scaler, for the checkpoint."""

@@ -208,15 +208,21 @@ def compile_fields(renderer: SceneRenderer, rays: Rays, log: Log = print) -> boo
     return problem is None
 
 
-def object_renderer(args: argparse.Namespace) -> ObjectRenderer | Particles | PixelImages:
-    """The module to optimize, with weights drawn from torch's global generator, on the CPU."""
+def object_renderer(
+    args: argparse.Namespace, device: torch.device | None = None
+) -> ObjectRenderer | Particles | PixelImages:
+    """The module to optimize, with weights drawn from torch's global generator, on the CPU.
+
+    device: on which it will be trained; None: the CPU.
+    """
     if args.space == "2d":
         return PixelImages(args.batch_views, int(highest(args.train_res)))
-    members = [_one_object(args) for _ in range(args.n_particles)]
+    static = has_static_shapes(args, device or torch.device("cpu"))
+    members = [_one_object(args, static) for _ in range(args.n_particles)]
     return members[0] if args.n_particles == 1 else Particles(members)
 
 
-def _one_object(args: argparse.Namespace) -> ObjectRenderer:
+def _one_object(args: argparse.Namespace, static_shapes: bool) -> ObjectRenderer:
     field: Field
     if args.field == "mlp":
         field = NeRFField(
@@ -241,6 +247,7 @@ def _one_object(args: argparse.Namespace) -> ObjectRenderer:
         normals=args.normals or ("analytic" if args.field == "mlp" else "fd"),
         early_stop=args.early_stop,
         learned_background=args.background == "learned",
+        static_shapes=static_shapes,
     )
 
 

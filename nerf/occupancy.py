@@ -37,6 +37,13 @@ class Samples(NamedTuple):
     points: Tensor  # [N, 3] unit coordinates
     found: Tensor | None = None  # [] of static shapes: samples found, whether or not they fit
 
+    @property
+    def num_found(self) -> Tensor:
+        """How many samples were found [], also where not all of them fit."""
+        if self.found is not None:
+            return self.found
+        return torch.full((), len(self.t), device=self.t.device)
+
     def at(self, index: Tensor) -> "Samples":
         """The samples at ``index`` [M]."""
         return Samples(*(member.index_select(0, index) for member in self[:4]))
@@ -106,12 +113,14 @@ class Space(Protocol):
 class Box:
     """A bounded scene: the box from ``low`` to ``high`` [3], mapped linearly to the cube.
 
-    num_steps: marching steps along the box's diagonal.
+    num_steps: marching steps along the box's diagonal. step: their length, if it is known; else it
+    is read from the device.
     """
 
-    def __init__(self, low: Tensor, high: Tensor, num_steps: int):
+    def __init__(self, low: Tensor, high: Tensor, num_steps: int, step: float | None = None):
         self.low, self.high, self.num_steps = low, high, num_steps
-        self.step = float((high - low).norm()) / num_steps  # scene units
+        # In scene units
+        self.step = float((high - low).norm()) / num_steps if step is None else step
 
     def __str__(self) -> str:
         corners = (",".join(f"{value:.2f}" for value in corner) for corner in (self.low, self.high))

@@ -82,7 +82,7 @@ class Traveler(torch.nn.Module):
         return self
 
 
-@pytest.mark.parametrize("offload, stops", [("none", ["cuda"]), ("model", ["cuda", "cpu"])])
+@pytest.mark.parametrize("offload, stops", [("none", []), ("model", ["cuda", "cpu"])])
 def test_offloaded_parts_move_to_the_cpu_after_the_block(offload, stops):
     part = Traveler()
     with pytest.raises(KeyError), on_device(part, CUDA, offload) as here:

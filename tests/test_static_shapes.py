@@ -4,15 +4,17 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import FAST_TINY, NERF_TINY, random_rays, run_main
+from helpers import DREAM_TINY, FAST_TINY, NERF_TINY, ball_renderer, random_rays, run_main
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import run_dreamfusion
 import run_nerf
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
 from nerf.occupancy import Box, Contraction, OccupancyGrid, first_true, rows_in_use
 from nerf.occupancy_renderer import RAY_COUNTS, OccupancyRenderer
+from nerf.text3d.shading import Lighting
 from nerf.training import graph, rng, system
 from nerf.training.monitor import READ_EVERY, Monitor
 
@@ -324,3 +326,67 @@ def test_a_capture_that_fails_is_said_once_and_training_goes_on(fake_cuda, monke
         again.run(step, (x,))
     with pytest.raises(torch.OutOfMemoryError):  # the caller halves its micro-batches
         again.run(step, (x,))
+
+
+# ------------------------------------------------------------------------------------ text to 3D
+
+
+OBJECTS = {
+    "ball": [],
+    "lit": ["--albedo_steps", 0, "--field", "triplane", "--grid_res", 16, "--lambda_orient", 1],
+    "mlp": ["--field", "mlp", "--background", "learned"],
+    "particles": ["--n_particles", 2],
+    "falling": ["--t_anneal", "falling"],
+}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_text_to_3d_reads_the_device_once_in_16_steps(tmp_path, case, monkeypatch):
+    counter = CountReads(monkeypatch)
+    flags = [*DREAM_TINY, *OBJECTS[case], "--basedir", tmp_path, "--static_shapes", "on"]
+    flags += ["--i_print", 1000, "--N_iters", 2 * READ_EVERY + 4]
+    host = Counter()
+
+    def drawn_on_the_host(function):  # what is drawn on the CPU may be read there
+        def inner(*args, **kwargs):
+            before = counter.reads.get(counter.step, Counter()).total()
+            result = function(*args, **kwargs)
+            host[counter.step] += counter.reads.get(counter.step, Counter()).total() - before
+            return result
+
+        return inner
+
+    for name in ("random_orbit_cameras", "draw_lighting"):
+        monkeypatch.setattr(
+            run_dreamfusion, name, drawn_on_the_host(getattr(run_dreamfusion, name))
+        )
+    monkeypatch.setattr(Lighting, "is_lit", property(drawn_on_the_host(Lighting.is_lit.fget)))
+    with counter:
+        assert run_main(run_dreamfusion.main, *flags).returncode == 0
+    reads = {step: count.total() - host[step] for step, count in counter.reads.items()}
+    particles = case == "particles"  # one read of the host's generator: which member is trained
+    quiet = {step: n - particles for step, n in reads.items() if 4 < step < 2 * READ_EVERY + 3}
+    loud = quiet.pop(READ_EVERY), quiet.pop(2 * READ_EVERY)
+    assert set(quiet.values()) <= {0} and loud == (1, 1), (quiet, loud, counter.reads)
+
+
+def test_an_object_looks_the_same_with_constant_shapes():
+    rays = random_rays(400)
+    lighting = Lighting(
+        light=torch.ones(400, 3), ambient=torch.full((400, 1), 0.5),
+        textureless=torch.zeros(400, 1), background=torch.rand(400, 3),
+        use_background_net=torch.zeros(400, 1),
+    )  # fmt: skip
+    plain, static = ball_renderer(), ball_renderer(static_shapes=True)
+    static.load_state_dict(plain.state_dict())
+    expected = plain(rays, lighting, lit=True)
+    static(rays, lighting, lit=True)  # its room is not known yet
+    static.end_step(static.room_used.tolist())
+    assert 0 < static.room_used[1] <= static.room_used[0]
+    found = static(rays, lighting, lit=True)
+    assert static.batch_samples % 8192 == 0 and plain.batch_samples % 8192
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        static(rays, lighting, lit=True)
+    assert static.batch_samples % 8192  # pictures have the samples that they need

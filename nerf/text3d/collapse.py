@@ -16,19 +16,28 @@ class Collapse:
 
     def __init__(self) -> None:
         self.steps = 0  # in a row
+        self._last_step: int | None = None
         self._logged: str | None = None
 
     def watch(self, opacity: float, step: int, log: Callable[[str], None]) -> None:
-        """Log the diagnosis of a step, unless the latest one that was logged is the same."""
-        message = self.diagnosis(opacity)
+        """Log the diagnosis of ``step``, unless the latest one that was logged is the same.
+
+        Steps since the last call count as this one.
+        """
+        passed = 1 if self._last_step is None else step - self._last_step
+        self._last_step = step
+        message = self.diagnosis(opacity, passed)
         if message and message != self._logged:
             log(f"step {step}: {message}")
             self._logged = message
 
-    def diagnosis(self, opacity: float) -> str | None:
-        """A message if it has collapsed, else None. opacity: mean of the views of the next step."""
+    def diagnosis(self, opacity: float, passed: int = 1) -> str | None:
+        """A message if it has collapsed, else None. opacity: mean over the views of a step.
+
+        passed: how many steps it stands for.
+        """
         empty, full = opacity < self.EMPTY, opacity > self.FULL
-        self.steps = self.steps + 1 if empty or full else 0
+        self.steps = self.steps + passed if empty or full else 0
         if self.steps < PATIENCE:
             return None
         if empty:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nerf.rays import Rays, pixels_to_rays
+from nerf.training.system import upload
 
 
 class OrbitCameras(NamedTuple):
@@ -18,19 +19,23 @@ class OrbitCameras(NamedTuple):
 
     c2w: Tensor  # [V, 3, 4]
     fov_deg: Tensor  # [V] vertical field of view
-    azimuth_deg: Tensor  # [V]
-    elevation_deg: Tensor  # [V]
+    azimuth_deg: Tensor  # [V], on the CPU where the view words are chosen
+    elevation_deg: Tensor  # [V], as azimuth_deg
 
     def part(self, index: slice | Tensor) -> "OrbitCameras":
         """The cameras at ``index`` (slice, mask or indices)."""
         return OrbitCameras(*(member[index] for member in self))
 
+    def on(self, device: torch.device) -> "OrbitCameras":
+        """The cameras with what rays need on ``device``; angles stay, they choose view words."""
+        return self._replace(c2w=upload(self.c2w, device), fov_deg=upload(self.fov_deg, device))
+
     def rays(self, height: int, width: int) -> Rays:
         """Rays [V * H * W] through the pixels' centers, ordered by view, then row, then column."""
-        device, num_views = self.c2w.device, len(self.c2w)
+        device = self.c2w.device
         focal = 0.5 * height / torch.tan(torch.deg2rad(self.fov_deg) / 2)
-        center = torch.tensor([width / 2, height / 2], device=device).expand(num_views, 2)
-        intrinsics = torch.cat([focal[:, None].expand(-1, 2), center], dim=-1)  # [V, 4]
+        center = torch.full_like(focal, width / 2), torch.full_like(focal, height / 2)
+        intrinsics = torch.stack([focal, focal, *center], dim=-1)  # [V, 4]
         y, x = torch.meshgrid(
             torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
         )

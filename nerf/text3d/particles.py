@@ -1,5 +1,6 @@
 """Several objects that are trained together, one per step (ProlificDreamer's particles)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from nerf.rays import Rays
 from nerf.renderer import LoadStateDict
 from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
 from nerf.text3d.shading import Lighting
+from nerf.training.rng import host_generator
 
 
 class Particles(nn.Module):
@@ -34,8 +36,9 @@ class Particles(nn.Module):
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Draw the member of this step, the same on all ranks, and begin its step."""
-        draw = torch.randint(len(self.members), (), generator=generator, device=generator.device)
-        self.current = int(draw)
+        self.current = int(
+            torch.randint(len(self.members), (), generator=host_generator(generator))
+        )
         # A member takes one of n steps on average. With step // n it updates its occupancy grid
         # about as often per step of its own as an object that is trained alone.
         self.current_member.begin_step(step // len(self.members), generator)
@@ -45,6 +48,23 @@ class Particles(nn.Module):
     ) -> ObjectRendered:
         """Rays [R] rendered from the current member, see ``ObjectRenderer.forward``."""
         return self.current_member(rays, lighting, jitter, lit)
+
+    @property
+    def batch_samples(self) -> int:
+        """The current member's, see ``ObjectRenderer``."""
+        return self.current_member.batch_samples
+
+    @property
+    def room_used(self) -> Tensor:
+        """The current member's, see ``ObjectRenderer``."""
+        return self.current_member.room_used
+
+    def end_step(self, room_used: Sequence[float]) -> None:
+        """See ``ObjectRenderer.end_step``; for the current member, and for those without room."""
+        self.current_member.end_step(room_used)
+        for number in range(len(self.members)):
+            member = self._member(number)
+            member.room = member.room or self.current_member.room
 
     def report(self) -> dict[str, float]:
         """The current member's number and measurements."""

@@ -5,6 +5,7 @@ The object fills a cube around the origin, sampled in the occupied cells of an o
 (Poole et al. 2022, DreamFusion, section 3.1; the density blob of Lin et al. 2022, Magic3D.)
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from nerf.volume import packed_weights_cumsum, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between updates of the occupancy grid
 FAINT = 1e-3  # alpha of one sample, below which it is left out of training
+# With static shapes: room for samples, as a multiple of those of the last step that was read, since
+# the next cameras may be nearer; and what it is rounded up to.
+SPARE_ROOM, ROOM_STEP = 1.5, 8192
 # Finite differences from four densities, at a tetrahedron's corners, instead of the usual six.
 TETRAHEDRON = ((1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0), (1.0, 1.0, 1.0))
 
@@ -60,7 +64,11 @@ class ObjectRenderer(nn.Module):
     num_steps: marching steps along the cube's diagonal. normals: from the density's gradient,
     "analytic" (by autograd; the field must be twice differentiable) or "fd" (finite differences).
     early_stop: transmittance below which samples are culled (0: none). learned_background: train a
-    background network.
+    background network. static_shapes: train with lists of samples of constant length
+    (``nerf.occupancy``), chosen anew in ``end_step``.
+
+    room_used: [2] the numbers of samples found in this step, marched and not culled; of the largest
+    micro-batch.
     """
 
     edge: Tensor  # [3], ``bound`` along each axis
@@ -78,6 +86,7 @@ class ObjectRenderer(nn.Module):
         normals: str = "analytic",
         early_stop: float = 1e-3,
         learned_background: bool = False,
+        static_shapes: bool = False,
     ):
         super().__init__()
         self.field, self.grid = field, grid
@@ -85,14 +94,21 @@ class ObjectRenderer(nn.Module):
         edge = torch.full((3,), float(bound))
         self.register_buffer("edge", edge, persistent=False)
         self.num_steps, self.bound = num_steps, float(bound)
+        self._step = Box(-edge, edge, num_steps).step
         self.blob_scale, self.blob_std = blob_scale, blob_std
         self.density_scale = density_scale
         self.normals, self.early_stop = normals, early_stop
+        self.static_shapes, self.batch_samples = static_shapes, 0
+        self.room_used = edge.new_zeros(2)
+        # Rays of a micro-batch, and rows for its marched and its other samples; None: as many as
+        # there are, which the host waits for.
+        self.room: tuple[int, int, int] | None = None
+        self._num_rays = 0
 
     @property
     def space(self) -> Box:
         """The cube, on the module's device."""
-        return Box(-self.edge, self.edge, self.num_steps)
+        return Box(-self.edge, self.edge, self.num_steps, self._step)
 
     def density(self, unit: Tensor) -> Tensor:
         """Density [N] per scene unit at unit points [N, 3]."""
@@ -111,8 +127,24 @@ class ObjectRenderer(nn.Module):
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Update the occupancy grid, every ``UPDATE_EVERY`` steps; equal on all ranks."""
+        self.room_used = torch.zeros_like(self.edge[:2])
         if step % UPDATE_EVERY == 0:
-            self.grid.update(self.density, step, self.space.step, generator)
+            self.grid.update(
+                self.density, step, self.space.step, generator, static=self.static_shapes
+            )
+
+    def end_step(self, room_used: Sequence[float]) -> None:
+        """Make room for the samples of the next steps. room_used: as read from the device."""
+        if self.static_shapes:
+            rows = [int(SPARE_ROOM * count / ROOM_STEP + 1) * ROOM_STEP for count in room_used]
+            self.room = self._num_rays, rows[0], rows[1]
+
+    def _rows(self, num_rays: int) -> tuple[int | None, int | None]:
+        """Rows for marched and for other samples; None: as many as there are."""
+        self._num_rays = num_rays
+        if self.room is None or self.room[0] != num_rays or not torch.is_grad_enabled():
+            return None, None
+        return self.room[1], self.room[2]
 
     def forward(
         self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None
@@ -124,10 +156,16 @@ class ObjectRenderer(nn.Module):
         whole batch, else the orientation loss would depend on how the batch is split.
         """
         num_rays = len(rays.origins)
-        samples = self.grid.march(rays, self.space, jitter)
+        room, room_after_culling = self._rows(num_rays)
+        samples = self.grid.march(rays, self.space, jitter, room)
+        marched = samples.num_found
         if self.early_stop:
-            samples = self._cull_occluded(samples, num_rays, training=torch.is_grad_enabled())
+            training = torch.is_grad_enabled()
+            samples = self._cull_occluded(samples, num_rays, training, room_after_culling)
         self.batch_samples = len(samples.ray_indices)
+        if self.static_shapes:
+            used = torch.stack([marched, samples.num_found]).float()
+            self.room_used = torch.maximum(self.room_used, used)
         background = lighting.background
         if self.background_net is not None:
             background = torch.lerp(
@@ -197,7 +235,9 @@ class ObjectRenderer(nn.Module):
         return sum(terms, start=torch.zeros_like(unit))
 
     @torch.no_grad()
-    def _cull_occluded(self, samples: Samples, num_rays: int, *, training: bool) -> Samples:
+    def _cull_occluded(
+        self, samples: Samples, num_rays: int, training: bool, room: int | None
+    ) -> Samples:
         """``samples`` without occluded ones, those with transmittance up to ``early_stop``.
 
         A no-grad pass over the density alone (NerfAcc, section 3.2). training: also leave out
@@ -210,7 +250,7 @@ class ObjectRenderer(nn.Module):
         kept = weights > self.early_stop * alpha  # weights = transmittance * alpha
         if training:
             kept &= alpha > FAINT
-        return samples.select(kept, num_rays)
+        return samples.select(kept, num_rays, room)
 
     @torch.no_grad()
     def surface_density(self, rays: Rays) -> Tensor:
@@ -253,10 +293,23 @@ class PixelImages(nn.Module):
     def __init__(self, num_views: int, size: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_views, 3, size, size))
+        self.batch_samples = 0
         self.first = 0  # index of the image that the first rays of ``forward`` belong to
+
+    def pictures(self) -> Tensor:
+        """All images as they are now, [V, H, W, 3] in [0, 1]."""
+        return torch.sigmoid(self.logits).permute(0, 2, 3, 1)
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Do nothing: there is no occupancy grid."""
+
+    @property
+    def room_used(self) -> Tensor:
+        """Zeros: there are no samples."""
+        return self.logits.new_zeros(2)
+
+    def end_step(self, room_used: Sequence[float]) -> None:
+        """Do nothing: there are no samples."""
 
     def forward(
         self, rays: Rays, lighting: Lighting, jitter: Tensor | None = None, lit: bool | None = None

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nerf.training.system import upload
+
 
 class Lighting(NamedTuple):
     """The lighting and background of each ray [R]."""
@@ -24,6 +26,10 @@ class Lighting(NamedTuple):
     def part(self, index: slice | Tensor) -> "Lighting":
         """The rows at ``index`` (slice, mask or indices)."""
         return Lighting(*(member[index] for member in self))
+
+    def on(self, device: torch.device) -> "Lighting":
+        """The same on ``device``."""
+        return Lighting(*(upload(member, device) for member in self))
 
     def per_pixel(self, num_pixels: int) -> "Lighting":
         """One row per view repeated for each of its ``num_pixels`` rays, view by view."""

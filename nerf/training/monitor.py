@@ -34,6 +34,7 @@ class Verdict(NamedTuple):
     total_samples: float = 0.0  # over all ranks
     loss: float = 0.0  # of this rank
     grad_norm: float = 0.0
+    more: tuple[float, ...] = ()  # of this rank, the numbers that were passed to ``check``
 
 
 class Monitor:
@@ -68,12 +69,14 @@ class Monitor:
         *,
         flat: Tensor | None = None,
         samples: int | Tensor = 0,
+        more: Tensor | None = None,
         read: bool = False,
     ) -> Verdict:
         """Judge update ``step`` by its loss [] and gradient norm [], before it is made.
 
         flat: bool [], whether this rank's batch was rendered in one single color; None: do not
-        watch for a dead start. samples: of this rank. read: read this step's numbers in any case.
+        watch for a dead start. samples: of this rank. more [N]: read these too. read: read this
+        step's numbers in any case.
         """
         read = read or step % self.read_every == 0
         numbers = torch.stack([loss.detach().float(), grad_norm.detach().float()])
@@ -90,8 +93,9 @@ class Monitor:
             return Verdict(finite, read=False)
         count = torch.as_tensor(samples, dtype=torch.float32, device=numbers.device)
         counts = torch.stack([self._skipped, self._skipped_in_row, count])
-        values = torch.cat([numbers, facts, counts]).tolist()  # the step's only device read
-        loss_value, norm, _, alive, signal, any_time_up, skipped, in_row, own_samples = values
+        parts = [numbers, facts, counts] + ([] if more is None else [more.detach().float()])
+        values = torch.cat(parts).tolist()  # the step's only device read
+        loss_value, norm, _, alive, signal, any_time_up, skipped, in_row, own_samples = values[:9]
         self.skipped = int(skipped)
         return Verdict(
             finite=finite,
@@ -104,4 +108,5 @@ class Monitor:
             total_samples=self.world.all_reduce_sum(own_samples),
             loss=loss_value,
             grad_norm=norm,
+            more=tuple(values[9:]),
         )

@@ -29,3 +29,13 @@ def step_generator(seed: int, step: int, device: torch.device | str) -> torch.Ge
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**64
     mixed ^= mixed >> 29
     return generator.manual_seed(mixed % 2**63)
+
+
+def host_generator(generator: torch.Generator) -> torch.Generator:
+    """A generator on the CPU for what the host must know of a step; ``generator`` if it is one.
+
+    A number drawn on a GPU can be read only when all its work is done.
+    """
+    if generator.device.type == "cpu":
+        return generator
+    return torch.Generator().manual_seed(generator.initial_seed())

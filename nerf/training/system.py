@@ -44,13 +44,14 @@ def usable_amp(amp: str, device: torch.device, log: Callable[[str], None]) -> st
     return amp
 
 
-def set_tf32(use: bool, device: torch.device, log: Callable[[str], None]) -> None:
-    """Whether float32 matrix products on an NVIDIA GPU may round their inputs to TF32."""
+def configure_gpu(tf32: bool, device: torch.device, log: Callable[[str], None]) -> None:
+    """Settings of an NVIDIA GPU: whether float32 products may round their inputs to TF32."""
     if device.type != "cuda":
         return
-    torch.set_float32_matmul_precision("high" if use else "highest")
-    torch.backends.cudnn.allow_tf32 = use
-    if use:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # sizes of pictures hardly change during a run
+    if tf32:
         log("float32 matrix products in TF32: 10 bits after the point; --tf32 off for float32")
 
 
@@ -71,6 +72,13 @@ def update_if_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> 
         del optimizer.found_inf  # type: ignore[attr-defined]
     elif bool(finite):
         optimizer.step()
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on ``device``; the host does not wait for the GPU's other work."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def map_on_threads(
