@@ -16,6 +16,7 @@ from nerf.encodings import ENCODINGS
 from nerf.field import FeatureField, Field, NeRFField
 from nerf.flags import nerf as nerf_flags
 from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
+from nerf.flags.modes import SHAPE_LOSSES
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
@@ -274,16 +275,6 @@ def lighting_settings(args: argparse.Namespace) -> LightingSettings:
         background=args.background,
         p_random=args.p_random_bg,
     )
-
-
-SHAPE_LOSSES = ("lambda_opacity", "lambda_entropy", "lambda_orient", "lambda_spread", "lambda_tv")
-
-
-def unused_flags(args: argparse.Namespace) -> list[str]:
-    """Flags that are set, by a config for example, but that pictures (--space 2d) cannot use."""
-    if args.space != "2d":
-        return []
-    return [f"--{name}" for name in SHAPE_LOSSES if highest(getattr(args, name))]
 
 
 def scheduled_flags(args: argparse.Namespace, step: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from guidance import build as guidance_build
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from guidance.stable_diffusion import StableDiffusion
+from nerf.outputs import object as objects
 from nerf.training import monitor
 from nerf.training.checkpoint import list_checkpoints
 
@@ -192,6 +193,17 @@ def test_pictures_instead_of_a_scene(tiny_dream, tmp_path):
     assert seen.shape == (12, 24, 3)
     middle = seen[5:7, 5:7].reshape(-1, 3).mean(0)
     assert np.abs(middle - RGB).max() < 0.15 and seen[0, 0].min() > 0.8
+
+
+def test_a_preview_shows_each_picture_whatever_its_size(tiny_dream, tmp_path):
+    flags = [*tiny_dream, "--space", "2d", "--N_iters", 2, "--train_res", 72, "--ema_decay", 0]
+    result = dream(*flags, "--lrate", 0.5)
+    assert result.returncode == 0, result.stderr
+    seen = iio.imread(tmp_path / "ball" / "previews" / "000002.png") / 255.0
+    (logits,) = newest(tmp_path / "ball")["network_fn_state_dict"].values()
+    pictures = logits.sigmoid().permute(0, 2, 3, 1).numpy()
+    assert np.abs(pictures[0] - pictures[1]).max() > 0.1
+    assert np.abs(seen - np.concatenate(pictures, axis=1)).max() <= 0.51 / 255
 
 
 # ------------------------------------------------------------------------------ with a model
@@ -545,6 +557,44 @@ def test_no_reload_keeps_what_was_there_out_of_the_way(tiny_dream, tmp_path):
     assert run_dreamfusion.main([*tiny_dream, "--N_iters", "4", "--no_reload"]) == 0
     assert newest(tmp_path / "ball")["global_step"] == 4
     assert newest(tmp_path / "ball" / "before_1")["global_step"] == 9
+
+
+def test_no_reload_makes_its_own_results(tiny_dream, tmp_path):
+    """Also for as many updates as before, where the old numbers would pass for the new ones."""
+    for seed in (0, 1):
+        flags = ["--N_iters", 2, "--video_frames", 1, "--mesh", "--seed", seed, "--no_reload"]
+        result = dream(*tiny_dream, *flags, "--expname", "ball")
+        assert result.returncode == 0 and "nothing is left" not in result.stderr, result.stderr
+    new, old = tmp_path / "ball", tmp_path / "ball" / "before_1"
+    for name in ("metrics.json", "mesh.glb", "report.html", "render_path_000002/000.png"):
+        assert (new / name).exists() and (old / name).exists(), name
+    seeds = [json.loads((run / "metrics.json").read_text())["args"]["seed"] for run in (new, old)]
+    assert seeds == [1, 0]
+    assert (new / "mesh.glb").read_bytes() != (old / "mesh.glb").read_bytes()
+
+
+def test_a_turntable_that_was_stopped_is_made_by_the_same_command(
+    tiny_dream, tmp_path, monkeypatch
+):
+    """Ctrl-C between two frames of the last rendering: nothing is lost, nor said to be done."""
+    render, calls = objects.render_cameras, []
+
+    def stopped(*given, **settings):
+        calls.append((tmp_path / "ball" / "000002.tar").exists())
+        if calls[-1] and calls.count(True) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return render(*given, **settings)
+
+    flags = [*tiny_dream, "--N_iters", 2, "--video_frames", 9, "--ema_decay", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "render_cameras", stopped)
+        result = dream(*flags)
+    assert result.returncode == 130 and "while rendering; training is saved" in result.stderr
+    assert not (tmp_path / "ball" / "metrics.json").exists()
+    result = dream(*flags)
+    assert result.returncode == 0 and "done: " in result.stderr and "next: open" in result.stderr
+    assert len(list((tmp_path / "ball" / "render_path_000002").glob("*.png"))) == 9
+    assert (tmp_path / "ball" / "metrics.json").exists()
 
 
 def test_a_text_typed_into_the_viewer_outlives_a_restart(tiny_dream, sd_folder, tmp_path):

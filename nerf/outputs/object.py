@@ -21,7 +21,7 @@ from nerf.outputs.scene import Interrupted
 from nerf.rays import Rays
 from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.particles import members_of
-from nerf.text3d.renderer import ObjectRendered, ObjectRenderer
+from nerf.text3d.renderer import ObjectRendered, ObjectRenderer, PixelImages
 from nerf.text3d.shading import Lighting, preview_lighting
 from nerf.training import distributed, system
 from nerf.training.ema import EMA
@@ -169,24 +169,25 @@ def render_free_view(
 
 
 def write_preview(outputs: ObjectOutputs, step: int, num_views: int, size: int) -> None:
-    """previews/STEP.png: ``num_views`` sides of each object, or the pictures themselves if flat."""
+    """previews/STEP.png: ``num_views`` sides of each object; if flat, the pictures in a row."""
     if not outputs.world.is_main:
         return
-    cameras = outputs.cameras(num_views)
-    with outputs.ema.swap():
-        sheets = [
-            _preview_sheet(outputs, render, cameras, size) for _, render in outputs.renderers()
-        ]
-    outputs.run.picture(step, "preview", np.concatenate(sheets))
+    with outputs.ema.swap(), torch.no_grad():
+        if outputs.flat:
+            assert isinstance(outputs.renderer, PixelImages)
+            sheet = to_8bit(np.concatenate(outputs.renderer.pictures().cpu().numpy(), axis=1))
+        else:
+            cameras, renderers = outputs.cameras(num_views), outputs.renderers()
+            sheets = [_preview_sheet(outputs, render, cameras, size) for _, render in renderers]
+            sheet = np.concatenate(sheets)
+    outputs.run.picture(step, "preview", sheet)
 
 
 def _preview_sheet(
     outputs: ObjectOutputs, render: RenderRays, cameras: OrbitCameras, size: int
 ) -> np.ndarray:
-    """Rows of rgb, lit, normal and opacity with a column per camera; rgb alone if flat -> uint8."""
+    """Rows of rgb, lit, normal and opacity with a column per camera, uint8."""
     albedo = render_cameras(render, cameras, size, outputs.background)
-    if outputs.flat:
-        return to_8bit(np.concatenate([picture.rgb.numpy() for picture in albedo], axis=1))
     lit = render_cameras(render, cameras, size, outputs.background, lit=True)
     columns = [as_pictures(*pair, *outputs.depth_range) for pair in zip(albedo, lit, strict=True)]
     rows = [

@@ -69,8 +69,11 @@ def frames(
 
     total, start = total or len(items), time.monotonic()
     on_terminal, said = show and sys.stderr.isatty(), start
-    form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}"
-    with tqdm(total=total, desc=what, bar_format=form, leave=False, disable=not on_terminal) as bar:
+    bar = tqdm(
+        total=total, desc=what, leave=False, mininterval=0, disable=not on_terminal,
+        bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}",
+    )  # fmt: skip
+    with bar:
         for number, item in enumerate(items, start=1):
             yield item
             done, now = min(number * stride, total), time.monotonic()
