@@ -17,6 +17,7 @@ from small_captures import (
     exported,
     llff,
     load,
+    make,
     picture,
     read_back,
 )
@@ -188,6 +189,39 @@ def test_formats_without_a_loader_are_named(tmp_path, name):
     )
 
 
+PLACES = {
+    "a file of it": (lambda folder: folder / FILE, "give the folder that it is in"),
+    "its pictures": (lambda folder: folder / "images", "is a part of a scene"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_part_of_a_scene_leads_to_the_whole(tmp_path, name):
+    place, words = PLACES[name]
+    with pytest.raises(ValueError, match=f"{words}.*--datadir {tmp_path}$"):
+        load(place(exported(tmp_path, FILE)))
+
+
+def test_another_shape_is_named(tmp_path):
+    with pytest.raises(ValueError, match="it holds cube"):
+        load(make(tmp_path, "deepvoxels"), kind="deepvoxels")
+
+
+CONTENTS = {
+    "HEIC": b"\0\0\0\x18ftypheic" + bytes(200),
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "web page": b"<!DOCTYPE html><html>Not found</html>",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_files_that_only_have_a_pictures_name_are_told(tmp_path, name):
+    for file in (exported(tmp_path) / "images").iterdir():
+        file.write_bytes(CONTENTS[name])
+    with pytest.raises(ValueError, match=f"6 of 6 pictures are unreadable .*{name}"):
+        load(tmp_path)
+
+
 def test_a_scene_in_an_inner_folder_is_named(tmp_path):
     exported(tmp_path / "lego")
     with pytest.raises(ValueError, match=f"give --datadir {tmp_path}/lego"):
@@ -206,6 +240,25 @@ NAMED = {
     "world-to-camera": (pose(np.linalg.inv), "if the poses were world-to-camera;"),
     "OpenCV's axes": (pose(lambda m: m @ FLIP), "camera-to-world in OpenCV's axes"),
     "both": (pose(lambda m: np.linalg.inv(m @ FLIP)), "world-to-camera in OpenCV's axes"),
+    "transposed rotations": (
+        pose(lambda m: np.block([[m[:3, :3].T, m[:3, 3:]], [m[3:]]])),
+        "beside transposed rotations;",
+    ),
+    "transposed rotations in OpenCV's axes": (
+        pose(lambda m: np.block([[(m @ FLIP)[:3, :3].T, m[:3, 3:]], [m[3:]]])),
+        "beside transposed rotations in OpenCV's axes",
+    ),
+    "translations of world-to-camera": (
+        pose(lambda m: np.block([[m[:3, :3], np.linalg.inv(m)[:3, 3:]], [m[3:]]])),
+        "beside world-to-camera translations",
+    ),
+    "intrinsics of a unit picture": (
+        lambda folder: [
+            edit(folder, lambda content: content.pop("camera_angle_x"), FILE),
+            top(fl_x=1.1, cx=0.5, cy=0.5)(folder),
+        ],
+        "focal lengths of 1.1 pixels",
+    ),
     "another size": (
         lambda folder: [
             edit(folder, lambda content: content.pop("camera_angle_x"), FILE),

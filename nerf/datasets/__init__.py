@@ -158,26 +158,22 @@ DATASETS: dict[str, Callable[[DataSettings, Warn], Scene]] = {
 }
 # In these formats pixel centers lie at half numbers, so their rays always pass through centers.
 WITH_PIXEL_CENTERS = ("transforms", "colmap")
+PARTS = ("images", "sparse", "train", "test", "val", "masks", "0")  # folders of scenes
 # Many programs, and people's own scripts, write these: the axes of their poses are often others.
 BY_HAND = ("blender", "transforms", "LINEMOD")
 
 
 def recognize(folder: Path) -> str:
-    """The dataset type of a data folder, by the files in it. ValueError if it is none."""
-    if (folder / "transforms.json").exists():
-        return "transforms"
-    if (folder / "transforms_train.json").exists():
-        found = read(folder, 1)
-        if "intrinsic_matrix" in found.frames[0]:
-            return "LINEMOD"
-        return "blender" if blender.is_plain(folder, found) else "transforms"
-    # Before LLFF, whose poses_bounds.npy may lie beside the model and knows no points or lenses.
-    if find_model(folder) is not None:
-        return "colmap"
-    if (folder / "poses_bounds.npy").exists():
-        return "llff"
-    if any(folder.glob("train/*/pose")):
-        return "deepvoxels"
+    """The dataset type of a data folder, by the files in it.
+
+    ValueError if it is none, with what the folder holds instead.
+    """
+    found = format_of(folder)
+    if found is not None:
+        return found
+    outer = folder.resolve().parent
+    if folder.name.lower() in PARTS and _recognized(outer):
+        raise ValueError(f"{folder}: is a part of a scene; give the whole: --datadir {outer}")
     foreign = foreign_format(folder)
     folders = (folder, folder / "images")
     if any(
@@ -238,24 +234,35 @@ def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str
     return settings, kind
 
 
+def format_of(folder: Path) -> str | None:
+    """The dataset type of a data folder; None if it is none. ValueError for a broken file."""
+    if (folder / "transforms.json").exists():
+        return "transforms"
+    if (folder / "transforms_train.json").exists():
+        found = read(folder, 1)
+        if "intrinsic_matrix" in found.frames[0]:
+            return "LINEMOD"
+        return "blender" if blender.is_plain(folder, found) else "transforms"
+    # Before LLFF, whose poses_bounds.npy may lie beside the model and knows no points or lenses.
+    if find_model(folder) is not None:
+        return "colmap"
+    if (folder / "poses_bounds.npy").exists():
+        return "llff"
+    return "deepvoxels" if any(folder.glob("train/*/pose")) else None
+
+
 def _recognized(folder: Path) -> str | None:
-    """The format of a folder; None if it is none."""
-    known = (
-        "transforms*.json",
-        "sparse",
-        "colmap",
-        "cameras.*",
-        "poses_bounds.npy",
-        "train/*/pose",
-    )
+    """The format of a folder; None if it is none, or a file that decides it is broken."""
     try:
-        return recognize(folder) if any(next(folder.glob(k), None) for k in known) else None
+        return format_of(folder)
     except ValueError:
         return None
 
 
 def _where_else(folder: Path) -> str:
     """What to do about a data folder that does not exist: names like it, or how to fetch it."""
+    if folder.is_file():
+        return f"it is a file, give the folder that it is in: --datadir {folder.parent}"
     if folder.name in DOWNLOADS:
         return f"fetch it with: python data/download.py {folder.name}"
     parent = folder.parent

@@ -19,6 +19,7 @@ MOST_BLANK = 1 / 3  # of the training views; more are so by intent
 PLAIN = 2  # gray levels within which a picture or a border is of one color
 PLAIN_VIEWS = 0.8  # part of the views whose border must have that color
 STRIDE = 8  # pixels between those that are looked at first
+SHORTEST, LONGEST = 0.15, 30.0  # focal lengths of pinholes, of the width; others are named
 FAR_OFF = 0.3  # of the width or height: principal points farther from the middle are named
 USUAL_DISTANCE = 2.0  # of cameras from what they look at, in scene units
 Warn = Callable[[str], object]
@@ -34,7 +35,7 @@ def check_scene(scene: Scene, warn: Warn, *, by_hand: bool = False) -> Scene:
     check_backgrounds(scene, warn)
     if by_hand:
         check_axes(scene, warn)
-    check_centers(scene, warn)
+    check_intrinsics(scene, warn)
     check_splits(scene, warn)
     check_reach(scene, warn)
     return scene
@@ -230,14 +231,20 @@ def check_axes(scene: Scene, warn: Warn) -> None:
     own = c2w.copy()  # in the file's world, where an inverse is one
     own[:, :, 3] = scene.file_world(c2w[:, :, 3])
     own[:, :, :3] = scene.to_world.double().cpu().numpy()[:3, :3] / scene.file_units @ own[:, :, :3]
-    inverse = own.copy()
-    inverse[:, :, :3] = own[:, :, :3].transpose(0, 2, 1)
-    inverse[:, :, 3] = -(inverse[:, :, :3] @ own[:, :, 3:])[:, :, 0]
+    turned, inverse, moved = own.copy(), own.copy(), own.copy()
+    turned[:, :, :3] = own[:, :, :3].transpose(0, 2, 1)
+    inverse[:, :, :3] = turned[:, :, :3]
+    inverse[:, :, 3] = -(turned[:, :, :3] @ own[:, :, 3:])[:, :, 0]
+    moved[:, :, 3] = -(own[:, :, :3] @ own[:, :, 3:])[:, :, 0]
     flip = np.array([1.0, -1.0, -1.0, 1.0])
     for poses, name in (
         (own * flip, "camera-to-world in OpenCV's axes (y down, z forward)"),
         (inverse, "world-to-camera"),
         (inverse * flip, "world-to-camera in OpenCV's axes (y down, z forward)"),
+        (turned, "positions of the cameras beside transposed rotations"),
+        (turned * flip, "positions beside transposed rotations in OpenCV's axes"),
+        (moved, "camera-to-world rotations beside world-to-camera translations"),
+        (moved * flip, "world-to-camera translations beside rotations in OpenCV's axes"),
     ):
         if capture.focus(poses)[1]:
             warn(
@@ -248,10 +255,18 @@ def check_axes(scene: Scene, warn: Warn) -> None:
             return
 
 
-def check_centers(scene: Scene, warn: Warn) -> None:
-    """Warn where principal points lie far from the pictures' middles."""
+def check_intrinsics(scene: Scene, warn: Warn) -> None:
+    """Warn where angles of view are extreme, or principal points far from pictures' middles."""
     views = scene.splits["train"]
     sizes = np.array([scene.view_size(view)[::-1] for view in views])
+    if scene.intrinsics.shape[-1] == 4:  # pinholes
+        focal = float(np.median(scene.intrinsics[views, 0].cpu().numpy() / sizes[:, 0]))
+        if not SHORTEST < focal < LONGEST:
+            warn(
+                f"focal lengths of {focal * scene.width:.3g} pixels in pictures {scene.width} wide "
+                f"are an angle of view of {2 * np.degrees(np.arctan(0.5 / focal)):.3g} degrees: "
+                "are they in pixels, of pictures of this size?"
+            )
     center = scene.intrinsics[views, 2:4].double().cpu().numpy()
     if np.median(np.abs(center / sizes - 0.5).max(-1)) > FAR_OFF:
         x, y = np.median(center, axis=0)

@@ -39,6 +39,10 @@ def load(
     many times smaller. background: gray level in [0, 1] behind transparent pixels. store: see
     ``read_images``.
     """
+    if not (datadir / "train" / shape).is_dir():
+        found = sorted(path.parent.name for path in datadir.glob("train/*/pose"))
+        there = f"it holds {', '.join(found)}" if found else "expected train/<shape>/pose and rgb"
+        raise ValueError(f"{datadir / 'train' / shape}: no such folder; {there} (--shape)")
     files: list[Path] = []
     poses: list[Path] = []
     numbers: dict[str, list[int]] = {}
@@ -105,7 +109,10 @@ def _pairs(base: Path, warn: Callable[[str], object]) -> list[tuple[Path, Path]]
 def read_numbers(path: Path) -> list[list[float]]:
     """The numbers of a text file, by line. ValueError if it holds anything else."""
     try:
-        return [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
+        return [
+            [float(word) for word in line.split()]
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+        ]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as numbers ({error})") from None
 

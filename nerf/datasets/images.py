@@ -102,9 +102,23 @@ def why_unreadable(path: Path) -> str | None:
         with Image.open(path) as image:
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        return ("not a picture" if path.stat().st_size else "empty") if unknown else str(error)
+        return _kind(path) if isinstance(error, UnidentifiedImageError) else str(error)
     return None
+
+
+def _kind(path: Path) -> str:
+    """What a file is that is no picture that Pillow knows."""
+    with open(path, "rb") as file:
+        start = file.read(256)
+    if not start:
+        return "empty"
+    if start[4:8] == b"ftyp":
+        return "HEIC, AVIF or a video, whatever its name: convert it to JPEG"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: git lfs pull fetches the picture"
+    if start.lstrip().lower().startswith((b"<html", b"<!doctype")):
+        return "a web page"
+    return "not a picture"
 
 
 def _has_checksums(image: Image.Image) -> bool:

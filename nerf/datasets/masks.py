@@ -97,7 +97,7 @@ def _places(datadir: Path, file: Path) -> list[tuple[Path, Path]]:
         relative = file.relative_to(datadir)
     except ValueError:
         return []
-    if relative.parts[0].startswith("images"):
+    if relative.parts[0].lower().startswith("images"):
         relative = Path(*relative.parts[1:])
     places = [(datadir / "masks", relative)]
     beside = file.parent.parent / "masks"

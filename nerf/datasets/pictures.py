@@ -84,17 +84,17 @@ def readable(
             warn(f"{where}: none of the {len(views)} {name} pictures {why}; that split is empty")
             missing = [index for index in missing if index not in set(views)]
     train = splits["train"] if splits and splits.get("train") else range(len(files))
-    names = [files[index].name for index in train if index in lost]
+    shown = {i: files[i].name + (f" ({broken[i]})" if i in broken else "") for i in lost}
+    names = [shown[index] for index in train if index in lost]
     reason = " and ".join(["missing"] * bool(missing) + ["unreadable"] * bool(broken))
     hint = _other_ending([files[index] for index in missing])
     too_few(len(train), sum(index in lost for index in train), f"{where}: ", reason, names, hint)
     for group, what in ((missing, "missing"), (list(broken), "unreadable")):
         if group:
-            shown = [files[i].name + (f" ({broken[i]})" if i in broken else "") for i in group]
             are = "is" if len(group) == 1 else "are"
             warn(
                 f"{where}: {len(group)} of {len(files)} {kind} {are} {what} and left out: "
-                f"{some(shown)}{hint if group is missing else ''}"
+                f"{some([shown[index] for index in group])}{hint if group is missing else ''}"
             )
     return [index for index in range(len(files)) if index not in lost]
 
