@@ -281,7 +281,10 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     model = renderer
     if world.size > 1:
         # Of several particles a step trains one: DDP has to be told to expect no more gradients.
-        model = DistributedDataParallel(renderer, find_unused_parameters=True)
+        model = DistributedDataParallel(
+            renderer, find_unused_parameters=True, broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )  # fmt: skip
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
     outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)

@@ -181,6 +181,13 @@ def render_block(args, renderer, world) -> int:
     return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
 
 
+def compile_if_set(args, world, run, scene, renderer) -> None:
+    """``--compile``, tried on a few rays."""
+    if args.compile:
+        few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
+        build.compile_renderer(renderer, scene.pick(*few)[0], run.log)
+
+
 def training_block(args, world, rendered: int) -> int:
     """Rays in a micro-batch: on a GPU the whole batch; on a CPU as many as are ``rendered``."""
     if args.occ_grid:
@@ -230,11 +237,13 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     state = prepare(args, world, run, scene, attempt)
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state)
-    if args.compile:
-        few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
-        build.compile_fields(renderer, scene.pick(*few)[0], run.log)
+    compile_if_set(args, world, run, scene, renderer)
     # DDP averages gradients in backward(). Call ``model``, never model.module: that skips it.
-    model = DistributedDataParallel(renderer) if world.size > 1 else renderer
+    model = renderer
+    if world.size > 1:  # the occupancy grid's buffers are updated alike on all ranks
+        model = DistributedDataParallel(
+            renderer, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     evaluation = make_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
@@ -463,6 +472,7 @@ def render_and_export(args, world, run) -> int:
     checkpoint.restore(path, content, run.log, state.renderer, ema=state.ema)
     step = checkpoint.finished_updates(content)
     run.log(f"{path}: step {step}, {state.ema.kind} weights; {scene.describe()}")
+    compile_if_set(args, world, run, scene, state.renderer)
     evaluation = make_evaluation(args, world, run, scene, state)
     if args.export:
         evaluation.export_mesh(

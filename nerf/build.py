@@ -183,28 +183,30 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lrate * warmup * decay
 
 
-def compile_fields(renderer: SceneRenderer, rays: Rays, log: Log = print) -> bool:
-    """Compile the renderer's ``fields`` in place; whether that works and gives the same colors.
+def compile_renderer(renderer: SceneRenderer, rays: Rays, log: Log = print) -> bool:
+    """Compile what training and rendering call; whether that works and gives the same colors.
 
-    rays [B]: a few on which to try it. If it fails, ``log`` gets a warning and the fields stay as
-    they were.
+    rays [B]: a few on which to try it. If it fails, ``log`` gets a warning and everything stays as
+    it was. With static shapes each shape is compiled by itself, which is faster.
     """
-    fields = renderer.fields
+    parts = renderer.compiled_parts()
+    dynamic = None if renderer.static_shapes else True  # packed queries come in many sizes
     with torch.no_grad():
-        expected = renderer(rays)[-1].rgb
+        expected = torch.stack([renderer(rays)[-1].rgb, renderer.render(rays).rgb])
     try:
-        for field in fields:
-            field.compile(dynamic=True)  # packed queries come in many sizes
-        compiled = renderer(rays)[-1].rgb
-        compiled.sum().backward()
-        difference = (compiled - expected).abs().max().item()
+        for owner, name in parts:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=dynamic))
+        trained = renderer(rays)[-1].rgb
+        trained.sum().backward()
+        found = torch.stack([trained.detach(), renderer.render(rays).rgb])
+        difference = (found - expected).abs().max().item()
         problem = f"colors differ by {difference:.2g}" if not difference <= 1e-3 else None
     except Exception as error:  # a compiler can fail in any way; training must not
         problem = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     renderer.zero_grad(set_to_none=True)
     if problem:
-        for field in fields:
-            field._compiled_call_impl = None
+        for owner, name in parts:
+            vars(owner).pop(name, None)
         log(f"--compile: not used, {problem}")
     return problem is None
 

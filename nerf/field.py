@@ -104,9 +104,10 @@ class NeRFField(Field):
         for i, layer in enumerate(self.pts_linears):
             assert isinstance(layer, nn.Linear)
             if i == 0:
-                h = F.linear(encoded, layer.weight[:, columns], layer.bias)
+                h = F.linear(encoded, layer.weight.index_select(1, columns), layer.bias)
             elif i == SKIP_AFTER + 1:  # a linear layer of [encoded, h], without the concatenation
-                from_encoded = F.linear(encoded, layer.weight[:, columns], layer.bias)
+                on_encoded = layer.weight[:, :num_encoded].index_select(1, columns)
+                from_encoded = F.linear(encoded, on_encoded, layer.bias)
                 h = torch.addmm(from_encoded, h, layer.weight[:, num_encoded:].T)
             else:
                 h = layer(h)
@@ -164,7 +165,7 @@ class NeRFField(Field):
             )
             weight = on_feature @ self.feature_linear.weight  # [W/2, W]
             bias = on_feature @ self.feature_linear.bias + layer.bias
-            on_view = on_view[:, self.view_encoding.columns]
+            on_view = on_view.index_select(1, self.view_encoding.columns)
             per_ray = F.linear(self.view_encoding(viewdirs), on_view, bias)  # [B, W/2]
         per_sample = F.linear(h, weight)
         return per_sample, per_ray.to(per_sample.dtype)

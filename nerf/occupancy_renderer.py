@@ -102,6 +102,13 @@ class OccupancyRenderer(nn.Module):
         """The one field."""
         return [self.field]
 
+    def compiled_parts(self) -> list[tuple[nn.Module, str]]:
+        """See ``Renderer.compiled_parts``."""
+        parts: list[tuple[nn.Module, str]] = [(self.field, "forward"), (self.field, "density")]
+        if self.static_shapes:  # marching: a dozen passes over [rays, steps] become one
+            parts.append((self.grid, "march"))
+        return parts
+
     def density(self, points: Tensor) -> Tensor:
         """Density [N] per scene unit at points [N, 3] in the rays' coordinates; 0 in empty cells.
 

@@ -62,7 +62,10 @@ class Renderer(Protocol):
 
     @property
     def fields(self) -> list[Field]:
-        """The networks; torch.compile is applied to each."""
+        """The networks."""
+
+    def compiled_parts(self) -> list[tuple[nn.Module, str]]:
+        """Modules and names of the methods that torch.compile is applied to."""
 
     def density(self, points: Tensor) -> Tensor:
         """Density [N] of the final level at points [N, 3], in the rays' coordinates and unit."""
@@ -165,6 +168,14 @@ class NeRFRenderer(nn.Module):
         """RGB [N, 3] in [0, 1] of the final level at points [N, 3] from unit viewdirs [N, 3]."""
         ray_indices = torch.arange(len(points), device=points.device)
         return torch.sigmoid(query_packed(self.fields[-1], points, viewdirs, ray_indices)[1])
+
+    def compiled_parts(self) -> list[tuple[nn.Module, str]]:
+        """See ``Renderer.compiled_parts``."""
+        names = ("forward", "density", "hidden", "density_of", "color_of")
+        parts: list[tuple[nn.Module, str]] = [(f, name) for f in self.fields for name in names]
+        if self.static_shapes:  # sampling and compositing; else there is a count in between
+            parts += [(self, "_importance_sample"), (self, "_level")]
+        return parts
 
     @property
     def samples_per_ray(self) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nerf.build import compile_fields
+from nerf.build import compile_renderer
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField, NeRFField
 from nerf.occupancy import Box, OccupancyGrid
@@ -233,24 +233,24 @@ def test_block_size_respects_every_limit():
 # --------------------------------------------------------------------------------- compilation
 
 
-def cannot_compile(self, dynamic):
+def cannot_compile(function, dynamic):
     raise RuntimeError("no compiler here\nand a long trace")
 
 
-def compiles_to_something_that_fails(self, dynamic):
-    def fail(*args):
+def compiles_to_something_that_fails(function, dynamic):
+    def fail(*args, **kwargs):
         raise OSError("cc: not found")
 
-    self._compiled_call_impl = fail
+    return fail
 
 
 def compiles_to(change):
-    def compile(self, dynamic):
-        def call(points, viewdirs):
-            sigma, rgb = self.forward(points, viewdirs)
-            return sigma, rgb + change
+    def compile(function, dynamic):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            return (result[0], result[1] + change) if isinstance(result, tuple) else result
 
-        self._compiled_call_impl = call
+        return call
 
     return compile
 
@@ -270,22 +270,34 @@ def test_a_compiler_that_fails_costs_one_warning(monkeypatch, broken, reason):
     for field in (renderer.coarse, renderer.fine):
         torch.nn.init.constant_(field.alpha_linear.bias, 1.0)  # so that there is color at all
     before = renderer(rays)
-    monkeypatch.setattr(NeRFField, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken)
     warnings = []
-    assert compile_fields(renderer, rays, warnings.append) is False
+    assert compile_renderer(renderer, rays, warnings.append) is False
     assert len(warnings) == 1 and reason in warnings[0] and "\n" not in warnings[0]
     for a, b in zip(renderer(rays), before, strict=True):
         assert_same(a, b, atol=0)
     assert all(p.grad is None for p in renderer.parameters())
 
 
-def test_a_compiler_that_works_is_used_without_a_warning(monkeypatch):
-    renderer, rays = make_renderer(), some_rays()
-    monkeypatch.setattr(NeRFField, "compile", compiles_to(0.0))
+@pytest.mark.parametrize("static", [False, True])
+def test_all_that_training_and_rendering_call_is_compiled(monkeypatch, static):
+    renderer, rays = make_renderer(static_shapes=static), some_rays()
+    called = set()
+
+    def compiled(function, dynamic):
+        assert dynamic is (None if static else True)
+
+        def call(*args, **kwargs):
+            called.add(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
     warnings = []
-    assert compile_fields(renderer, rays, warnings.append) is True
-    assert warnings == []
-    assert renderer.coarse._compiled_call_impl and renderer.fine._compiled_call_impl
+    assert compile_renderer(renderer, rays, warnings.append) is True and warnings == []
+    sampling = {"_level", "_importance_sample"} if static else set()
+    assert called == {"forward", "density", "hidden", "density_of", "color_of"} | sampling
     assert all(p.grad is None for p in renderer.parameters())
 
 
