@@ -39,8 +39,10 @@ docs: .venv/ready-dev ## the API page, from the docstrings: docs/api/index.html
 bench: .venv/ready ## speed and memory of the unchanged NeRF algorithm
 	$(RUN) benchmarks/vanilla.py
 
-notebooks: .venv/ready-dev ## make notebooks/*.ipynb of notebooks/*.py
+notebooks: .venv/ready-dev ## make notebooks/*.ipynb of notebooks/*.py, and run them: minutes
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	$(BIN)/jupyter-nbconvert --to notebook --inplace --execute \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean: ## remove .venv, caches and the API page
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build docs/api *.egg-info

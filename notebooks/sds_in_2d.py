@@ -36,7 +36,7 @@ def show(pictures, name):
     image = Image.fromarray((row * 255).byte().cpu().numpy())
     image = image.resize((4 * image.width, 4 * image.height), Image.NEAREST)
     if "get_ipython" in globals():
-        display(image)  # noqa: F821
+        display(image, include=["image/png"])  # noqa: F821
     elif folder := os.environ.get("NOTEBOOK_PICTURES"):
         image.save(Path(folder) / f"{name}.png")
 
