@@ -597,6 +597,18 @@ def text_model(name, old, new):
     return change
 
 
+def first_color(value):
+    def change(folder):
+        path = as_text(folder) / "sparse" / "points3D.txt"
+        lines = path.read_text().splitlines()
+        row = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+        words = lines[row].split()
+        lines[row] = " ".join([*words[:4], value, *words[5:]])
+        path.write_text("\n".join(lines) + "\n")
+
+    return change
+
+
 TRANSFORMS = {
     "no intrinsics": (drop("fl_x", "camera_angle_x"), 'neither "fl_x" nor "camera_angle_x"'),
     "focal length of 0": (frame(fl_x=0), '"fl_x" is 0'),
@@ -639,6 +651,7 @@ COLMAP = {
     ),
     "parameters missing": (text_model("cameras.txt", "SIMPLE_RADIAL", "OPENCV"), "4 parameters"),
     "camera gone": (text_model("images.txt", " 2 photo", " 9 photo"), "camera 9"),
+    "color below 0": (first_color("-1"), "points3D.txt"),
     "text is words": (text_model("images.txt", " 1 photo", " one photo"), "images.txt"),
 }
 CASES = [

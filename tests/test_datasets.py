@@ -416,7 +416,8 @@ def truncate(name):
 
 
 def write(name, text):
-    return lambda folder: (folder / name).write_text(text)
+    content = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def remove(name):
@@ -467,6 +468,8 @@ def matrix(value):
 def top(**values):
     return lambda folder: edit(folder, top=values)
 
+
+BROKEN_HEADER = "\x93NUMPY\x01\x00\x0a\x00{'descr': (".encode("latin-1")
 
 BLENDER = {
     "JSON invalid": (write("transforms_train.json", '{"frames": ['), "transforms_train.json"),
@@ -529,6 +532,7 @@ LINEMOD = {
         "focal",
     ),
     "pose NaN": (matrix(NAN_POSE.tolist()), "train/0000"),
+    "a name too long for a file": (lambda folder: edit(folder, file_path="n" * 300), "file name"),
 }
 DEEPVOXELS = {
     "training folder missing": (remove("train"), "train"),
@@ -553,6 +557,7 @@ LLFF = {
     "poses truncated": (truncate("poses_bounds.npy"), "poses_bounds.npy"),
     "poses empty": (write("poses_bounds.npy", ""), "poses_bounds.npy"),
     "poses are text": (write("poses_bounds.npy", "1 2 3"), "poses_bounds.npy"),
+    "poses with a broken header": (write("poses_bounds.npy", BROKEN_HEADER), "poses_bounds.npy"),
     "poses are an npz": (savez, "poses_bounds.npy"),
     "poses of 16 columns": (table(lambda rows: rows[:, :16]), "poses_bounds.npy"),
     "poses of one axis": (table(lambda rows: rows[0]), "poses_bounds.npy"),

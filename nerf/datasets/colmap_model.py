@@ -123,7 +123,7 @@ def read_model(folder: Path) -> Model:
                 parts[name] = TEXT_READERS[name](
                     files[0].read_text(encoding="utf-8-sig").split("\n")
                 )
-        except (OSError, UnicodeDecodeError, struct.error, ValueError, IndexError) as error:
+        except (OSError, struct.error, ValueError, IndexError, OverflowError, MemoryError) as error:
             raise ValueError(
                 f"{files[0]}: is truncated or not a COLMAP file ({error}); export the model again"
             ) from None

@@ -1,5 +1,6 @@
 """LINEMOD scenes: Blender-style transforms files with an intrinsic matrix per frame and bounds."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def _picture_path(datadir: Path, file_path: str) -> Path:
 
     ``file_path`` is relative to the working directory, as in nerf-pytorch, or to ``datadir``.
     """
-    if not Path(file_path).is_absolute() and Path(file_path).exists():
+    # Not Path.exists, which raises OSError for names that are too long.
+    if not Path(file_path).is_absolute() and os.path.exists(file_path):
         file_path = str(Path(file_path).absolute())
     return pictures.existing(inside(datadir, file_path, f"{datadir}: file_path"))

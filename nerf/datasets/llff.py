@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +159,7 @@ def read_poses_bounds(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; make it with LLFF's imgs2poses") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is not a plain numpy array ({error})") from None
     if not isinstance(rows, np.ndarray):
         raise ValueError(f"{path}: is an archive; expected one numpy array")
