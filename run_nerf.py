@@ -145,6 +145,8 @@ def resume(args, run, state: TrainState) -> None:
 def check_same_run(args, saved, scene) -> None:
     """ValueError if the checkpoint was made with another network, or of another scene."""
     path, content = saved
+    if "guidance" in (content.get("args") or {}):
+        raise ValueError(f"{path}: a checkpoint of run_dreamfusion.py; give one of run_nerf.py")
     difference = scene_difference(content.get("scene"), scene)
     other = [f"another scene in {args.datadir}: {difference}"] if difference else []
     flags = content.get("args", {})
