@@ -17,6 +17,7 @@ from nerf.datasets.store import Store
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112  # tag; values 1 to 4 keep width and height, 5 to 8 swap them
+PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # names of its places in a PNG
 Size = tuple[float, float]  # width, height
 
 
@@ -149,10 +150,18 @@ def picture_sizes(path: Path) -> list[tuple[int, int]]:
     """Width and height of a picture, as stored and as rotated by its EXIF data, not decoded."""
     try:
         with Image.open(path) as image:
+            # Pillow decodes a whole PNG to look for EXIF data behind its pixels.
+            if image.format == "PNG" and not _names_exif(path.read_bytes()):
+                return [image.size, image.size]
             swapped = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return [image.size, image.size[::-1] if swapped else image.size]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
+
+
+def _names_exif(content: bytes) -> bool:
+    """Whether a PNG file may hold EXIF data."""
+    return any(mark in content for mark in PNG_EXIF)
 
 
 def eight_bit(image: Image.Image, path: Path) -> Image.Image:
