@@ -232,8 +232,9 @@ def same_pose(content):
         frame["transform_matrix"] = content["frames"][0]["transform_matrix"]
 
 
-def picture(make):
-    return lambda folder: make(sorted((folder / "train").glob("*.png"))[0])
+def pictures(make):
+    """A spoiler of all training pictures: a single one is left out, see test_left_out.py."""
+    return lambda folder: [make(path) for path in sorted((folder / "train").glob("*.png"))]
 
 
 def animation(path: Path) -> None:
@@ -287,10 +288,10 @@ BLENDER = {
     "file_path is the folder": (first(file_path="."), "data folder"),
     "file_path unprintable": (first(file_path="a\nb"), "is not a valid file name"),
     "file_path too long": (first(file_path="a" * 300), "is not a valid file name"),
-    "picture empty": (picture(lambda p: p.write_bytes(b"")), "r_"),
-    "picture cut": (picture(lambda p: p.write_bytes(p.read_bytes()[:60])), "r_"),
-    "picture is text": (picture(lambda p: p.write_text("no picture")), "r_"),
-    "animation": (picture(animation), "animation of 2 frames"),
+    "pictures empty": (pictures(lambda p: p.write_bytes(b"")), "r_0.png (empty)"),
+    "pictures cut": (pictures(lambda p: p.write_bytes(p.read_bytes()[:60])), "r_0.png ("),
+    "pictures are text": (pictures(lambda p: p.write_text("x")), "r_0.png (not a picture)"),
+    "animations": (pictures(animation), "r_0.png (an animation of 2 frames)"),
     "matrix 3x3": (first(transform_matrix=[[1, 0, 0]] * 3), "transform_matrix"),
     "matrix is text": (first(transform_matrix="unit"), "transform_matrix"),
     "matrix NaN": (matrix(0, 3, float("nan")), "view 0"),
