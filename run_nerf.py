@@ -105,6 +105,8 @@ def run_scene(args) -> int:
     run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(SMALLER), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
+        for note in args.notes:
+            run.log(note)
         system.configure_gpu(args.tf32 == "on", world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it

@@ -50,12 +50,10 @@ lr_schedule = cosine
 N_iters = 2500
 i_img = 500
 """
-AROUND = """contract = True
-march_steps = 64
+AROUND = """by_device = capture
+contract = True
 cone_angle = 0.02
 resample = 32
-target_samples = 16384
-grid_res = 256
 near_scaling = 2
 lambda_tv = 0.003
 """
@@ -196,10 +194,10 @@ def config(out: Path, photos: list[Photo], model: Model) -> str:
     kind = "Forward-facing cameras: NDC." if facing else "Cameras around a scene: contracted."
     return (
         f"# Made by data/from_photos.py. {kind}\n"
-        f"# Pictures {factor} times smaller; with a GPU lower it and raise grid_res, N_iters.\n"
+        f"# Pictures {factor} times smaller; with a GPU lower it and raise N_iters.\n"
         f"expname = {out.name}\nbasedir = ./logs\ndatadir = {out}\ndataset_type = colmap\n"
         f"factor = {factor}\nllffhold = 8\n{'white_bkgd = True' * white}\n"
-        + SETTINGS.format(space="" if facing else AROUND)
+        + SETTINGS.format(space="by_device = fast\n" if facing else AROUND)
     )
 
 

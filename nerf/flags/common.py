@@ -50,6 +50,8 @@ def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> 
     flag("basedir", "FOLDER", "./logs/", "folder that holds the run folders")
     flag("seed", seed, 0, "seed of the initial weights and every random draw")
     flag("device", "NAME", "auto", "auto, cpu, cuda, cuda:1, ... or mps")
+    flag("by_device", "NAME", "",
+        "group of configs/by_device.table whose flags get values by the device, unless they are set")
     flag("N_iters", positive_int, 200000, "total number of updates, those before a resume included")
     flag("max_minutes", non_negative, 0.0,
         "minutes of training after which a run stops, those before a resume included; 0: no limit")
@@ -84,7 +86,7 @@ def add_optimization_flags(parser: Parser) -> None:
         "NVIDIA GPUs: float32 matrix products in TF32, several times as fast, with 10 bits after "
         "the point; off: exact float32, as in nerf-pytorch")
     flag("static_shapes", ("auto", "on", "off"), "auto",
-        "train with tensors of constant shape, so that a GPU is never waited for; auto: on a GPU")
+        "train with tensors of constant shape and never wait for the GPU; auto: on a GPU")
     flag("cuda_graph", ("auto", "off"), "auto",
         "auto: record a step's forward and backward as CUDA graphs, where shapes are constant and "
         "one process trains; off: launch each kernel from Python")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nerf.flags import common
+from nerf.flags import by_device, common
 from nerf.flags.common import (
     SCHEDULE,
     add_export_flags,
@@ -239,17 +239,20 @@ def parse(argv: list[str] | None = None) -> Flags:
     Without --config, the embedded model takes its own (TINY_CONFIGS).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = common.parse(dream_parser(), argv, lambda args: run_name(args, args.prompt or ""))
+    parser, name_of = dream_parser(), lambda args: run_name(args, args.prompt or "")
+    args = common.parse(parser, argv, name_of)
     recipe = TINY_CONFIGS.get(args.guidance)
     if not args.config and args.sd_model == TINY_MODEL and recipe and args.prompt:
         path = Path(__file__).resolve().parents[2] / "configs" / recipe
         print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
-        given = ["--config", str(path), *argv]
-        args = common.parse(dream_parser(), given, lambda args: run_name(args, args.prompt or ""))
+        parser = dream_parser()
+        args = common.parse(parser, ["--config", str(path), *argv], name_of)
+    given = by_device.given_flags(parser, args)
+    notes = parser.checked(by_device.choose_by_device, args, given)
     typed = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     left_out = leave_out(args, dream_parser().get_default, typed)
     reads = args.render_only or args.export  # with the flags that the run was trained with
-    return Flags(vars(args), [] if reads else left_out)
+    return Flags(vars(args), notes + ([] if reads else left_out))
 
 
 def run_name(args: argparse.Namespace, prompt: str) -> str:

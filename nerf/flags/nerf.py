@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nerf.datasets import DATASETS
-from nerf.flags import common
+from nerf.flags import by_device, common
 from nerf.flags.common import (
     add_export_flags,
     add_grid_flags,
@@ -38,7 +38,7 @@ STRUCTURAL = (
 FAST = (
     "--occ_grid --field triplane --pixel_center --random_bg --hull_init auto --batching "
     "--precrop_iters 0 --raw_noise_std 0 --amp bf16 --lrate 2e-3 --lr_schedule cosine "
-    "--lrate_warmup 20 --N_iters 6000"
+    "--lrate_warmup 20 --N_iters 6000 --by_device fast"
 ).split()
 # The short help page: the flags that one needs, and two commands that work in a fresh clone.
 MAIN_FLAGS = (
@@ -241,27 +241,27 @@ def nerf_parser() -> Parser:
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags that know which of them were set: not by default."""
+    """Parsed flags that know which of them were set, not by default; lines for the log."""
 
-    __slots__ = ("given",)  # not in vars(), which goes into checkpoints
+    __slots__ = ("given", "notes")  # not in vars(), which goes into checkpoints
 
-    def __init__(self, values: dict[str, object], given: frozenset[str]) -> None:
+    def __init__(self, values: dict[str, object], given: frozenset[str], notes: list[str]) -> None:
         super().__init__(**values)
-        self.given = given
+        self.given, self.notes = given, notes
 
 
 def parse(argv: list[str] | None = None) -> Flags:
     """The flags of this run of run_nerf.py."""
     parser = nerf_parser()
     args = common.parse(parser, argv, run_name, tuple(FAST))
-    unset = {key.strip("-") for key in parser.get_source_to_settings_dict().get("defaults", {})}
-    given = frozenset(name for name in vars(args) if name not in unset)
+    given = by_device.given_flags(parser, args)
+    notes = parser.checked(by_device.choose_by_device, args, given)
     if args.config and Path(args.config).name == "args.txt":  # a run's record lists every flag
         changed = {name for name in given if getattr(args, name) != parser.get_default(name)}
         given = frozenset(changed | {"dataset_type"})
     if "half_res" in given and args.half_res:
         given |= {"downscale"}
-    return Flags(vars(args), given)
+    return Flags(vars(args), given, notes)
 
 
 def given_flags(args: argparse.Namespace) -> frozenset[str] | None:

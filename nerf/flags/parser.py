@@ -4,8 +4,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import configargparse
 
@@ -13,6 +13,8 @@ from nerf.flags import help as pages
 from nerf.flags import mistakes
 from nerf.flags.config_file import ConfigFile, open_config
 from nerf.flags.types import whole_number
+
+T = TypeVar("T")
 
 ENV_PREFIX = mistakes.ENV_PREFIX
 NOT_SETTABLE = ("help", "version")  # neither in config files nor in the environment
@@ -127,6 +129,13 @@ class Parser(configargparse.ArgumentParser):
         """End the program if there is a problem."""
         if problem:
             self.error(problem)
+
+    def checked(self, function: Callable[..., T], *arguments: Any) -> T:
+        """function(parser, *arguments); its ValueError ends the program as a mistake does."""
+        try:
+            return function(self, *arguments)
+        except ValueError as error:
+            self.error(str(error))
 
     def open_config(self, path: str, mode: str = "r") -> TextIO:
         """The opened config file."""
