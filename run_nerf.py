@@ -27,8 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nerf import build
 from nerf.build import load_scene
 from nerf.datasets.identity import scene_difference, scene_identity
+from nerf.encodings import resized_planes
 from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
+from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
 from nerf.occupancy_renderer import MOST_RAYS
 from nerf.outputs.camera_path import read_path
@@ -121,7 +123,8 @@ def prepare(args, world, run, scene, attempt: Attempt) -> TrainState:
     # Every rank gets the same initial weights. What differs between ranks are the rays they
     # train on: each draws the same global batch, see rng.step_generator, and keeps its shard.
     rng.seed_everything(attempt.weights_seed)
-    renderer = build.build_renderer(args, scene, run.log).to(world.device)
+    saved = attempt.saved[1] if attempt.saved else None
+    renderer = build.build_renderer(args, scene, run.log, saved).to(world.device)
     betas, eps = ((0.9, 0.99), 1e-15) if args.occ_grid else ((0.9, 0.999), 1e-8)
     groups = build.parameter_groups(renderer, args)
     fused = world.device.type in ("cpu", "cuda")
@@ -242,12 +245,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state)
     compile_if_set(args, world, run, scene, renderer)
-    # DDP averages gradients in backward(). Call ``model``, never model.module: that skips it.
-    model = renderer
-    if world.size > 1:  # the occupancy grid's buffers are updated alike on all ranks
-        model = DistributedDataParallel(
-            renderer, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+    # Call ``model``, never model.module: that skips DDP's averaging of gradients.
+    model = data_parallel(world, renderer)
     evaluation = make_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
@@ -267,6 +266,9 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
+        if finer := build.refine_planes(renderer, state.step, args, run.log):  # --grid_steps
+            state.replace_parameters(finer, resized_planes)
+            model, graphs = data_parallel(world, renderer), make_graphs(args, world, run, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
         lr = build.learning_rate(state.step, args)
@@ -368,6 +370,14 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     return 0
 
 
+def data_parallel(world, renderer):
+    """The module to call: with several processes, gradients are averaged in backward()."""
+    if world.size == 1:
+        return renderer
+    # The occupancy grid's buffers are updated alike on all ranks.
+    return DistributedDataParallel(renderer, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
 def make_graphs(args, world, run, renderer) -> StepGraphs:
     """CUDA graphs of a step's forward and backward: on one GPU, unless ``--cuda_graph off``."""
     enabled = args.cuda_graph == "auto" and world.device.type == "cuda" and world.size == 1
@@ -393,7 +403,8 @@ def accumulate_gradients(
     """Forward and backward of batch = (rays, target, noise), ``block`` rays at a time."""
     if not state.renderer.static_shapes:
         return forward_backward(args, world, model, state, block, batch)
-    return graphs.run(partial(forward_backward, args, world, model, state, block), batch, block)
+    kind = block, state.renderer.graph_kind()
+    return graphs.run(partial(forward_backward, args, world, model, state, block), batch, kind)
 
 
 def forward_backward(args, world, model, state: TrainState, block: int, batch) -> StepStats:
@@ -404,6 +415,7 @@ def forward_backward(args, world, model, state: TrainState, block: int, batch) -
     """
     rays, target, noise = batch
     renderer, scaler = state.renderer, state.scaler
+    pixel_loss = partial(PIXEL_LOSSES[args.loss], delta=args.loss_delta)
     renderer.zero_grad(set_to_none=True)  # also after a try that did not fit into memory
     loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
     first_levels = None
@@ -416,12 +428,12 @@ def forward_backward(args, world, model, state: TrainState, block: int, batch) -
                 levels = model(rays.part(piece), noise.part(piece))  # (coarse, fine) or (coarse,)
             weight = len(target[piece]) / len(target)  # its share of the batch
             # Both levels learn (NeRF eq. 6): the fine one needs the coarse one's density.
-            errors = [squared_error(level.rgb, target[piece]) * weight for level in levels]
+            errors = [pixel_loss(level.rgb, target[piece]) * weight for level in levels]
             loss = sum(errors) + weight * renderer.penalty()
             scaler.scale(loss).backward()
         first_levels = first_levels or levels
         loss_sum += loss.detach()
-        error_sum += errors[-1].detach()
+        error_sum += squared_error(levels[-1].rgb.detach(), target[piece]) * weight
         samples = samples + renderer.batch_samples
     return StepStats(first_levels, target[pieces[0]], loss_sum, error_sum, samples)
 

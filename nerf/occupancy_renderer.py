@@ -32,7 +32,7 @@ RAY_COUNTS = (
     *(10240, 12288, 14336, 16384, 20480, 24576, 28672, 32768),
 )
 SPARE_ROOM = 1.125
-MARCHED_PER_SAMPLE = 2
+MARCHED_PER_SAMPLE, MARCHED_PER_RESAMPLE = 2, 4
 
 
 def density_of(raw: Tensor) -> Tensor:
@@ -48,11 +48,12 @@ class OccupancyRenderer(nn.Module):
     samples per training step over all ranks; first_rays: rays of the first step. composite: a key
     of PACKED_WEIGHTS. early_stop: transmittance below which samples are culled (0: none).
     near_scaling: distance d below which gradients are multiplied by (distance / d)^2 (0: off).
-    lambda_tv: weight of the feature planes' total variation in ``penalty``. resample: importance
+    lambda_tv: weight of the feature planes' total variation in ``penalty``. lambda_l1: of the sum of
+    a ray's sample opacities in it, the mean over rays (PlenOctrees, eq. 7). resample: importance
     samples per ray, from the weights of a first no-grad pass over the marched samples, from step
     ``RESAMPLE_AFTER`` on (0: train on the marched samples). static_shapes: train with lists of
     samples of constant length (``nerf.occupancy``), so that a GPU is never waited for; the number
-    of rays is then one of RAY_COUNTS. Not while resampling.
+    of rays is then one of RAY_COUNTS.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class OccupancyRenderer(nn.Module):
         early_stop: float = 1e-3,
         near_scaling: float = 0.0,
         lambda_tv: float = 0.0,
+        lambda_l1: float = 0.0,
         resample: int = 0,
         static_shapes: bool = False,
     ):
@@ -78,24 +80,25 @@ class OccupancyRenderer(nn.Module):
         self.target_samples, self.num_rays = target_samples, first_rays
         self.packed_weights, self.early_stop = PACKED_WEIGHTS[composite], early_stop
         self.near_scaling, self.lambda_tv, self.resample = near_scaling, lambda_tv, resample
+        self.lambda_l1 = lambda_l1
+        self._opacities: Tensor | float = 0.0  # of the latest forward, see lambda_l1
         # Of the latest forward, after ``end_step`` of the whole step. With static shapes a tensor
         # [], the share of the room that was used, times target_samples.
         self.batch_samples: int | Tensor = 0
         self.resamples = resample > 0  # whether it is on at the current step
         # The table of "padded" is as wide as the longest ray.
-        self._static, self._num_ranks = static_shapes and composite == "cumsum", 1
-
-    @property
-    def static_shapes(self) -> bool:
-        """Whether the shapes in the current step follow from its number of rays alone."""
-        return self._static and not self.resamples
+        self.static_shapes, self._num_ranks = static_shapes and composite == "cumsum", 1
 
     @property
     def capacity(self) -> int | None:
         """Rows of a training batch's samples with static shapes; None: as many as needed."""
-        if not (self.static_shapes and self.training):
+        if not (self.static_shapes and self.training and torch.is_grad_enabled()):
             return None
         return -int(-SPARE_ROOM * self.target_samples / self._num_ranks // BUCKET) * BUCKET
+
+    def graph_kind(self) -> bool:
+        """Whether samples are resampled: what a step depends on besides its tensors' shapes."""
+        return self.resamples
 
     @property
     def fields(self) -> list[Field]:
@@ -150,38 +153,41 @@ class OccupancyRenderer(nn.Module):
                 step,
                 self.space.step,
                 generator,
-                static=self._static,
+                static=self.static_shapes,
             )
 
     def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Choose the next step's number of rays for ``target_samples`` samples."""
         num_wanted = int(num_rays * self.target_samples / max(1.0, total_samples))
         self.batch_samples = int(samples)
-        fewest = RAY_COUNTS[0] if self._static else FEWEST_RAYS
+        fewest = RAY_COUNTS[0] if self.static_shapes else FEWEST_RAYS
         self.num_rays = min(MOST_RAYS, max(fewest, num_wanted))
 
     def penalty(self) -> Tensor | float:
-        """``lambda_tv`` times the total variation of the feature planes."""
-        if not self.lambda_tv:
-            return 0.0
-        assert isinstance(self.field.encoding, TriPlane), "lambda_tv is for feature planes"
-        return self.lambda_tv * self.field.encoding.variation()
+        """The regularization of the latest forward: ``lambda_tv`` and ``lambda_l1``."""
+        total, self._opacities = self.lambda_l1 * self._opacities, 0.0
+        if self.lambda_tv:
+            assert isinstance(self.field.encoding, TriPlane), "lambda_tv is for feature planes"
+            total = total + self.lambda_tv * self.field.encoding.variation()
+        return total
 
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """Rays [R] rendered from the field, as a tuple of one level."""
         jitter, background = (noise.jitter, noise.background) if noise else (None, None)
         num_rays, room = len(rays.origins), self.capacity
         culls = self.early_stop > 0 and self.training and not self.resamples
-        marched = room * MARCHED_PER_SAMPLE if room and culls else room
+        per_sample = MARCHED_PER_RESAMPLE if self.resamples else MARCHED_PER_SAMPLE if culls else 1
+        marched = None if room is None else room * per_sample
         samples = self.grid.march(rays, self.space, None if self.resamples else jitter, marched)
         marched_found = samples.found
         if self.resamples:
-            samples = self._importance_resample(samples, rays, jitter)
+            samples = self._importance_resample(samples, rays, jitter, static=room is not None)
         elif culls:
             samples = self._cull_occluded(samples, num_rays, room)
         self.batch_samples = len(samples.ray_indices)
-        if room and marched and marched_found is not None and samples.found is not None:
-            self.batch_samples = torch.maximum(samples.found / room, marched_found / marched) * room
+        if room and marched and marched_found is not None:
+            found = samples.num_found if samples.found is None else samples.found
+            self.batch_samples = torch.maximum(found / room, marched_found / marched) * room
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
         if not len(samples.ray_indices):  # DDP needs a gradient of every parameter even so
@@ -195,9 +201,10 @@ class OccupancyRenderer(nn.Module):
             factor = self._near_factor(rays, samples)
             raw_sigma = scale_gradient(raw_sigma, factor)
             raw_rgb = scale_gradient(raw_rgb, factor[:, None])
-        weights = self.packed_weights(
-            density_of(raw_sigma), samples.lengths, samples.ray_indices, num_rays
-        )
+        sigma = density_of(raw_sigma)
+        if self.lambda_l1 and self.training:
+            self._opacities = -torch.expm1(-sigma * samples.lengths).sum() / num_rays
+        weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
         values = torch.cat(
             [torch.sigmoid(raw_rgb), torch.ones_like(samples.t[:, None]), samples.t[:, None]], -1
         )
@@ -227,7 +234,9 @@ class OccupancyRenderer(nn.Module):
         return samples.select(weights > self.early_stop * alpha, num_rays, room)
 
     @torch.no_grad()
-    def _importance_resample(self, samples: Samples, rays: Rays, u: Tensor | None) -> Samples:
+    def _importance_resample(
+        self, samples: Samples, rays: Rays, u: Tensor | None, *, static: bool
+    ) -> Samples:
         """``resample`` samples per ray, importance resampled from the weights of ``samples``.
 
         The weights are from a no-grad pass. For scenes so large that marching steps are longer than
@@ -238,7 +247,10 @@ class OccupancyRenderer(nn.Module):
         weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
         lengths = samples.lengths / scale.index_select(0, samples.ray_indices)
         packed = weights, samples.t, lengths, samples.ray_indices
-        ray_indices, t, lengths = importance_resample_packed(*packed, num_rays, self.resample, u)
+        most = self.space.num_steps if static else None
+        ray_indices, t, lengths = importance_resample_packed(
+            *packed, num_rays, self.resample, u, most=most
+        )
         origins, directions = (part.index_select(0, ray_indices) for part in rays[:2])
         points = self.space.to_unit(torch.addcmul(origins, directions, t[:, None]))
         return Samples(ray_indices, t, lengths * scale.index_select(0, ray_indices), points)

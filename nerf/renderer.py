@@ -56,9 +56,10 @@ class Renderer(Protocol):
     background: float  # gray level in [0, 1] of empty rays, 1 for white
     batch_samples: int | Tensor  # number of samples of the latest ``forward``
 
-    @property
-    def static_shapes(self) -> bool:
-        """Whether the shapes in a training step follow from its number of rays alone."""
+    static_shapes: bool  # whether the shapes in a training step follow from its number of rays
+
+    def graph_kind(self) -> Any:
+        """What a step recorded as a CUDA graph depends on, besides its inputs; hashable."""
 
     @property
     def fields(self) -> list[Field]:
@@ -168,6 +169,9 @@ class NeRFRenderer(nn.Module):
         """RGB [N, 3] in [0, 1] of the final level at points [N, 3] from unit viewdirs [N, 3]."""
         ray_indices = torch.arange(len(points), device=points.device)
         return torch.sigmoid(query_packed(self.fields[-1], points, viewdirs, ray_indices)[1])
+
+    def graph_kind(self) -> None:
+        """Nothing."""
 
     def compiled_parts(self) -> list[tuple[nn.Module, str]]:
         """See ``Renderer.compiled_parts``."""

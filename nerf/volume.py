@@ -174,6 +174,7 @@ def importance_resample_packed(
     *,
     floor: float = 0.05,
     blur: bool = True,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Importance samples by the inverse CDF of packed weights, ``count`` per ray (NeRF, 5.2).
 
@@ -184,18 +185,28 @@ def importance_resample_packed(
     the lengths of a ray keep their sum. Rays without samples get none.
     u [num_rays, 1] in [0, 1) shifts the boundaries of the parts; None: no shift. blur: first blur
     weights over neighbors (Barron et al. 2021, mip-NeRF, eq. 18), because a surface may lie before
-    the first sample that has weight. Returns ray_indices, t and lengths [M].
+    the first sample that has weight. most: the most samples that a ray can have, for a result of
+    static shape: M = num_rays x count, where rays without samples get lengths of 0 (see
+    ``nerf.occupancy``). Returns ray_indices, t and lengths [M].
     """
     if not len(ray_indices):
         return ray_indices, t, lengths
-    counts = torch.bincount(ray_indices, minlength=num_rays)
-    rows = counts.nonzero()[:, 0]
-    first = torch.cumsum(counts, dim=0) - counts
-    column = torch.arange(len(ray_indices), device=ray_indices.device) - first.index_select(
-        0, ray_indices
-    )
-    row = torch.repeat_interleave(torch.arange(len(rows), device=ray_indices.device), counts[rows])
-    shape = len(rows), int(counts.max())
+    numbers = torch.arange(len(ray_indices), device=ray_indices.device)
+    if most is None:
+        counts = torch.bincount(ray_indices, minlength=num_rays)
+        rows = counts.nonzero()[:, 0]
+        first = torch.cumsum(counts, dim=0) - counts
+        column = numbers - first.index_select(0, ray_indices)
+        every = torch.arange(len(rows), device=ray_indices.device)
+        row = torch.repeat_interleave(every, counts[rows])
+        shape = len(rows), int(counts.max())
+    else:
+        rows, row = torch.arange(num_rays, device=ray_indices.device), ray_indices
+        first = torch.searchsorted(ray_indices, rows).clamp(max=len(ray_indices) - 1)
+        column = numbers - first.index_select(0, ray_indices)
+        # Unused rows of the list, of length 0, go to a column of their own.
+        column = torch.where(lengths > 0, column, most).clamp(max=most)
+        weights, shape = torch.where(lengths > 0, weights, 0.0), (num_rays, most + 1)
 
     def as_table(values: Tensor) -> Tensor:  # [R, K], zeros after a ray's last sample
         return values.new_zeros(shape).index_put((row, column), values)
@@ -205,7 +216,10 @@ def importance_resample_packed(
         larger = torch.maximum(mass[:, 1:], mass[:, :-1])  # of two neighbors
         mass = (F.pad(larger, (0, 1)).maximum(mass) + F.pad(larger, (1, 0)).maximum(mass)) / 2
         mass = torch.where(width > 0, mass, 0.0)
-    mass = mass + floor * width / width.sum(-1, keepdim=True)
+    total = width.sum(-1, keepdim=True)
+    if most is not None:
+        total = torch.where(total > 0, total, 1.0)  # rays without samples
+    mass = mass + floor * width / total
     cdf, end = (torch.cumsum(values, dim=-1) for values in (mass, width))  # end: gaps excluded
     edges = torch.arange(count + 1, device=ray_indices.device).expand(len(rows), -1) / count
     if u is not None:
@@ -216,7 +230,8 @@ def importance_resample_packed(
     mass, cdf = mass.gather(-1, index), cdf.gather(-1, index)
     # The clamp keeps rounding inside the interval. Columns after a ray's last sample are never
     # found: searchsorted takes the first column that reaches a quantile.
-    inside = (1 - (cdf - quantiles) / mass).clamp(0, 1) * width.gather(-1, index)
+    share = (cdf - quantiles) / (mass if most is None else torch.where(mass > 0, mass, 1.0))
+    inside = (1 - share).clamp(0, 1) * width.gather(-1, index)
     ends = (end - width).gather(-1, index) + inside
     new_t = (start.gather(-1, index) + inside)[:, count + 1 :]
     new_lengths = ends[:, : count + 1].diff(dim=-1)

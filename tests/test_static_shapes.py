@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_dreamfusion
 import run_nerf
+from nerf import occupancy_renderer
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField
 from nerf.occupancy import Box, Contraction, OccupancyGrid, first_true, rows_in_use
@@ -91,6 +92,21 @@ def test_colors_and_gradients_are_those_of_dynamic_shapes(early_stop):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_resampling_gives_the_same_with_constant_shapes():
+    rays, found = random_rays(150), []
+    for static in (False, True):
+        renderer = make(static, resample=8, target_samples=20_000)
+        renderer.rays_per_step(150, 1)
+        (rendered,) = renderer(rays)
+        (rendered.rgb - 0.3).square().mean().backward()
+        found.append((*rendered, *[p.grad for p in renderer.parameters()]))
+        assert float(renderer.batch_samples) >= 8 * 100
+    for own, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert renderer.capacity is None  # pictures have the samples that they need
+
+
 def test_the_number_of_rays_is_one_of_a_few():
     renderer = make(True, target_samples=200_000)
     for wanted in (10, 1024, 5000, 1 << 15):
@@ -150,6 +166,7 @@ CASES = {
     "one picture": ["--no_batching"],
     "fast": [*FAST_TINY, "--lambda_tv", "0.01", "--ema_decay", "0.9"],
     "unbounded": [*FAST_TINY, "--contract", "--hull_init", "off", "--near_scaling", "1"],
+    "resampled": [*FAST_TINY, "--contract", "--hull_init", "off", "--resample", 8],
     "fp16": [*FAST_TINY, "--amp", "fp16"],
 }
 
@@ -159,6 +176,7 @@ def test_a_step_reads_the_device_at_most_once_and_15_of_16_not_at_all(
     data, tmp_path, case, monkeypatch
 ):
     counter = CountReads(monkeypatch)
+    monkeypatch.setattr(occupancy_renderer, "RESAMPLE_AFTER", 2)
     flags = [*CASES[case], *NERF_TINY, "--datadir", data, "--basedir", tmp_path]
     flags += ["--static_shapes", "on", "--i_print", 1000, "--N_iters", 2 * READ_EVERY + 4]
     with counter:

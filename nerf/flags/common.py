@@ -51,7 +51,7 @@ def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> 
     flag("seed", seed, 0, "seed of the initial weights and every random draw")
     flag("device", "NAME", "auto", "auto, cpu, cuda, cuda:1, ... or mps")
     flag("by_device", "NAME", "",
-        "group of configs/by_device.table whose flags get values by the device, unless they are set")
+        "group of configs/by_device.table: its flags get values by the device, unless they are set")
     flag("N_iters", positive_int, 200000, "total number of updates, those before a resume included")
     flag("max_minutes", non_negative, 0.0,
         "minutes of training after which a run stops, those before a resume included; 0: no limit")
