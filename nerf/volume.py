@@ -117,10 +117,12 @@ def packed_weights_cumsum(
     """``blend_weights`` of packed samples [N], with one cumulative sum over all rays.
 
     The sum is float64: in float32 a sum over 10^6 samples has too few digits left for the first
-    sample of the last ray.
+    sample of the last ray. Apple's GPUs (MPS) have no float64: they sum each ray by itself.
     """
     if not len(ray_indices):
         return sigma * lengths
+    if sigma.device.type == "mps":
+        return packed_weights_padded(sigma, lengths, ray_indices, num_rays)
     optical_depth = (sigma * lengths).double()
     total = torch.cumsum(optical_depth, dim=0) - optical_depth  # exclusive
     first = torch.searchsorted(ray_indices, torch.arange(num_rays, device=ray_indices.device))
