@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nerf import build
 from nerf.build import load_scene
+from nerf.coarse_to_fine import refine
 from nerf.datasets.identity import scene_difference, scene_identity
 from nerf.encodings import resized_planes
 from nerf.flags import common as common_flags
@@ -266,7 +267,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
-        if finer := build.refine_planes(renderer, state.step, args, run.log):  # --grid_steps
+        if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
+            run.log(f"step {state.step}: tri-planes of {renderer.field.encoding.finest} per side")
             state.replace_parameters(finer, resized_planes)
             model, graphs = data_parallel(world, renderer), make_graphs(args, world, run, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from nerf import datasets
+from nerf.coarse_to_fine import GridSchedule
 from nerf.datasets import DataSettings
 from nerf.datasets.scene import Scene
-from nerf.encodings import ENCODINGS
+from nerf.encodings import ENCODINGS, HashGrid, TriPlane
 from nerf.field import FeatureField, Field, NeRFField
 from nerf.flags import nerf as nerf_flags
 from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
@@ -62,11 +63,15 @@ def load_scene(args: argparse.Namespace, log: Log = print) -> Scene:
 
 
 def build_renderer(
-    args: argparse.Namespace, scene: Scene | None = None, log: Log = print
+    args: argparse.Namespace,
+    scene: Scene | None = None,
+    log: Log = print,
+    saved: Mapping[str, Any] | None = None,
 ) -> SceneRenderer:
     """The renderer of ``args``, with weights drawn from torch's global generator, on the CPU.
 
-    scene: only needed for ``--occ_grid``, which takes its bounds from the scene's cameras.
+    scene: only needed for ``--occ_grid``, which takes its bounds from the scene's cameras. saved:
+    the checkpoint that will be loaded, whose planes may still be coarse (``--grid_steps``).
     """
 
     def field(depth: int, width: int) -> NeRFField:
@@ -82,7 +87,7 @@ def build_renderer(
 
     if args.occ_grid:
         assert scene is not None, "an occupancy grid needs the scene's bounds"
-        return _occupancy_renderer(args, scene, field, log)
+        return _occupancy_renderer(args, scene, field, log, saved)
     device = scene.c2w.device if scene is not None else torch.device("cpu")
     return NeRFRenderer(
         field(args.netdepth, args.netwidth),
@@ -98,11 +103,15 @@ def build_renderer(
 
 
 def _occupancy_renderer(
-    args: argparse.Namespace, scene: Scene, mlp: Callable[[int, int], NeRFField], log: Log
+    args: argparse.Namespace,
+    scene: Scene,
+    mlp: Callable[[int, int], NeRFField],
+    log: Log,
+    saved: Mapping[str, Any] | None,
 ) -> OccupancyRenderer:
     """One field, and an occupancy grid of the space that the scene's cameras see.
 
-    mlp: makes the field of ``--field mlp`` from its depth and width.
+    mlp: makes the field of ``--field mlp`` from its depth and width. saved: see ``build_renderer``.
     """
     space = scene_space(
         scene,
@@ -124,7 +133,7 @@ def _occupancy_renderer(
         field = mlp(args.netdepth, args.netwidth)
     else:
         field = FeatureField(
-            ENCODINGS[args.field](args.grid_res),
+            _encoding(args, saved),
             multires_views=args.multires_views,
             use_viewdirs=args.use_viewdirs,
         )
@@ -139,9 +148,27 @@ def _occupancy_renderer(
         early_stop=args.early_stop,
         near_scaling=args.near_scaling,
         lambda_tv=args.lambda_tv,
+        lambda_l1=args.lambda_l1,
         resample=args.resample,
         static_shapes=has_static_shapes(args, scene.c2w.device),
     )
+
+
+def _encoding(args: argparse.Namespace, saved: Mapping[str, Any] | None) -> TriPlane | HashGrid:
+    """The features of a scene; tri-planes as fine as in the checkpoint ``saved``."""
+    if args.field == "hashgrid":
+        return HashGrid(args.grid_res, log2_size=args.log2_hashmap_size)
+    weights = (saved or {}).get("network_fn_state_dict", {})
+    planes = [value for name, value in weights.items() if name.startswith("encoding.planes.")]
+    finest = max((value.shape[-1] for value in planes if value.dim() == 4), default=0)
+    return TriPlane(finest or grid_schedule(args).size(0), lookup=args.plane_lookup)
+
+
+def grid_schedule(args: argparse.Namespace) -> GridSchedule:
+    """How tri-planes become finer (``--grid_steps``); run_dreamfusion.py has no such flag."""
+    steps = [int(part) for part in getattr(args, "grid_steps", "0").split(",")]
+    start = getattr(args, "grid_start", args.grid_res)
+    return GridSchedule(tuple(step for step in steps if step), start, args.grid_res)
 
 
 def has_static_shapes(args: argparse.Namespace, device: torch.device) -> bool:
@@ -174,12 +201,17 @@ def parameter_groups(renderer: nn.Module, args: argparse.Namespace) -> list[dict
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """The learning rate of update ``step`` (0 is the first), with a linear warm-up."""
+    """The learning rate of update ``step`` (0 is the first), with a linear warm-up.
+
+    At every step of ``--grid_steps`` its decay starts again, as in TensoRF.
+    """
+    start = grid_schedule(args).latest(step)
+    since, left = step - start, max(1, args.N_iters - start)
     warmup = min(1.0, (step + 1) / args.lrate_warmup) if args.lrate_warmup else 1.0
     if args.lr_schedule == "cosine":
-        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.N_iters)))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, since / left)))
     else:
-        decay = 0.1 ** (step / (args.lrate_decay * 1000))
+        decay = 0.1 ** (since / (args.lrate_decay * 1000))
     return args.lrate * warmup * decay
 
 

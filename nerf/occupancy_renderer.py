@@ -48,8 +48,8 @@ class OccupancyRenderer(nn.Module):
     samples per training step over all ranks; first_rays: rays of the first step. composite: a key
     of PACKED_WEIGHTS. early_stop: transmittance below which samples are culled (0: none).
     near_scaling: distance d below which gradients are multiplied by (distance / d)^2 (0: off).
-    lambda_tv: weight of the feature planes' total variation in ``penalty``. lambda_l1: of the sum of
-    a ray's sample opacities in it, the mean over rays (PlenOctrees, eq. 7). resample: importance
+    lambda_tv: weight of the feature planes' total variation in ``penalty``. lambda_l1: of a ray's
+    sample opacities in it, their sum, the mean over rays. resample: importance
     samples per ray, from the weights of a first no-grad pass over the marched samples, from step
     ``RESAMPLE_AFTER`` on (0: train on the marched samples). static_shapes: train with lists of
     samples of constant length (``nerf.occupancy``), so that a GPU is never waited for; the number

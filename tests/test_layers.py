@@ -10,7 +10,8 @@ from helpers import REPOSITORY
 LEVELS = {
     "nerf.rays": 0, "nerf.lenses": 0, "nerf.cameras": 0, "nerf.encodings": 0, "nerf.field": 0,
     "nerf.volume": 0, "nerf.metrics": 0, "nerf.media": 0,
-    "nerf.training": 1, "nerf.renderer": 1, "nerf.occupancy": 1,
+    "nerf.training": 1, "nerf.renderer": 1, "nerf.occupancy": 1, "nerf.losses": 1,
+    "nerf.coarse_to_fine": 1,
     "nerf.flags": 2, "nerf.datasets": 2, "nerf.text3d": 2, "nerf.occupancy_renderer": 2,
     "nerf.scene_bounds": 2,
     "nerf.build": 3, "nerf.outputs": 3,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from nerf.datasets import DATASETS
+from nerf.encodings import PLANE_LOOKUPS
 from nerf.flags import by_device, common
 from nerf.flags.common import (
     add_export_flags,
@@ -19,12 +20,17 @@ from nerf.flags.parser import Parser, Section
 from nerf.flags.types import (
     fraction,
     frequencies,
+    grid_resolution,
+    hashmap_size,
     non_negative,
     non_negative_int,
+    positive_float,
     positive_int,
     reduction,
     render_reduction,
+    rising_steps,
 )
+from nerf.losses import PIXEL_LOSSES
 from nerf.media import MESH_FORMATS
 from nerf.volume import PACKED_WEIGHTS
 
@@ -32,7 +38,7 @@ from nerf.volume import PACKED_WEIGHTS
 STRUCTURAL = (
     "netdepth netwidth netdepth_fine netwidth_fine multires multires_views i_embed use_viewdirs "
     "N_importance dataset_type white_bkgd no_ndc spherify lindisp pixel_center "
-    "field grid_res occ_grid occ_res contract"
+    "field grid_res log2_hashmap_size occ_grid occ_res contract"
 ).split()
 # What --fast stands for: as if these stood on the command line before your own flags.
 FAST = (
@@ -151,7 +157,24 @@ def add_fast_flags(parser: Parser) -> None:
     flag("hull_init", ("off", "on", "auto"), "off",
         "start the occupancy grid as the visual hull of the alpha masks; auto: if pictures have "
         "masks")
+    add_feature_flags(section)
     add_loss_flags(section)
+
+
+def add_feature_flags(section: Section) -> None:
+    """Flags of the features on grids."""
+    flag = section.flag
+    flag("grid_steps", rising_steps, "0",
+        "coarse to fine: updates at which tri-planes become finer, from --grid_start to --grid_res "
+        "and the learning rate starts again, e.g. 500,1000,2000; 0: --grid_res at once",
+        metavar="STEPS")
+    flag("grid_start", grid_resolution, 64,
+        "cells per side of the finest tri-planes at first, with --grid_steps; 16 or more")
+    flag("plane_lookup", ("auto", *sorted(PLANE_LOOKUPS)), "auto",
+        "how tri-planes are read: entry by entry (rows), or by PyTorch's grid_sample; same result; "
+        "auto: rows on a GPU, grid_sample on a CPU")
+    flag("log2_hashmap_size", hashmap_size, 17,
+        "hash grids: base-2 logarithm of the largest number of entries per level; Instant-NGP: 19")
 
 
 def add_loss_flags(section: Section) -> None:
@@ -167,12 +190,20 @@ def add_loss_flags(section: Section) -> None:
         "0: off")
     flag("lambda_tv", non_negative, 0.0,
         "weight of the total variation of tri-planes (smoother), e.g. 0.03; 0: off")
+    flag("lambda_l1", non_negative, 0.0,
+        "weight of the opacities of a ray's samples, summed (less fog, thinner surfaces), e.g. "
+        "1e-4; 0: off")
 
 
 def add_training_flags(parser: Parser) -> None:
     """Flags of the batches of rays."""
-    section = parser.section("training", "Batches of rays, compilation and restarts.")
+    section = parser.section("training", "The loss, batches of rays, compilation and restarts.")
     flag, switch = section.flag, section.switch
+    flag("loss", sorted(PIXEL_LOSSES), "mse",
+        "of colors: mse, squared differences; huber, smooth_l1: linear beyond --loss_delta, by "
+        "which few wrong pixels weigh less; PSNR is always that of mse")
+    flag("loss_delta", positive_float, 0.1,
+        "difference of colors, which go from 0 to 1, beyond which huber and smooth_l1 are linear")
     flag("N_rand", positive_int, 32 * 32 * 4, "rays per update, over all processes")
     switch("no_batching",
         "--batching: rays of an update from all pictures (the default); --no-batching "
@@ -280,9 +311,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
     check_export_name("export_points", args.export_points, (".ply",))
     from_checkpoint = ("render_only", "export", "export_points", "ft_path")
     loads = [f"--{name}" for name in from_checkpoint if getattr(args, name)]
-    needs_grid = [
-        f"--{name}" for name in ("contract", "random_bg", "resample") if getattr(args, name)
-    ]
+    of_grid = ("contract", "random_bg", "resample", "lambda_l1")
+    needs_grid = [f"--{name}" for name in of_grid if getattr(args, name)]
     needs_grid += ["--hull_init on"] * (args.hull_init == "on")
     given = given_flags(args)
     in_ndc = args.dataset_type == "llff" and not args.no_ndc
@@ -307,6 +337,10 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
          f"--field {args.field} needs --occ_grid (or use --fast for both)"),
         (args.lambda_tv and args.field != "triplane",
          f"--lambda_tv is for --field triplane, not {args.field}; leave it out"),
+        (args.grid_steps != "0" and args.field != "triplane",
+         f"--grid_steps is for --field triplane, not {args.field}; leave it out"),
+        (args.grid_steps != "0" and args.grid_start > args.grid_res,
+         f"--grid_start {args.grid_start} exceeds --grid_res {args.grid_res}; make it smaller"),
         (needs_grid and not args.occ_grid,
          f"{''.join(needs_grid[:1])} needs --occ_grid (or use --fast); or leave it out"),
         (args.hull_init == "on" and args.contract,

@@ -56,6 +56,11 @@ def grid_resolution(text: str) -> int:
     return _whole(text, "a whole number, 16 or more", 16)
 
 
+def hashmap_size(text: str) -> int:
+    """Base-2 logarithm of a number of table entries: 2^24 of them take 256 MiB a level."""
+    return _whole(text, "a whole number from 8 to 24", 8, 24)
+
+
 def frequencies(text: str) -> int:
     """Frequencies of a positional encoding: 2^32 x is beyond the digits of float32."""
     return _whole(text, "a whole number from 1 to 32", 1, 32)
@@ -64,6 +69,16 @@ def frequencies(text: str) -> int:
 def seed(text: str) -> int:
     """A seed below 2^62: torch takes 64 bits, and restarts and steps are added to it."""
     return _whole(text, "a whole number from 0 to 2^62", 0, 2**62 - 1)
+
+
+def rising_steps(text: str) -> str:
+    """Numbers of updates, each larger than the one before, with commas between; 0: none."""
+    parts = text.replace(" ", "").split(",")
+    steps = [int(part) if part.isascii() and part.isdigit() else -1 for part in parts]
+    rises = all(0 < low < high for low, high in zip(steps, steps[1:], strict=False))
+    if min(steps) < 0 or max(steps) >= 2**53 or not rises:
+        raise argparse.ArgumentTypeError("expected numbers of updates that rise, as in 500,1000; 0")
+    return ",".join(map(str, steps))
 
 
 def reduction(text: str) -> int:

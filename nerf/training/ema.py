@@ -1,6 +1,6 @@
 """Exponential moving average of weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,21 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.enabled = decay > 0
-        self.parameters = list(module.parameters()) if self.enabled else []
+        self.parameters: list[Tensor] = list(module.parameters()) if self.enabled else []
         self.reset()
+
+    @torch.no_grad()
+    def replace(
+        self, new: Mapping[Tensor, Tensor], resized: Callable[[Tensor, Any], Tensor]
+    ) -> None:
+        """Average the parameters ``new`` instead of the old ones, its keys.
+
+        resized(average, shape): an old average in the shape of the new parameter.
+        """
+        for number, parameter in enumerate(self.parameters):
+            if parameter in new:
+                self.parameters[number] = new[parameter]
+                self.shadow[number] = resized(self.shadow[number], new[parameter].shape)
 
     @property
     def kind(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +51,21 @@ class TrainState(Generic[R]):
         self.best = saved.get("best") or self.best
         self.clock = Clock(saved.get("train_seconds", 0.0))
         return saved
+
+    def replace_parameters(
+        self,
+        new: Mapping[torch.nn.Parameter, torch.nn.Parameter],
+        resized: Callable[[torch.Tensor, Any], torch.Tensor],
+    ) -> None:
+        """Train the parameters ``new`` instead of the old ones, its keys, with new Adam moments.
+
+        resized(average, shape): an average of old weights in a new shape.
+        """
+        for group in self.optimizer.param_groups:
+            group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+        for parameter in new:
+            self.optimizer.state.pop(parameter, None)
+        self.ema.replace(new, resized)
 
     def save(self, run: RunFolder, keep: int, **extra: Any) -> bool:
         """Write a checkpoint, on rank 0; then remove all but the newest ``keep`` and the best.
