@@ -8,8 +8,11 @@ from helpers import FAST_TINY, assert_same_training, newest, small_state, write_
 
 import run_nerf
 from nerf.renderer import NeRFRenderer
-from nerf.training import recovery
-from nerf.training.checkpoint import CheckpointError, load_checkpoint
+from nerf.training import recovery, rng
+from nerf.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from nerf.training.distributed import World
+from nerf.training.recovery import Attempt
+from nerf.training.run_folder import RunFolder
 
 
 def out_of_memory_above(limit):
@@ -181,3 +184,66 @@ def test_no_reload_keeps_what_was_there_out_of_the_way(tiny, tmp_path):
     assert run_nerf.main([*tiny, "--N_iters", "4", "--no_reload"]) == 0
     assert newest(tmp_path / "tiny")["global_step"] == 4
     assert newest(tmp_path / "tiny" / "before_1")["global_step"] == 9
+
+
+# ------------------------------------------------------------------------- the seeds of attempts
+
+
+def test_no_attempt_repeats_one_of_another_seed():
+    seeds = [
+        getattr(Attempt(seed, None, dead, rollbacks), kind)
+        for seed in [*range(40), 10**6, 1_000_003]
+        for dead in range(5)
+        for rollbacks in range(4)
+        for kind in ("weights_seed", "rng_seed")
+        if kind == "rng_seed" or (rollbacks == 0 and dead > 0)
+    ]
+    # The weights' seed of an attempt without rollbacks is also that of its steps, as it ever was.
+    distinct = 42 * 5 * 4
+    assert len(set(seeds)) == distinct
+    assert len({seed % 2**32 for seed in seeds}) == distinct  # all that the CPU's generator takes
+    for seed in (0, 1, 7, 123456789):
+        assert Attempt(seed).weights_seed == Attempt(seed).rng_seed == seed
+        assert Attempt(seed, None, 2, 3).weights_seed == Attempt(seed, None, 2).rng_seed
+    steps = {rng.step_generator(3, step, "cpu").initial_seed() for step in range(5000)}
+    assert not steps & {Attempt(3, None, n, m).rng_seed for n in range(9) for m in range(9)}
+
+
+def through_a_file(attempt: Attempt, folder) -> Attempt:
+    """The attempt that a run of the same seed resumes from the checkpoint of ``attempt``."""
+    state = small_state(7) | attempt.checkpoint_state()
+    save_checkpoint(folder / "000007.tar", state)
+    path = folder / "000007.tar"
+    return Attempt.from_checkpoint(attempt.seed, (path, load_checkpoint(path)))
+
+
+@pytest.mark.parametrize("dead", [0, 1, 3])
+@pytest.mark.parametrize("rollbacks", [0, 2])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_resumed_run_keeps_its_random_numbers_also_of_an_earlier_version(
+    tmp_path, dead, rollbacks, mixed
+):
+    attempt = Attempt(5, None, dead, rollbacks, mixed_seeds=mixed)
+    for _ in range(2):  # a checkpoint of a resumed run says the same
+        again = through_a_file(attempt, tmp_path)
+        assert again.weights_seed == attempt.weights_seed and again.rng_seed == attempt.rng_seed
+        attempt = again
+    old = small_state(7) | {"attempt": dead, "draws": rollbacks}  # as they were written before
+    save_checkpoint(tmp_path / "000008.tar", old)
+    path = tmp_path / "000008.tar"
+    resumed = Attempt.from_checkpoint(5, (path, load_checkpoint(path)))
+    assert resumed.weights_seed == 5 + dead
+    assert resumed.rng_seed == 5 + dead + rollbacks * 1_000_003
+
+
+def test_a_dead_start_of_an_earlier_version_goes_on_with_mixed_seeds(tmp_path):
+    run = RunFolder(tmp_path / "run", is_main=True, lock=False)
+    world = World(0, 1, torch.device("cpu"))
+    with run:
+        old = Attempt(5, None, 1, mixed_seeds=False)
+        dead = recovery.DeadStart(200, "every ray is all background")
+        new = recovery.next_attempt(old, dead, run, world, lambda: None)
+        broken = recovery.NonFinite(300, "the loss (NaN)", None)
+        rolled = recovery.next_attempt(old, broken, run, world, lambda: None)
+    assert new == Attempt(5, None, 2) and new.weights_seed == Attempt(5, None, 2).weights_seed
+    assert rolled.weights_seed == old.weights_seed and rolled.rng_seed != old.rng_seed

@@ -210,7 +210,7 @@ def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_pat
     monkeypatch.setattr(build, "build_renderer", dead_at_first)
     assert run_nerf.main([*tiny, "--N_iters", "230", "--i_weights", "50"]) == 0
     log = (tmp_path / "tiny" / "log.txt").read_text()
-    assert "stuck, every ray of the fine level is all background" in log and "seed 1" in log
+    assert "stuck, every ray of the fine level is all background" in log and "restart 1" in log
     assert len(built) == 2 and newest(tmp_path / "tiny")["attempt"] == 1
     built.clear()
     # Told not to restart, it goes on as it is.

@@ -35,6 +35,7 @@ PARTS = {  # types of a checkpoint's entries; None stands for a part that is not
     "best": dict,
     "told": dict,  # the prompts that a viewer set
     "scene": dict,  # which scene it was trained on, see nerf.datasets.identity
+    "attempt_seeds": str,  # how restarts make their seeds, see nerf.training.recovery
     "format": int,
 }
 COUNTS = "global_step attempt draws rays_drawn".split()

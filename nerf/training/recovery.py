@@ -20,15 +20,17 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nerf.training import checkpoint, monitor
+from nerf.training import checkpoint, monitor, rng
 from nerf.training.checkpoint import SavedState
 from nerf.training.distributed import World
 from nerf.training.run_folder import RunFolder
 
 T = TypeVar("T")
 
-# Added to the seed at every rollback. Far from seed + 1, seed + 2 ..., those of dead starts.
-ROLLBACK_SEED_STEP = 1_000_003
+# How attempts after the first make their seeds, as checkpoints tell it. Those without it added to
+# the seed, so that a restart of seed 1 was the first attempt of seed 2.
+MIXED_SEEDS = "mixed"
+OLD_ROLLBACK_STEP = 1_000_003  # what they added for every rollback
 
 
 class StepTensors(NamedTuple):
@@ -109,8 +111,10 @@ class Attempt:
     """The checkpoint and the random numbers with which a run is trained.
 
     seed: of the run (--seed). saved: the checkpoint to start from; None: new weights. dead_starts,
-    rollback_count: how often the run has started again for either reason. Both are in checkpoints
-    (as "attempt" and "draws"), so that a resumed run continues with the same random numbers.
+    rollback_count: how often the run has started again for either reason. mixed_seeds: False where
+    the checkpoint to go on from is of an earlier version. All three are in checkpoints (as
+    "attempt", "draws" and "attempt_seeds"), so that a resumed run continues with the same random
+    numbers.
     """
 
     seed: int
@@ -118,12 +122,21 @@ class Attempt:
     dead_starts: int = 0
     rollback_count: int = 0
     failed_at: float = -math.inf  # step of the last rollback of this process
+    mixed_seeds: bool = True
 
     @classmethod
     def from_checkpoint(cls, seed: int, saved: SavedState | None) -> Self:
         """The attempt that wrote the checkpoint ``saved``, to continue it; None: the first one."""
         state = saved[1] if saved else {}
-        return cls(seed, saved, state.get("attempt", 0), state.get("draws", 0))
+        dead_starts, rollback_count = state.get("attempt", 0), state.get("draws", 0)
+        # Without a restart there is nothing to keep: the first attempt's seed is the run's.
+        mixed = state.get("attempt_seeds") == MIXED_SEEDS or not (dead_starts or rollback_count)
+        return cls(seed, saved, dead_starts, rollback_count, mixed_seeds=mixed)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The entries of a checkpoint from which ``from_checkpoint`` makes this attempt again."""
+        state: dict[str, Any] = {"attempt": self.dead_starts, "draws": self.rollback_count}
+        return state | ({"attempt_seeds": MIXED_SEEDS} if self.mixed_seeds else {})
 
     @property
     def finished_updates(self) -> int:
@@ -133,12 +146,26 @@ class Attempt:
     @property
     def weights_seed(self) -> int:
         """The seed of the initial weights, another one after every dead start."""
+        if self.mixed_seeds:
+            return attempt_seed(self.seed, self.dead_starts)
         return self.seed + self.dead_starts
 
     @property
     def rng_seed(self) -> int:
         """The seed of the steps' random numbers, another one after every dead start or rollback."""
-        return self.seed + self.dead_starts + self.rollback_count * ROLLBACK_SEED_STEP
+        if self.mixed_seeds:
+            return attempt_seed(self.seed, self.dead_starts, self.rollback_count)
+        return self.seed + self.dead_starts + self.rollback_count * OLD_ROLLBACK_STEP
+
+
+def attempt_seed(seed: int, dead_starts: int, rollback_count: int = 0) -> int:
+    """The seed of an attempt: ``seed`` of the first one, unrelated numbers for all others.
+
+    Mixed as the generators of steps are, so that no attempt repeats one of another seed. Steps are
+    not negative, so none of theirs is repeated either.
+    """
+    number = dead_starts + (rollback_count << 20)
+    return rng.step_generator(seed, -number, "cpu").initial_seed() if number else seed
 
 
 def next_attempt(
@@ -157,8 +184,8 @@ def next_attempt(
         return _roll_back(attempt, reason, run, find)
     assert isinstance(reason, DeadStart)
     run.log(
-        f"step {reason.step}: stuck, {reason.diagnosis}; starting again with seed "
-        f"{attempt.weights_seed + 1} (--dead_restarts 0 to go on instead)"
+        f"step {reason.step}: stuck, {reason.diagnosis}; starting again with other weights, "
+        f"restart {attempt.dead_starts + 1} (--dead_restarts 0 to go on instead)"
     )
     # The dead attempt's checkpoints cannot learn either.
     if world.is_main:
@@ -166,7 +193,8 @@ def next_attempt(
             path.unlink()
     run.close_tables()
     world.barrier()
-    return replace(attempt, saved=None, dead_starts=attempt.dead_starts + 1)
+    # Nothing of an earlier version goes on.
+    return replace(attempt, saved=None, dead_starts=attempt.dead_starts + 1, mixed_seeds=True)
 
 
 def _roll_back(
