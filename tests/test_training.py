@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import warnings
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -385,3 +386,23 @@ def test_freed_memory_between_blocks_in_use_goes_back_to_the_system():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 50  # of the 100 MB
+
+
+def test_a_driver_that_is_too_old_is_one_line(monkeypatch):
+    def too_old():
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+            " Please update your GPU driver. More text\nand lines", stacklevel=1)  # fmt: skip
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", too_old)
+    said = []
+    assert choose_device("auto", said.append).type in ("cpu", "mps")
+    assert said == [
+        "the GPU is not used: CUDA initialization: The NVIDIA driver on your system is too old "
+        "(found version 11040)"
+    ]
+    with pytest.raises(ValueError, match=r"--device cuda: not available here \(CUDA init.*11040\)"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # no GPU at all: nothing to say
+    assert choose_device("auto", said.append).type in ("cpu", "mps") and len(said) == 1

@@ -5,7 +5,9 @@ on the number of processes.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +104,11 @@ class World:
             dist.barrier()
 
 
+def print_to_stderr(line: str) -> None:
+    """Print before there is a log."""
+    print(line, file=sys.stderr)
+
+
 def setup(device: str) -> World:
     """Join the process group if ``torchrun`` has started this process, and choose the device.
 
@@ -110,7 +117,7 @@ def setup(device: str) -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = choose_device(device)
+    chosen = choose_device(device, print_to_stderr if rank == 0 else None)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if size > 1 else chosen.index or 0)
         if chosen.index >= torch.cuda.device_count():
@@ -125,26 +132,42 @@ def setup(device: str) -> World:
     return World(rank, size, chosen)
 
 
-def choose_device(device: str) -> torch.device:
+def find_cuda() -> tuple[bool, str]:
+    """Whether an NVIDIA GPU can be used; if torch has a reason why not, its first sentence.
+
+    The usual one is a driver that is too old for this build of torch.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    reasons = [] if found else [str(warning.message).strip() for warning in caught]
+    return found, reasons[0].splitlines()[0].split(". ")[0] if reasons else ""
+
+
+def choose_device(device: str, log: Callable[[str], None] | None = None) -> torch.device:
     """The device that ``--device`` names; "auto" takes cuda, else mps, else cpu.
 
-    ValueError if it does not exist.
+    log: gets a line if there is a GPU that cannot be used. ValueError if the device does not exist.
     """
+    has_cuda, reason = find_cuda()
     if device == "auto":
-        if torch.cuda.is_available():
+        if has_cuda:
             return torch.device("cuda")
+        if reason and log is not None:
+            log(f"the GPU is not used: {reason}")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device {device}: expected auto, cpu, cuda, cuda:N or mps") from None
     missing = {
-        "cuda": not torch.cuda.is_available(),
+        "cuda": not has_cuda,
         "mps": not torch.backends.mps.is_available(),
         "cpu": False,
     }
     if missing.get(chosen.type, True):
-        raise ValueError(f"--device {device}: not available here; use --device cpu or auto")
+        why = f" ({reason})" if reason and chosen.type == "cuda" else ""
+        raise ValueError(f"--device {device}: not available here{why}; use --device cpu or auto")
     return chosen
 
 
