@@ -391,8 +391,10 @@ def test_freed_memory_between_blocks_in_use_goes_back_to_the_system():
 def test_a_driver_that_is_too_old_is_one_line(monkeypatch):
     def too_old():
         warnings.warn(
-            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
-            " Please update your GPU driver. More text\nand lines", stacklevel=1)  # fmt: skip
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version "
+            "11040). Please update your GPU driver. More text\nand lines",
+            stacklevel=1,
+        )
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", too_old)
