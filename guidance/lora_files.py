@@ -136,10 +136,11 @@ def _scale(layer: str, roles: dict[str, Tensor], metadata: dict[str, str]) -> fl
         own = {
             layer_alpha
             for pattern, layer_alpha in (settings.get("alpha_pattern") or {}).items()
-            if re.search(rf"(^|\.){pattern}$", layer)
+            # peft's patterns are regular expressions; one of a stranger's could take for ever
+            if re.fullmatch(r"[\w.]+", pattern) and f".{layer}".endswith(f".{pattern}")
         }
         alpha = float(own.pop() if own else settings.get("lora_alpha") or rank)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return 1.0
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 

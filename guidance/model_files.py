@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance.model_kinds import CLASSES, LAYOUT, one_line, read_json
+from guidance.model_limits import check_limits
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # The hub ids of 2023 tutorials are gone; these mirrors existed in November 2025.
@@ -230,6 +231,8 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ValueError(f"{file}: a git-lfs pointer, not the weights; run git lfs pull")
     file = folder / part / weights.file
+    # Ours, whatever the config says: some names would make transformers fetch kernels.
+    options = {"attn_implementation": "sdpa"} if part == "text_encoder" else {}
     try:
         with _quiet():
             model, report = maker.from_pretrained(
@@ -240,6 +243,7 @@ def load_part(folder: Path, part: str, weights: Weights, dtype: torch.dtype) -> 
                 use_safetensors=not weights.pickled,
                 local_files_only=True,
                 output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _not_loaded(file, error) from None
@@ -265,6 +269,9 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's CLIPTokenizer."""
     from transformers import CLIPTokenizer
 
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    if config.is_file():
+        check_limits(read_json(config), str(config))
     try:
         with _quiet():
             return CLIPTokenizer.from_pretrained(
@@ -286,6 +293,7 @@ def load_noise_schedule(
     """
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
+    check_limits(config, str(file))
     own = str(config.get("_class_name", "DDIMScheduler"))
     source = f"--scheduler {name}" if name else str(file)
     scheduler = _make_scheduler(name or own, config, source)

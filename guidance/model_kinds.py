@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from guidance.model_limits import check_limits
+
 LAYOUT = "the folders tokenizer, text_encoder, vae, unet and scheduler, as diffusers saves them"
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 CLASSES = {
@@ -43,7 +45,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``; ValueError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot read it as JSON ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}; expected a JSON object")
@@ -69,6 +71,8 @@ def check_kind(folder: Path, path: str) -> None:
         for part in (*CLASSES, "transformer")
         if (folder / part / "config.json").is_file()
     }
+    for part, config in configs.items():
+        check_limits(config, str(folder / part / "config.json"))
     index = folder / "model_index.json"
     pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
     kind = _other_family(folder, configs, pipeline)

@@ -35,6 +35,9 @@ from guidance.model_files import (
 )
 from guidance.model_kinds import check_kind, read_json
 
+LONGEST_TOKEN = 64  # characters, more than any token of CLIP has
+MOST_WORDS = 200  # of a prompt that are looked up in the vocabulary
+FEWEST_TOKENS = 2  # start and end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,6 +119,8 @@ class StableDiffusion:
         # Texts are encoded one by one, so that rounding never depends on the rest of a batch.
         if self.text_encoder is None:
             self.text_encoder = self._load_text_encoder()
+        if len(text) > self._max_tokens * LONGEST_TOKEN:  # the rest is cut off in any case
+            text = " ".join(text.split())[: self._max_tokens * LONGEST_TOKEN]
         tokens = self.tokenizer(
             text,
             padding="max_length",
@@ -224,15 +229,16 @@ class StableDiffusion:
         if lost and lost not in self._warned:
             self._warned.add(lost)
             self.warn(
-                f'prompt "{text}": the text encoder reads {self._max_tokens} tokens; '
-                f'cut off: "{lost}"'
+                f'prompt "{_shortened(text)}": the text encoder reads {self._max_tokens} tokens; '
+                f'cut off: "{_shortened(lost)}"'
             )
         unknown = _unknown_words(text, self.vocabulary)
         if self.vocabulary and unknown and not self._warned.issuperset(unknown):
             self._warned.update(unknown)
             names = ", ".join(self.vocabulary.get("objects") or self.vocabulary["words"])
             self.warn(
-                f'prompt "{text}": the model never saw {", ".join(unknown)}; it knows {names}'
+                f'prompt "{_shortened(text)}": the model never saw '
+                f"{_shortened(', '.join(unknown))}; it knows {names}"
             )
 
     def _lost_words(self, text: str) -> str:
@@ -242,13 +248,17 @@ class StableDiffusion:
 
         def fits(count: int) -> bool:
             start = " ".join(words[:count])
+            if len(start) > room * LONGEST_TOKEN:
+                return False
             ids = self.tokenizer(start, add_special_tokens=False, verbose=False).input_ids
             return len(ids) <= room
 
-        count = len(words)
-        while not fits(count):
-            count -= 1
-        return " ".join(words[count:])
+        # A word has at least one token, so that no more than ``room`` words fit.
+        low, high = 0, min(len(words), room)
+        while low < high:  # low words fit
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return " ".join(words[low:])
 
 
 def _choose_dtype(name: str, device: torch.device, warn: Callable[[str], None]) -> torch.dtype:
@@ -274,7 +284,13 @@ def _cpu_has_bfloat16() -> bool:
 
 def _max_tokens(tokenizer: Any, text_encoder: Any) -> int:
     # A tokenizer has a model_max_length of 1e30 if its config has none.
-    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    count = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    if count <= FEWEST_TOKENS:
+        raise ValueError(
+            f"tokenizer/tokenizer_config.json: model_max_length {tokenizer.model_max_length}; "
+            f"expected more than {FEWEST_TOKENS}; download the model again"
+        )
+    return int(count)
 
 
 def _keep_gradient_in_range(images: Tensor, latents: Tensor) -> None:
@@ -294,6 +310,11 @@ def _keep_gradient_in_range(images: Tensor, latents: Tensor) -> None:
     images.register_hook(lambda gradient: gradient * factors.pop())
 
 
+def _shortened(text: str) -> str:
+    """At most 300 characters of a text, for a message."""
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
 def _nearest_multiples(size: int, factor: int) -> str:
     below = size // factor * factor
     above = below if below == size else below + factor
@@ -304,7 +325,7 @@ def _unknown_words(text: str, vocabulary: dict | None) -> list[str]:
     """The quoted words of ``text`` that are not in the vocabulary, each with a near match."""
     if not vocabulary or not vocabulary.get("words"):
         return []
-    words = dict.fromkeys(re.findall(r"[^\W_]+", text.lower()))
+    words = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))[:MOST_WORDS]
     named = []
     for word in words:
         if word not in vocabulary["words"]:

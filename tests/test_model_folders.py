@@ -255,3 +255,87 @@ def test_shards_of_a_hub_model_are_downloaded(copy, model, monkeypatch, tmp_path
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     opened = StableDiffusion("somebody/some-model", CPU)
     torch.testing.assert_close(outputs(opened)[0], outputs(model)[0])
+
+
+# ------------------------------------------------------- sizes that nothing sane has, and code
+
+
+def nested(depth):
+    return lambda folder: (folder / "unet" / "config.json").write_text(
+        '{"a": ' + "[" * depth + "]" * depth + "}"
+    )
+
+
+HOSTILE = {
+    "endless layers": (
+        part("text_encoder", num_hidden_layers=10**9),
+        "num_hidden_layers 1000000000",
+    ),
+    "no layers": (part("text_encoder", num_hidden_layers=0), "num_hidden_layers 0"),
+    "layers in words": (part("text_encoder", num_hidden_layers="many"), "num_hidden_layers many"),
+    "a wide level": (edit_unet(block_out_channels=[32, 10**7]), "block_out_channels 10000000"),
+    "many levels": (edit_unet(block_out_channels=[8] * 500), "has 500 entries"),
+    "a deep block": (edit_unet(layers_per_block=10**6), "layers_per_block 1000000"),
+    "a huge picture": (edit_unet(sample_size=10**6), "sample_size 1000000"),
+    "a vocabulary": (part("text_encoder", vocab_size=10**10), "vocab_size 10000000000"),
+    "true": (part("vae", layers_per_block=True), "layers_per_block True"),
+    "timesteps": (
+        lambda folder: edit(folder / "scheduler/scheduler_config.json", num_train_timesteps=10**9),
+        "num_train_timesteps 1000000000",
+    ),
+    "code": (part("text_encoder", auto_map={"AutoModel": "evil--x.Y"}), "auto_map names code"),
+    "kernels": (part("text_encoder", use_kernels=True), "use_kernels names code"),
+    "a kernel": (
+        part("text_encoder", _attn_implementation="kernels-community/flash-attn"),
+        "_attn_implementation 'kernels-community/flash-attn' would fetch code",
+    ),
+    "inside": (
+        part("text_encoder", text_config={"attn_implementation": "a/b", "hidden_size": 32}),
+        "attn_implementation 'a/b' would fetch code",
+    ),
+    "the tokenizer": (
+        lambda folder: edit(folder / "tokenizer/tokenizer_config.json", auto_map={"a": "b"}),
+        "tokenizer_config.json: auto_map names code",
+    ),
+    "no room for tokens": (
+        lambda folder: edit(folder / "tokenizer/tokenizer_config.json", model_max_length=0),
+        "model_max_length 0; expected more than 2",
+    ),
+    "negative room": (
+        lambda folder: edit(folder / "tokenizer/tokenizer_config.json", model_max_length=-1),
+        "model_max_length -1; expected more than 2",
+    ),
+    "nested JSON": (nested(100_000), "cannot read it as JSON"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_folder_that_asks_for_the_absurd_is_one_line_and_builds_nothing(copy, case):
+    change, problem = HOSTILE[case]
+    change(copy)
+    with pytest.raises(ValueError) as caught:
+        StableDiffusion(copy, CPU)
+    message = str(caught.value)
+    assert problem in message and "\n" not in message and len(message) < 600
+
+
+def test_texts_of_any_length_are_embedded_in_bounded_work(sd_folder):
+    said = []
+    model = StableDiffusion(sd_folder, CPU, warn=said.append)
+    calls = []
+    tokenizer = model.tokenizer
+
+    class Counted:
+        def __call__(self, text, **options):
+            calls.append(len(text))
+            return tokenizer(text, **options)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    model.tokenizer = Counted()
+    long = "cone " * 300_000
+    assert torch.equal(model.embed([long]), model.embed(["cone " * 200]))
+    assert torch.equal(model.embed(["x" * 10**6]), model.embed(["x" * 10**5]))
+    assert max(calls) < 10_000 and len(calls) < 60  # not one call for each of the words
+    assert said and max(map(len, said)) < 2000

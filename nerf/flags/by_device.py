@@ -72,7 +72,7 @@ def _record(path: Path) -> dict[str, object]:
     """The flags of the run's last start; {} if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -36,7 +36,7 @@ def read_path(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"--camera_path {path}: cannot be read ({error.strerror}); check the path"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"--camera_path {path}: is no camera path, a JSON file with seconds and keys of c2w "
             f"[3][4] and fov_deg ({type(error).__name__}: {error}); save it from --viewer again"

@@ -182,7 +182,7 @@ class RunFolder:
             return {}
         try:
             content = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -340,7 +340,7 @@ def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
     for path in basedir.glob("*/args.json"):
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if needs in saved and config in (None, saved.get("config")):
             runs.append((path.stat().st_mtime, path.parent.name))
