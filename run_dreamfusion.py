@@ -10,6 +10,7 @@ SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
 import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+import nerf.training.startup  # noqa: F401  before torch, which reads how its threads wait
 
 # isort: split
 import math
@@ -49,7 +50,7 @@ from nerf.text3d.collapse import Collapse
 from nerf.text3d.losses import shape_loss
 from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
 from nerf.text3d.shading import Lighting, draw_lighting
-from nerf.training import checkpoint, distributed, entry, rng, system
+from nerf.training import checkpoint, distributed, entry, rng, startup, system
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
 from nerf.training.monitor import Monitor
@@ -115,6 +116,7 @@ def run_prompt(args, world, models) -> int:
     with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         system.configure_gpu(args.tf32 == "on", world.device, run.log)
+        startup.log_threads(world.device.type, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)

@@ -11,6 +11,7 @@ SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
 """
 
 import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+import nerf.training.startup  # noqa: F401  before torch, which reads how its threads wait
 
 # isort: split
 import math
@@ -40,7 +41,7 @@ from nerf.outputs.render import block_size
 from nerf.outputs.scene import Interrupted, SceneOutputs
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import diagnose_flat, renders_one_color, squared_error
-from nerf.training import checkpoint, distributed, entry, rng, system
+from nerf.training import checkpoint, distributed, entry, rng, startup, system
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
 from nerf.training.monitor import WATCHED_STEPS, Monitor
@@ -111,6 +112,7 @@ def run_scene(args) -> int:
         for note in args.notes:
             run.log(note)
         system.configure_gpu(args.tf32 == "on", world.device, run.log)
+        startup.log_threads(world.device.type, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
