@@ -168,6 +168,10 @@ CASES = {
     "unbounded": [*FAST_TINY, "--contract", "--hull_init", "off", "--near_scaling", "1"],
     "resampled": [*FAST_TINY, "--contract", "--hull_init", "off", "--resample", 8],
     "fp16": [*FAST_TINY, "--amp", "fp16"],
+    "coarse to fine": [
+        *(*FAST_TINY, "--grid_steps", 20, "--grid_start", 16, "--grid_res", 32),
+        *("--loss", "huber", "--lambda_l1", 0.01, "--plane_lookup", "rows"),
+    ],
 }
 
 
