@@ -16,7 +16,7 @@ import nerf.training.startup  # noqa: F401  before torch, which reads how its th
 # isort: split
 import math
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +40,9 @@ from nerf.outputs.evaluation import Evaluation, EvaluationSettings
 from nerf.outputs.render import block_size
 from nerf.outputs.scene import Interrupted, SceneOutputs
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
-from nerf.renderer import diagnose_flat, renders_one_color, squared_error
+from nerf.renderer import squared_error
 from nerf.training import checkpoint, distributed, entry, rng, startup, system
+from nerf.training.dead_start import Probe
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
 from nerf.training.monitor import WATCHED_STEPS, Monitor
@@ -65,6 +66,7 @@ SMALLER = (
 )
 SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 FEWER_RAYS = "lower --chunk, --N_rand, --netwidth or --N_samples"
+REVIVE = "try another --seed, a lower --lrate, --fog_start, or the other --white_bkgd"
 
 
 def every(step: int, interval: int) -> bool:
@@ -255,6 +257,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         viewer.view = evaluation.free_view
     block = training_block(args, world, evaluation.outputs.block)
     micro = MicroBatches(block, world, run.log, "rays", FEWER_RAYS)
+    probe, probe_block = make_probe(args, world, scene, state, evaluation.outputs.block)
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
     graphs = make_graphs(args, world, run, renderer)
     monitor = Monitor(
@@ -307,7 +310,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         # one color, no gradient flows, and nothing ever changes. The first steps are watched.
         flat = None
         if state.step + 1 < WATCHED_STEPS:
-            flat = renders_one_color(stats.levels, stats.target)
+            flat = probe.watch(state.step, probe_block(num_rays))
         # The same answer on every rank: may the update be made, must we stop? On a GPU the numbers
         # are read every 16th step only, because the host would wait for them.
         verdict = monitor.check(
@@ -335,9 +338,11 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             raise NonFinite.diagnose(state.step, world, step_tensors(renderer, rays, target, stats))
         if verdict.signal:
             return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
-        if verdict.dead and attempt.dead_starts < args.dead_restarts:
-            progress.close()
-            raise DeadStart(state.step, diagnose_flat(stats.levels))
+        if verdict.dead and state.step < WATCHED_STEPS:
+            if attempt.dead_starts < args.dead_restarts:
+                progress.close()
+                raise DeadStart(state.step, probe.diagnosis())
+            run.log_once(state.step, f"stuck, {probe.diagnosis()}; no restart is left")
         last = verdict.time_up or state.step == args.N_iters
         if every(state.step, args.i_print) or last:
             log_step(run, progress, monitor, state, stats, verdict, lr)
@@ -362,14 +367,9 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     progress.close()
     with run.guard("a rendering"):  # also what an earlier start was stopped before rendering
         evaluation.finish(state.step, video=args.i_video > 0)
-    if (
-        state.step > progress.first_step
-        and verdict.dead
-        and renders_one_color(stats.levels, stats.target)
-    ):
-        run.log(
-            f"the run is dead: {diagnose_flat(stats.levels)}; try another --seed or a lower --lrate"
-        )
+    judged = state.step > progress.first_step and (verdict.dead or state.step >= WATCHED_STEPS)
+    if judged and probe.is_flat(probe_block(num_rays)):
+        run.log(f"the run is dead: {probe.diagnosis()}; {REVIVE}")
         return entry.NOTHING_LEARNED
     return 0
 
@@ -380,6 +380,26 @@ def data_parallel(world, renderer):
         return renderer
     # The occupancy grid's buffers are updated alike on all ranks.
     return DistributedDataParallel(renderer, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def make_probe(args, world, scene, state: TrainState, block: int):
+    """The rays by which a dead start is noticed, and the most of them in one call.
+
+    The second is a function of the number of rays of a step: of the fast path a call has a fixed
+    room for samples, which the rays of a step fill, and more if all of them see the object.
+    """
+
+    def context():
+        stack = ExitStack()
+        stack.enter_context(system.autocast(world.device, args.amp))
+        stack.enter_context(torch.set_grad_enabled(args.occ_grid))  # shapes as in training
+        if args.compile:  # for a few rays now and then nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return stack
+
+    seed, device = state.attempt.weights_seed, scene.c2w.device
+    probe = Probe.draw(scene.sample_rays, state.renderer, seed, device, context)
+    return probe, lambda rays: max(1, rays // world.size // 2) if args.occ_grid else block
 
 
 def make_graphs(args, world, run, renderer) -> StepGraphs:

@@ -27,6 +27,7 @@ from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
+from nerf.training.dead_start import start_as_fog
 from nerf.training.monitor import READ_EVERY
 from nerf.training.schedules import highest, scheduled, stepped
 
@@ -89,7 +90,7 @@ def build_renderer(
         assert scene is not None, "an occupancy grid needs the scene's bounds"
         return _occupancy_renderer(args, scene, field, log, saved)
     device = scene.c2w.device if scene is not None else torch.device("cpu")
-    return NeRFRenderer(
+    renderer = NeRFRenderer(
         field(args.netdepth, args.netwidth),
         field(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None,
         num_samples=args.N_samples,
@@ -100,6 +101,9 @@ def build_renderer(
         lindisp=args.lindisp,
         static_shapes=has_static_shapes(args, device),
     )
+    if args.fog_start:
+        start_as_fog(renderer)
+    return renderer
 
 
 def _occupancy_renderer(

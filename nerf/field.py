@@ -96,6 +96,16 @@ class NeRFField(Field):
             # The view layer is unused then; without this DDP would wait for its gradient.
             self.views_linears.requires_grad_(False)
 
+    @torch.no_grad()
+    def start_as_fog(self, density: float, color: float) -> None:
+        """Add ``density`` and ``color``, before their activations, to what a new field outputs."""
+        if self.use_viewdirs:
+            self.alpha_linear.bias += density
+            self.rgb_linear.bias += color
+        else:
+            self.output_linear.bias[3] += density
+            self.output_linear.bias[:3] += color
+
     def hidden(self, points: Tensor) -> Tensor:
         """Activations [N, W] of the last hidden layer at points [..., 3], N of them."""
         encoded = self.encoding(points.reshape(-1, 3))

@@ -338,25 +338,3 @@ def squared_error(rgb: Tensor, target: Tensor) -> Tensor:
     """Mean squared error [] over rays and channels of rgb and target [..., 3] (NeRF eq. 6,
     which sums over rays instead)."""
     return ((rgb - target) ** 2).mean()
-
-
-# Training can get stuck early. If the network's output for density is negative everywhere, the ReLU
-# behind it gives 0 and no gradient: all rays are background. If an opaque surface fills the view,
-# the first sample of every ray takes all the weight, and no gradient reaches the others.
-FLAT_STD = 1e-3  # standard deviation of a batch's colors, below which they count as one color
-
-
-def renders_one_color(levels: tuple[Rendered, ...], target: Tensor) -> Tensor:
-    """Whether any level renders a single color although ``target`` [B, 3] varies -> [] bool."""
-    varied = target.std(0).max() > 10 * FLAT_STD  # else the batch is blank itself
-    flat = torch.stack([level.rgb.detach().std(0).max() < FLAT_STD for level in levels]).any()
-    return flat & varied
-
-
-def diagnose_flat(levels: tuple[Rendered, ...]) -> str:
-    """A message that names the level and the color; at least one level must be flat."""
-    flat = [bool(level.rgb.detach().std(0).max() < FLAT_STD) for level in levels]
-    level = levels[flat.index(True)]
-    color = "all background" if level.opacity.mean() < 0.5 else "one solid color"
-    where = "" if all(flat) else f" of the {('coarse', 'fine')[flat.index(True)]} level"
-    return f"every ray{where} is {color}"

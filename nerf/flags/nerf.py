@@ -213,6 +213,9 @@ def add_training_flags(parser: Parser) -> None:
     flag("precrop_frac", fraction, 0.5,
         "part of the height and width that --precrop_iters takes, above 0, up to 1")
     switch("compile", "compile the networks (torch.compile): for GPUs, slower on CPUs")
+    switch("fog_start",
+        "begin as thin fog in the background's color, so that no network starts dead "
+        "(docs/details.md); off: as in nerf-pytorch; no effect with --occ_grid")
     flag("dead_restarts", non_negative_int, 3,
         "restarts with another seed if a network is stuck from the start; 0: go on with it")
 
