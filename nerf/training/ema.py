@@ -18,12 +18,14 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.enabled = decay > 0
-        self.parameters: list[Tensor] = list(module.parameters()) if self.enabled else []
+        self.parameters: list[nn.Parameter] = list(module.parameters()) if self.enabled else []
         self.reset()
 
     @torch.no_grad()
     def replace(
-        self, new: Mapping[Tensor, Tensor], resized: Callable[[Tensor, Any], Tensor]
+        self,
+        new: Mapping[nn.Parameter, nn.Parameter],
+        resized: Callable[[Tensor, Any], Tensor],
     ) -> None:
         """Average the parameters ``new`` instead of the old ones, its keys.
 
