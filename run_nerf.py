@@ -35,13 +35,14 @@ from nerf.flags import nerf as nerf_flags
 from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
 from nerf.occupancy_renderer import MOST_RAYS
+from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.evaluation import Evaluation, EvaluationSettings
 from nerf.outputs.render import block_size
 from nerf.outputs.scene import Interrupted, SceneOutputs
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import squared_error
-from nerf.training import checkpoint, distributed, entry, rng, startup, system
+from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
 from nerf.training.dead_start import Probe
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
@@ -108,7 +109,9 @@ def run_scene(args) -> int:
         check_server(args.viewer_host, args.viewer_port)
     reading = is_reading(args)
     folder = Path(args.basedir) / args.expname
-    run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
+    run_folder: RunFolder = forecast.DryRun(folder, is_main=world.is_main)
+    if not args.dry_run:
+        run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(SMALLER), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         for note in args.notes:
@@ -209,7 +212,7 @@ def training_block(args, world, rendered: int) -> int:
 
 def start_viewer(args, world, run, scene) -> Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
-    if not args.viewer or not world.is_main:
+    if not args.viewer or not world.is_main or args.dry_run:
         return None
     place = (args.viewer_host, args.viewer_port)
     return open_viewer(scene, run.folder, *place, run.log, may_pause=world.size == 1)
@@ -249,6 +252,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     state = prepare(args, world, run, scene, attempt)
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state)
+    ceiling = machine.log_ceiling(renderer.fields, world, args.amp, run.log)  # samples/s
     compile_if_set(args, world, run, scene, renderer)
     # Call ``model``, never model.module: that skips DDP's averaging of gradients.
     model = data_parallel(world, renderer)
@@ -263,7 +267,10 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     monitor = Monitor(
         world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
     )
-    progress = Progress(args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW)
+    progress = Progress(
+        args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW,
+        machine=world.device.type.upper(), ceiling=ceiling, read_every=monitor.read_every,
+    )  # fmt: skip
     # Of test views and video, for the ETA; not known before the first validation.
     rendering_seconds = partial(
         evaluation.outputs.rendering_seconds, args.render_factor, video=args.i_video > 0
@@ -328,6 +335,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
         if verdict.read:
             renderer.end_step(num_rays, verdict.samples, verdict.total_samples)  # next num_rays
+            progress.count(verdict.total_samples)
         state.advance(num_rays)
 
         # ---- between updates: reasons to stop or to start again, then everything periodic.
@@ -348,6 +356,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             log_step(run, progress, monitor, state, stats, verdict, lr)
             run.log_once(state.step, renderer.warning(state.step))
         progress.advance(run.log)
+        if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
+            return foretell(args, run, state, progress, evaluation)
         if every(state.step, args.i_img):
             with state.clock.paused():
                 state.record_validation(evaluation.validate(state.step))
@@ -482,13 +492,31 @@ def log_step(run, progress, monitor, state, stats, verdict, lr: float) -> None:
         "skipped": monitor.skipped,
         "train_seconds": state.clock.seconds,
         **state.renderer.report(),
+        "samples_per_second": progress.samples_per_second,
     }
     run.scalars(state.step, values)
     progress.report(
         run.log,
         f"loss {values['loss']:.5f}  PSNR {values['psnr']:.2f}  "
         f"{values['rays_per_second']:.0f} rays/s",
+        f"{progress.usage()}  {values['memory_mb'] / 1024:.2f} GB",
     )
+
+
+def foretell(args, run, state: TrainState, progress: Progress, evaluation: Evaluation) -> int:
+    """``--dry_run``: log what time and memory the whole run will take. Returns the exit code."""
+    updates = state.clock.seconds + progress.seconds_left()
+    times = (
+        forecast.occasions(args.N_iters, args.i_img),
+        forecast.occasions(args.N_iters, args.i_testset, at_end=True),
+        forecast.occasions(args.N_iters, args.i_video, at_end=args.i_video > 0),
+    )
+    pictures = forecast.rehearse_scene(evaluation, state.step)
+    memory = forecast.memory_of_run(state, evaluation.outputs.world.device)
+    updates = min(updates, args.max_minutes * 60 or math.inf)
+    for line in forecast.foretell(updates, pictures, times, memory, forecast.SCENE):
+        run.log(line)
+    return 0
 
 
 # ------------------------------------------------------------- modes that only read a finished run

@@ -58,6 +58,9 @@ def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> 
     switch("no_reload",
         "--no-reload (nerf-pytorch: --no_reload): set old checkpoints aside and start anew; "
         "--reload: resume (the default)", positive="reload")
+    switch("dry_run",
+        "load everything, make a few updates, print how much time and memory the run will take, "
+        "and stop; nothing is written")
     flag("ft_path", "FILE", None,
         "checkpoint (.tar, also nerf-pytorch's) to start a new run from, or to render or export")
     add_optimization_flags(parser)
@@ -232,6 +235,7 @@ def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> 
 def check_run_flags(args: argparse.Namespace) -> None:
     """The part of the checks that any training script needs."""
     name = args.expname
+    reads = args.render_only or args.export or getattr(args, "export_points", None)
     leaves = Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name))
     refuse_first(
         [
@@ -243,6 +247,10 @@ def check_run_flags(args: argparse.Namespace) -> None:
             (
                 not name.strip() or not name.isprintable(),
                 f"--expname {name!r}: expected a name of letters, digits, _ and -",
+            ),
+            (
+                args.dry_run and reads,
+                "--dry_run is for training; leave it out, or --render_only and --export",
             ),
         ]
     )

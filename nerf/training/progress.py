@@ -48,6 +48,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def amount(number: float) -> str:
+    """A large number as a person says it: "1.2 M", "53 k", "310"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            digits = 1 if number < 10 * size else 0
+            return f"{number / size:.{digits}f} {unit}"
+    return f"{number:.0f}"
+
+
 SECONDS_BETWEEN = 10.0  # lines about frames, where there is no terminal
 
 
@@ -84,8 +93,10 @@ def frames(
                 said = now
 
 
-FIRST_STEPS = 5  # after these a first estimate of the whole run is logged, if it is a long one
-LONG_SECONDS = 2 * 3600.0
+FIRST_STEPS = 10  # after these the time of the whole run is estimated,
+FIRST_SECONDS = 20.0  # or after these
+TRIED_SECONDS = 2.0  # of updates, at least, in a dry run
+LONG_SECONDS = 2 * 3600.0  # of a run that ought to be told of a faster way
 
 
 class Counters(Protocol):
@@ -101,17 +112,36 @@ class Progress:
 
     total: the number of updates (--N_iters). state: the run's counters, which change meanwhile.
     show: whether to show the bar if there is a terminal. hint: said about a run that takes hours.
-    Set ``rendering`` to the seconds that the pictures after the last update will take, once they
-    can be estimated: the ETA counts them, and says that it does not while they are not known.
+    machine: CPU or GPU, for the same line. ceiling: samples/s that the machine could train at most;
+    0: unknown. read_every: steps from one device read to the next, between which the host runs
+    ahead. Set ``rendering`` to the seconds that the pictures after the last update will take, once
+    they can be estimated: the ETA counts them, and says that it does not while they are not known.
     """
 
     rendering: float | None = None
 
-    def __init__(self, total: int, state: Counters, *, show: bool, hint: str = "") -> None:
+    def __init__(
+        self,
+        total: int,
+        state: Counters,
+        *,
+        show: bool,
+        hint: str = "",
+        machine: str = "CPU",
+        ceiling: float = 0.0,
+        read_every: int = 1,
+    ) -> None:
         from tqdm import tqdm
 
         self.total, self.state, self.hint = total, state, hint
-        self.first_step, self._start = state.step, state.clock.seconds
+        self.machine, self.ceiling = machine, ceiling
+        self.first_step = state.step
+        # The first updates are slower: memory is allocated, and on a GPU kernels are chosen and
+        # graphs are recorded. Both ends of what is timed lie equally far from a device read.
+        self.warm_up = 1 if read_every == 1 else 2 * read_every
+        self.first_steps = max(FIRST_STEPS, 2 * self.warm_up)
+        self._start = self._warm = state.clock.seconds
+        self._told = False
         self.on_terminal = show and sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
@@ -121,7 +151,13 @@ class Progress:
             unit="step",
         )
         self._step, self._rays, self._seconds = state.step, state.rays_drawn, state.clock.seconds
+        self._samples, self._sampled = 0.0, 0  # their number, and of how many steps it is
         self.seconds_per_step = self.rays_per_second = self.steps_per_second = 0.0
+        self.samples_per_second = 0.0
+
+    def count(self, samples: float) -> None:
+        """Count the samples of a step over all ranks, at every step at which they are read."""
+        self._samples, self._sampled = self._samples + samples, self._sampled + 1
 
     def measure(self) -> None:
         """Set the speeds to their means since the last call of this method."""
@@ -130,6 +166,9 @@ class Progress:
         self.rays_per_second = (state.rays_drawn - self._rays) / passed
         self.steps_per_second = (state.step - self._step) / passed
         seconds_per_step = passed / max(1, state.step - self._step)
+        samples_per_step = self._samples / max(1, self._sampled)
+        self.samples_per_second = samples_per_step * self.steps_per_second
+        self._samples, self._sampled = 0.0, 0
         # Smoothed for the ETA: steps of one run differ, as when the occupancy grid empties.
         self.seconds_per_step = (
             self.seconds_per_step or seconds_per_step
@@ -137,14 +176,43 @@ class Progress:
         self._step, self._rays, self._seconds = state.step, state.rays_drawn, seconds
 
     def advance(self, log: Callable[[str], None]) -> None:
-        """Advance the bar by one step; after the first steps, log how long a long run will take."""
+        """Advance the bar by one step; after the first steps, log how long the run will take."""
         self.bar.update()
-        done = self.state.step - self.first_step
-        if done == FIRST_STEPS:
+        if self.state.step - self.first_step == self.warm_up:
+            self._warm = self.state.clock.seconds
+        if not self._told and self.settled(self.first_steps, 0.0):
+            self._told, seconds = True, self.seconds_left()
             left = self.total - self.state.step
-            seconds = (self.state.clock.seconds - self._start) / done * left
-            if seconds > LONG_SECONDS:
-                log(f"{left} updates will take about {duration(seconds)} at this speed{self.hint}")
+            hint = self.hint if seconds > LONG_SECONDS else ""
+            if left:
+                took = f"{left} updates will take about {duration(seconds)}"
+                log(f"{took} on this {self.machine}{hint}")
+
+    def settled(self, fewest: int, seconds: float) -> bool:
+        """Whether ``fewest`` steps were made and took ``seconds``, or more than FIRST_SECONDS."""
+        done, passed = self.state.step - self.first_step, self.state.clock.seconds - self._start
+        if done <= self.warm_up:
+            return False
+        return (done >= fewest and passed >= seconds) or passed >= FIRST_SECONDS
+
+    def tried(self) -> bool:
+        """Whether enough updates were made to foretell the whole run (--dry_run)."""
+        on_gpu = self.warm_up > 1
+        return self.settled(self.first_steps if on_gpu else FIRST_STEPS // 2, TRIED_SECONDS)
+
+    def seconds_left(self) -> float:
+        """Of the updates to come, at the mean speed since the first few."""
+        done = self.state.step - self.first_step - self.warm_up
+        passed = self.state.clock.seconds - self._warm
+        return passed / max(1, done) * (self.total - self.state.step)
+
+    def usage(self) -> str:
+        """Samples/s at the last ``measure``, and their share of what the machine could do."""
+        said = f"{amount(self.samples_per_second)} samples/s"
+        if not self.ceiling:
+            return said
+        share = self.samples_per_second / self.ceiling
+        return f"{said}, {share:.0%} of this machine's {amount(self.ceiling)}"
 
     def eta(self) -> str:
         """The time until the run ends: that of its updates, and of the rendering after them."""
@@ -153,12 +221,13 @@ class Progress:
             return f"ETA {duration(left)}, without rendering"
         return f"ETA {duration(left + self.rendering)}"
 
-    def report(self, log: Callable[[str], None], line: str) -> None:
-        """Show ``line`` beside the bar; without a bar, log it with the step and the time left."""
+    def report(self, log: Callable[[str], None], line: str, more: str = "") -> None:
+        """Show ``line`` beside the bar; without a bar, log it, ``more``, the step and the ETA."""
         then = f", then {duration(self.rendering)} of rendering" if self.rendering else ""
         self.bar.set_postfix_str(line + then, refresh=False)
         if not self.on_terminal:
-            log(f"step {self.state.step}/{self.total}  {line}  {self.eta()}")
+            more = f"  {more}" if more else ""
+            log(f"step {self.state.step}/{self.total}  {line}{more}  {self.eta()}")
 
     def close(self) -> None:
         """Close the bar."""

@@ -19,8 +19,10 @@ from pathlib import Path
 
 # One of these decides how OpenMP's threads wait: the standard's, GNU's and Intel's.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-ALONE = 0.93  # share of a core from which on its thread counts as undisturbed
-LOOK_SECONDS = 0.06
+# Share of a core above which threads spin. Where the worst served got 0.9 of a core, 150 steps of
+# the demo took 5.4 s spinning and 7.0 s asleep; where it got a half, 22 s and 8.4 s (RESULTS.md).
+ALONE = 0.85
+LOOK_SECONDS = 0.035  # twice, because anything may wake up for a moment
 BUFFER = bytes(1 << 18)  # hashing one takes less than a millisecond, without Python's lock
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -106,7 +108,7 @@ def prepare(environment: MutableMapping[str, str]) -> str:
         return f"{counted}, waiting as {own}={environment[own]} says"
     if threads < 2:
         return counted
-    share = smallest_share(threads)
+    share = max(smallest_share(threads) for _ in range(2))
     chosen = waiting_variables(environment, share)
     environment.update(chosen)
     if not chosen:
