@@ -33,6 +33,7 @@ from guidance.prompts import pull_to_view_center
 from nerf import build
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
+from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.object import (
     MODES,
@@ -49,8 +50,9 @@ from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.text3d.collapse import Collapse
 from nerf.text3d.losses import shape_loss
 from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
+from nerf.text3d.particles import members_of
 from nerf.text3d.shading import Lighting, draw_lighting
-from nerf.training import checkpoint, distributed, entry, rng, startup, system
+from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
 from nerf.training.monitor import Monitor
@@ -112,7 +114,9 @@ def run_prompt(args, world, models) -> int:
         find_start(args, lambda warning: None)  # what does not fit must fail early, too
     if reading and not args.ft_path and not folder.is_dir():
         raise ValueError(f"{folder}: no checkpoint there; train first, or name one: --ft_path")
-    run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
+    run_folder: RunFolder = forecast.DryRun(folder, is_main=world.is_main)
+    if not args.dry_run:
+        run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         system.configure_gpu(args.tf32 == "on", world.device, run.log)
@@ -226,7 +230,7 @@ def make_outputs(args, world, run, renderer, ema, stop=None) -> ObjectOutputs:
 
 def start_viewer(args, world, run, outputs: ObjectOutputs) -> Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
-    if not args.viewer or not world.is_main:
+    if not args.viewer or not world.is_main or args.dry_run:
         return None
     may_pause = world.size == 1 and not args.render_only
     # One process only: of several, the others would go on with the old prompt.
@@ -296,7 +300,12 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     )  # fmt: skip
     read_every = build.read_every(args, world.device)
     monitor = Monitor(world, stop, state.clock, args.max_minutes, read_every)
-    progress, collapse = Progress(args.N_iters, state, show=world.is_main), Collapse()
+    fields = [] if outputs.flat else [member.field for _, member in members_of(renderer)]
+    progress = Progress(
+        args.N_iters, state, show=world.is_main, machine=world.device.type.upper(),
+        ceiling=machine.log_ceiling(fields, world, args.amp, run.log), read_every=read_every,
+    )  # fmt: skip
+    collapse = Collapse()
     progress.rendering = 0.0 if outputs.flat else None  # until a preview was timed
     left_out, views_left_out = torch.zeros((), device=world.device), 0.0  # guidance not finite
 
@@ -358,6 +367,8 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 values |= {"views_left_out": views_left_out, "skipped": monitor.skipped}
                 log_step(args, run, progress, world, state, stats, values)
             progress.advance(run.log)
+            if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
+                return foretell(args, run, state, progress, outputs)
             if every(state.step, args.i_img) or last:
                 with state.clock.paused(), run.guard("previews"):
                     progress.rendering = preview(args, outputs, state.step)
@@ -503,6 +514,7 @@ def step_tensors(renderer, inputs: StepInputs, stats: StepStats) -> StepTensors:
 
 def log_step(args, run, progress, world, state: TrainState, stats: StepStats, values) -> None:
     """One row of metrics, and the line a person reads."""
+    progress.count(stats.samples * world.size)
     progress.measure()
     distilled, renderer_values = stats.distilled, state.renderer.report()
     left_out, skipped = values.pop("views_left_out"), values.pop("skipped")
@@ -514,7 +526,9 @@ def log_step(args, run, progress, world, state: TrainState, stats: StepStats, va
     values |= {"samples": stats.samples} if "samples" in values else {}
     values |= {"train_seconds": state.clock.seconds}
     values |= {"views_per_second": progress.steps_per_second * args.batch_views}
+    values |= {"samples_per_second": progress.samples_per_second}
     run.scalars(state.step, values)
+    usage = "" if args.space == "2d" else f", {progress.usage()}"
     sds_value = ""
     if not progress.on_terminal:
         note = " (not a measure of quality)" if state.step <= args.i_print else ""
@@ -523,7 +537,25 @@ def log_step(args, run, progress, world, state: TrainState, stats: StepStats, va
         run.log,
         f"opacity {values['opacity']:.3f}  gradient {values['grad_norm']:.3g}  "
         f"t {values['t']:.0f}{sds_value}",
+        f"{progress.steps_per_second:.3g} steps/s{usage}  {values['memory_mb'] / 1024:.2f} GB",
     )
+
+
+def foretell(args, run, state: TrainState, progress: Progress, outputs: ObjectOutputs) -> int:
+    """``--dry_run``: log what time and memory the whole run will take. Returns the exit code."""
+    updates = state.clock.seconds + progress.seconds_left()
+    times = (
+        forecast.occasions(args.N_iters, args.i_img, at_end=True),
+        int(args.mesh and not outputs.flat),
+        forecast.occasions(args.N_iters, args.i_video, at_end=True) * (not outputs.flat),
+    )
+    size = min(args.eval_res, 2 * build.scheduled_flags(args, args.N_iters)["train_res"])
+    pictures = forecast.rehearse_object(outputs, size, args.video_frames, args.mesh_res**3)
+    memory = forecast.memory_of_run(state, outputs.world.device)
+    updates = min(updates, args.max_minutes * 60 or math.inf)
+    for line in forecast.foretell(updates, pictures, times, memory, forecast.OBJECT):
+        run.log(line)
+    return 0
 
 
 def preview(args, outputs: ObjectOutputs, step: int) -> float:

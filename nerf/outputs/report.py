@@ -24,7 +24,7 @@ MAX_NOTES = 60  # lines of the log that are shown
 LOGGED = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)"  # a line of log.txt and its message
 ROUTINE = (
     r"step \d+/\d+ |step \d+: validation PSNR|(test view|frame) \d+/|test: PSNR|report: |video: |"
-    r"next: |mesh: "
+    r"next: |mesh: |\d+ updates will take "
 )
 # Folders of a test view's pictures inside render_test_STEP/, and their captions.
 PICTURES = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
@@ -110,7 +110,7 @@ def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:
-                numbers = {name: float(value) for name, value in row.items()}
+                numbers = {name: float(v) for name, v in row.items() if v is not None}
                 step = numbers.pop("step")
             except (KeyError, TypeError, ValueError):
                 continue
