@@ -4,11 +4,22 @@ import random
 
 import pytest
 import torch
-from helpers import FAST_TINY, assert_same_training, newest, small_state, write_checkpoint
+from helpers import (
+    CPU,
+    FAST_TINY,
+    NERF_TINY,
+    assert_same_training,
+    newest,
+    rays_through,
+    small_state,
+    write_checkpoint,
+)
 
 import run_nerf
-from nerf.renderer import NeRFRenderer
-from nerf.training import recovery, rng
+from nerf import build
+from nerf.flags import nerf as nerf_flags
+from nerf.renderer import NeRFRenderer, Rendered
+from nerf.training import dead_start, monitor, recovery, rng
 from nerf.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from nerf.training.distributed import World
 from nerf.training.recovery import Attempt
@@ -247,3 +258,118 @@ def test_a_dead_start_of_an_earlier_version_goes_on_with_mixed_seeds(tmp_path):
         rolled = recovery.next_attempt(old, broken, run, world, lambda: None)
     assert new == Attempt(5, None, 2) and new.weights_seed == Attempt(5, None, 2).weights_seed
     assert rolled.weights_seed == old.weights_seed and rolled.rng_seed != old.rng_seed
+
+
+# --------------------------------------------------------------------------------- dead starts
+
+
+def level(rgb, opacity) -> Rendered:
+    rgb, opacity = torch.as_tensor(rgb), torch.as_tensor(opacity)
+    return Rendered(rgb.expand(len(opacity), 3), opacity, opacity)
+
+
+def test_one_color_is_dead_unless_there_is_no_other():
+    torch.manual_seed(0)
+    varied, hit = torch.rand(300, 3), (torch.arange(300) < 200).float()
+    white, blank = torch.ones(3), torch.ones(300, 3)
+
+    def flat(rendered: Rendered, target) -> bool:
+        found = dead_start.flat_levels((level(target, hit), rendered), target)
+        assert not found[0]  # what renders its target has learned it
+        return bool(found[1])
+
+    assert flat(level(white, torch.zeros(300)), varied)  # all background
+    assert flat(level(white, torch.ones(300)), varied)  # a wall
+    assert not flat(level(white, torch.ones(300)), blank)
+    assert not flat(level(varied, torch.ones(300)), varied)
+    assert not flat(level(varied.mean(1, keepdim=True) * 0.01, torch.ones(300)), varied)  # faint
+    # Rays that miss the scene's space show the background, here black.
+    box = level(hit[:, None] * white, hit)
+    assert flat(box, torch.where(hit[:, None] > 0, varied, white))
+    assert flat(box, torch.where(hit[:, None] > 0, white, varied))
+    assert not flat(box, hit[:, None] * white)  # the scene is a white silhouette on black
+    nothing_known = level(torch.full((300, 3), torch.nan), hit)
+    assert not flat(nothing_known, varied)  # another alarm's case
+    # A single ray has no spread.
+    assert not dead_start.flat_levels((level(white, torch.ones(1)),), torch.rand(1, 3)).any()
+
+
+def test_the_probe_sees_an_object_of_a_thousandth_of_the_pictures():
+    def sample_rays(count, generator):
+        place = torch.rand(count, 3, generator=generator)
+        on_object = place[:, :1] < 1e-3
+        target = torch.where(on_object, torch.tensor([0.2, 0.0, 0.0]), torch.ones(3))
+        return rays_through(place, place), target
+
+    renderer = build.build_renderer(nerf_flags.parse([*NERF_TINY, "--raw_noise_std", "1"]))
+    for seed in range(10):
+        probe = dead_start.Probe.draw(sample_rays, renderer, seed, CPU)
+        assert len(probe.target) == dead_start.PROBE_RAYS and probe.target.std(0).max() > 0.05
+        again = dead_start.Probe.draw(sample_rays, renderer, seed, CPU)
+        whole, pieces = probe.render(10**6), again.render(100)  # deterministic, noise included
+        torch.testing.assert_close(pieces[-1].rgb, whole[-1].rgb, atol=1e-5, rtol=0)
+        assert len(whole) == 2 and not probe.is_flat(512)  # the noise keeps it alive
+    for field in renderer.fields:
+        torch.nn.init.constant_(field.alpha_linear.bias, -100.0)
+    assert probe.is_flat(512) and probe.diagnosis() == "every ray is all background"
+    torch.nn.init.constant_(renderer.coarse.alpha_linear.bias, 100.0)
+    assert (
+        probe.is_flat(512) and probe.diagnosis() == "every ray of the fine level is all background"
+    )
+
+
+@pytest.mark.parametrize("path", [[], FAST_TINY])
+def test_watching_does_not_change_training(tiny, tmp_path, monkeypatch, path):
+    flags = [*path, *tiny, "--N_iters", "45", "--i_print", "9"]
+    assert run_nerf.main([*flags, "--expname", "watched"]) == 0
+    monkeypatch.setattr(dead_start.Probe, "watch", lambda probe, step, most: None)
+    assert run_nerf.main([*flags, "--expname", "alone"]) == 0
+    assert_same_training(newest(tmp_path / "watched"), newest(tmp_path / "alone"))
+    rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("watched", "alone")]
+    place = [row.splitlines()[0].split(",").index("loss") for row in rows]
+    losses = [[r.split(",")[p] for r in t.splitlines()] for t, p in zip(rows, place, strict=True)]
+    assert losses[0] == losses[1]
+
+
+def test_the_last_restart_may_die_too_and_is_named(tiny, tmp_path, monkeypatch):
+    build_renderer, seeds = build.build_renderer, []
+
+    def dead(*given):
+        renderer = build_renderer(*given)
+        seeds.append(torch.initial_seed())
+        torch.nn.init.constant_(renderer.coarse.alpha_linear.bias, -100.0)
+        return renderer
+
+    monkeypatch.setattr(build, "build_renderer", dead)
+    monkeypatch.setattr(monitor, "DEAD_STEPS", 20)
+    assert run_nerf.main([*tiny, "--N_iters", "60", "--dead_restarts", "2"]) == 4
+    log = (tmp_path / "tiny" / "log.txt").read_text()
+    assert seeds == [Attempt(0, None, n).weights_seed for n in range(3)]
+    assert "restart 1" in log and "restart 2" in log and "restart 3" not in log
+    assert log.count("every ray of the coarse level is all background; no restart is left") == 1
+    assert "the run is dead: every ray of the coarse level is all background; try" in log
+    # A start that is resumed later and watched no more is judged at its end too.
+    monkeypatch.setattr(run_nerf, "WATCHED_STEPS", 61)
+    assert run_nerf.main([*tiny, "--N_iters", "62", "--dead_restarts", "2"]) == 4
+
+
+def test_a_start_as_fog_has_density_everywhere_in_the_color_of_the_background():
+    points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    views = torch.nn.functional.normalize(points, dim=-1)
+    born_dead = 0
+    for seed in range(12):
+        for words in (["--white_bkgd"], ["--no-white_bkgd"], ["--no-use_viewdirs"]):
+            flags = [*NERF_TINY, "--netdepth_fine", 4, "--netwidth_fine", 128, *words]
+            args = nerf_flags.parse([*map(str, flags), "--fog_start"])
+            rng.seed_everything(seed)
+            fog = build.build_renderer(args)
+            args.fog_start = False
+            rng.seed_everything(seed)
+            plain = build.build_renderer(args)
+            for one, other in zip(plain.parameters(), fog.parameters(), strict=True):
+                assert torch.equal(one, other) or one.dim() == 1  # biases alone differ
+            born_dead += int((plain.density(points) > 0).sum() == 0)
+            assert (fog.density(points) > 0.2).all()
+            shown = fog.color(points, views)
+            assert ((shown - float(args.white_bkgd)).abs() < 0.15).all()
+    assert born_dead > 3  # nerf-pytorch's start, by which the alarm is needed
