@@ -100,11 +100,11 @@ class NeRFField(Field):
     def start_as_fog(self, density: float, color: float) -> None:
         """Add ``density`` and ``color``, before their activations, to what a new field outputs."""
         if self.use_viewdirs:
-            self.alpha_linear.bias += density
-            self.rgb_linear.bias += color
+            self.alpha_linear.bias.add_(density)
+            self.rgb_linear.bias.add_(color)
         else:
-            self.output_linear.bias[3] += density
-            self.output_linear.bias[:3] += color
+            self.output_linear.bias[3].add_(density)
+            self.output_linear.bias[:3].add_(color)
 
     def hidden(self, points: Tensor) -> Tensor:
         """Activations [N, W] of the last hidden layer at points [..., 3], N of them."""

@@ -157,6 +157,7 @@ def add_fast_flags(parser: Parser) -> None:
     flag("hull_init", ("off", "on", "auto"), "off",
         "start the occupancy grid as the visual hull of the alpha masks; auto: if pictures have "
         "masks")
+    switch("hull_rays", "train on the pixels alone that may see the visual hull of --hull_init")
     add_feature_flags(section)
     add_loss_flags(section)
 
@@ -214,7 +215,7 @@ def add_training_flags(parser: Parser) -> None:
         "part of the height and width that --precrop_iters takes, above 0, up to 1")
     switch("compile", "compile the networks (torch.compile): for GPUs, slower on CPUs")
     switch("fog_start",
-        "begin as thin fog in the background's color, so that no network starts dead "
+        "begin as thin fog in the background's color: half of all networks are born dead otherwise "
         "(docs/details.md); off: as in nerf-pytorch; no effect with --occ_grid")
     flag("dead_restarts", non_negative_int, 3,
         "restarts with another seed if a network is stuck from the start; 0: go on with it")
@@ -314,7 +315,7 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
     check_export_name("export_points", args.export_points, (".ply",))
     from_checkpoint = ("render_only", "export", "export_points", "ft_path")
     loads = [f"--{name}" for name in from_checkpoint if getattr(args, name)]
-    of_grid = ("contract", "random_bg", "resample", "lambda_l1")
+    of_grid = ("contract", "random_bg", "resample", "lambda_l1", "hull_rays")
     needs_grid = [f"--{name}" for name in of_grid if getattr(args, name)]
     needs_grid += ["--hull_init on"] * (args.hull_init == "on")
     given = given_flags(args)
@@ -346,6 +347,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
          f"--grid_start {args.grid_start} exceeds --grid_res {args.grid_res}; make it smaller"),
         (needs_grid and not args.occ_grid,
          f"{''.join(needs_grid[:1])} needs --occ_grid (or use --fast); or leave it out"),
+        (args.hull_rays and args.precrop_iters,
+         "--hull_rays and --precrop_iters both choose pixels; leave one out"),
         (args.hull_init == "on" and args.contract,
          "--hull_init needs a bounded scene; leave out --hull_init or --contract"),
     ])  # fmt: skip
