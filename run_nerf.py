@@ -254,6 +254,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     resume(args, run, state)
     ceiling = machine.log_ceiling(renderer.fields, world, args.amp, run.log)  # samples/s
     compile_if_set(args, world, run, scene, renderer)
+    pool = build.ray_pool(args, scene, renderer, run.log)  # --hull_rays: a part of the pixels
     # Call ``model``, never model.module: that skips DDP's averaging of gradients.
     model = data_parallel(world, renderer)
     evaluation = make_evaluation(args, world, run, scene, state, stop)
@@ -293,7 +294,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         num_rays = renderer.rays_per_step(args.N_rand, world.size)  # over all ranks
         # Drawn for the whole batch, then cut: the result does not depend on the number of ranks.
         noise = renderer.draw_noise(num_rays, generator).part(world.shard(num_rays))
-        rays, target = scene.sample_rays(
+        rays, target = pool.sample_rays(
             num_rays,
             generator,
             one_image=args.no_batching,

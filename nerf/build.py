@@ -22,7 +22,7 @@ from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
 from nerf.renderer import NeRFRenderer
-from nerf.scene_bounds import carve, scene_space
+from nerf.scene_bounds import carve, hull_scene, scene_space
 from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
@@ -156,6 +156,11 @@ def _occupancy_renderer(
         resample=args.resample,
         static_shapes=has_static_shapes(args, scene.c2w.device),
     )
+
+
+def ray_pool(args: argparse.Namespace, scene: Scene, renderer: Any, log: Log = print) -> Scene:
+    """The scene to draw training rays from: with --hull_rays only those that may meet the hull."""
+    return hull_scene(scene, renderer.grid, renderer.space, log) if args.hull_rays else scene
 
 
 def _encoding(args: argparse.Namespace, saved: Mapping[str, Any] | None) -> TriPlane | HashGrid:

@@ -1,5 +1,8 @@
 """The scene's bounds, from its cameras, and its visual hull, from alpha masks."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch import Tensor
 from nerf import lenses
 from nerf.cameras import nearest_point_to_axes
 from nerf.datasets.scene import Scene
-from nerf.occupancy import Box, Contraction, OccupancyGrid
+from nerf.occupancy import Box, Contraction, OccupancyGrid, Space
 
 
 def scene_space(
@@ -58,34 +61,77 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
     """
     device = scene.c2w.device
     possible = torch.ones(grid.resolution**3, dtype=torch.bool, device=device)
-    cell = float(((box.high - box.low) / grid.resolution).norm()) / 2
-    shift = 0.0 if scene.pixel_center else 0.5
     for view in scene.splits["train"]:
         cells = possible.nonzero()[:, 0]
         if not len(cells):
             break
-        points = box.from_unit(grid.cell_points(cells))
-        local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
-        depth = -local[:, 2]
         height, width = scene.view_size(view)
-        fx, fy, cx, cy = scene.intrinsics[view, :4].tolist()
-        nearest = max(float(depth.min()), 1e-3)
-        reach = int(min(max(fx, fy) * cell / nearest, 64)) + 1
+        x, y, depth, reach = _project(scene, view, grid, box, cells)
         alpha = (scene.images[view, :height, :width, 3] > 0).to(device)
         if scene.usable is not None:  # masked pixels exclude nothing
             alpha = alpha | ~scene.usable[view, :height, :width]
         alpha = alpha.float()[None, None]
         opaque = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
-        x, y = fx * local[:, 0] / depth, -fy * local[:, 1] / depth
-        if scene.intrinsics.shape[-1] > 4:
-            points = local * local.new_tensor([1.0, -1.0, -1.0])
-            right, down = lenses.project(points, scene.intrinsics[view, 4:]).unbind(-1)
-            x, y = fx * right, fy * down
-        x, y = (x + cx + shift).floor().long(), (y + cy + shift).floor().long()
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (depth > 0)
         empty = inside & ~opaque[y.clamp(0, height - 1), x.clamp(0, width - 1)]
         possible[cells[empty]] = False
     return possible
+
+
+def _project(
+    scene: Scene, view: int, grid: OccupancyGrid, box: Box, cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Pixel column and row, long, and depth [M] of the centers of cells [M] in a view.
+
+    Last, how far any of the cells reaches from the pixel of its center, in pixels, at most 65.
+    """
+    points = box.from_unit(grid.cell_points(cells))
+    local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
+    depth = -local[:, 2]
+    fx, fy, cx, cy = scene.intrinsics[view, :4].tolist()
+    radius = float(((box.high - box.low) / grid.resolution).norm()) / 2
+    nearest = max(float(depth.min()), 1e-3)
+    reach = int(min(max(fx, fy) * radius / nearest, 64)) + 1
+    x, y = fx * local[:, 0] / depth, -fy * local[:, 1] / depth
+    if scene.intrinsics.shape[-1] > 4:
+        points = local * local.new_tensor([1.0, -1.0, -1.0])
+        right, down = lenses.project(points, scene.intrinsics[view, 4:]).unbind(-1)
+        x, y = fx * right, fy * down
+    shift = 0.0 if scene.pixel_center else 0.5
+    return (x + cx + shift).floor().long(), (y + cy + shift).floor().long(), depth, reach
+
+
+@torch.no_grad()
+def hull_scene(
+    scene: Scene, grid: OccupancyGrid, space: Space, log: Callable[[str], None]
+) -> Scene:
+    """The scene with only those pixels for training whose rays may meet the visual hull.
+
+    The others show background alone: their rays have no samples, but they are marched (TensoRF
+    filters its rays likewise). A view that sees no cell, or has one behind it, keeps all pixels.
+    Without a visual hull in a box, or with a mapped file, ``log`` says so, and all are kept.
+    """
+    if scene.stored or not isinstance(space, Box) or bool(grid.possible.all()):
+        log("--hull_rays: not used, there is no visual hull or pictures are in a mapped file")
+        return scene
+    kept = torch.ones(scene.images.shape[:3], dtype=torch.bool, device=scene.c2w.device)
+    cells = grid.possible.nonzero()[:, 0]
+    for view in scene.splits["train"]:
+        height, width = scene.view_size(view)
+        x, y, depth, reach = _project(scene, view, grid, space, cells)
+        if not bool((depth > 0).all()):
+            continue
+        x, y = x + reach, y + reach  # cells just outside of the frame reach into it
+        seen = (x >= 0) & (x < width + 2 * reach) & (y >= 0) & (y < height + 2 * reach)
+        frame = torch.zeros(height + 2 * reach, width + 2 * reach, device=depth.device)
+        frame[y[seen], x[seen]] = 1.0
+        near = F.max_pool2d(frame[None, None], 2 * reach + 1, stride=1)[0, 0] > 0
+        if bool(near.any()):
+            kept[view, :height, :width] = near
+    kept = kept if scene.usable is None else kept & scene.usable
+    share = kept[scene.splits["train"]].float().mean().item()
+    log(f"--hull_rays: {share:.1%} of the training pixels may see the visual hull")
+    return replace(scene, usable=kept)
 
 
 def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]:

@@ -111,7 +111,10 @@ def test_the_root_of_nerf_holds_the_algorithm_and_nothing_else():
     for name in sorted(set(root) - {"nerf.media", "nerf.build", "nerf.report", "nerf.compare"}):
         if name.startswith("nerf."):
             tops = {module.split(".")[0] for module in imports_of(MODULES[name])}
-            assert tops <= allowed | {"pathlib", "lpips", "torchvision"}, (name, tops - allowed)
+            assert tops <= allowed | {"dataclasses", "pathlib", "lpips", "torchvision"}, (
+                name,
+                tops - allowed,
+            )
             assert not any("training" in module for module in imports_of(MODULES[name])), name
 
 
