@@ -47,15 +47,23 @@ def test_a_quota_below_the_cpus_seen_limits_the_threads():
 
 
 def test_quotas_of_both_kinds_of_control_groups(tmp_path):
-    assert startup.quota(tmp_path) == math.inf
-    (tmp_path / "cpu").mkdir()
-    for most, expected in (("150000", 1.5), ("-1", math.inf)):
-        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{most}\n")
-        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-        assert startup.quota(tmp_path) == expected
+    """A limit of the process' own group, or of one above it."""
+    own = tmp_path / "own"
+    assert startup.quota(tmp_path, own) == math.inf
+    own.write_text("3:cpu,cpuacct:/jobs/7\n2:memory:/other\n")
+    for name in ("cpu", "cpu/jobs", "cpu/other", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpu.cfs_period_us").write_text("100000\n")
+        (tmp_path / name / "cpu.cfs_quota_us").write_text("-1\n")
+    assert startup.quota(tmp_path, own) == math.inf
+    (tmp_path / "cpu/other/cpu.cfs_quota_us").write_text("50000\n")
+    assert startup.quota(tmp_path, own) == math.inf
+    (tmp_path / "cpu/jobs/cpu.cfs_quota_us").write_text("150000\n")
+    assert startup.quota(tmp_path, own) == 1.5
+    own.write_text("0::/jobs/7\n")
     for text, expected in (("max 100000\n", math.inf), ("50000 100000\n", 0.5), ("?", math.inf)):
-        (tmp_path / "cpu.max").write_text(text)
-        assert startup.quota(tmp_path) == expected
+        (tmp_path / "jobs" / "cpu.max").write_text(text)
+        assert startup.quota(tmp_path, own) == expected
 
 
 def test_two_threads_for_one_cpu_get_half_each(monkeypatch):

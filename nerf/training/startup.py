@@ -35,17 +35,38 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's names, from malloc.h
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def quota(cgroups: Path = CGROUPS) -> float:
-    """CPUs that this process' control group (a container) may use; infinity without a limit."""
+def quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
+    """CPUs that this process' control groups (a container, a job) may use; infinity: no limit.
+
+    cgroups: where they are mounted, of either version. own: the file that names the process' own.
+    """
+    limits = [math.inf]
     try:
-        if (cgroups / "cpu.max").exists():  # version 2
-            most, period = (cgroups / "cpu.max").read_text().split()
-            return math.inf if most == "max" else int(most) / int(period)
-        most, period = (
-            (cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-        )
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in ("0::/", "1:cpu:/", *lines):  # a container often sees its own group as the root
+        _, kinds, path = line.split(":", 2)
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        folder = cgroups / "cpu" if kinds else cgroups
+        group = folder / path.strip("/")
+        places = (group, *group.parents)[: len(group.relative_to(folder).parts) + 1]
+        limits += [_limit(place) for place in places]
+    return min(limits)
+
+
+def _limit(group: Path) -> float:
+    """The quota of one control group; infinity without one."""
+    try:
+        if (group / "cpu.max").exists():  # version 2
+            most, period = (group / "cpu.max").read_text().split()
+        else:
+            most, period = (
+                (group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
         return int(most) / int(period) if int(most) > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ZeroDivisionError):  # "max": no limit
         return math.inf
 
 
