@@ -631,6 +631,13 @@ def render_and_export(args, world, run) -> int:
             f"{path}: of --space 2d, whose pictures are in {run.folder}/previews/; there is no "
             "object to render or export"
         )
+    prompt = content["args"].get("prompt")
+    if args.prompt and prompt and args.prompt != prompt:
+        raise ValueError(
+            f"{path} is of --prompt {prompt!r}, not {args.prompt!r}; leave --prompt out, or name "
+            "the run of that prompt"
+        )
+    variant = build.turntable_variant(args, saved, run.folder)
     build.adopt_saved_flags(args, content["args"], run.log)
     renderer = prepare(args, world, Attempt(args.seed)).renderer
     ema = EMA(renderer, content.get("args", {}).get("ema_decay", 0.0))
@@ -647,7 +654,7 @@ def render_and_export(args, world, run) -> int:
         with system.StopSignal() as stop, viewer:
             viewer.serve(stop.is_set)
     else:
-        write_turntable(outputs, step, args.video_frames)
+        write_turntable(outputs, step, args.video_frames, name=variant)
     return 0
 
 

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nerf import build
 from nerf.build import load_scene
 from nerf.coarse_to_fine import refine
-from nerf.datasets.identity import scene_difference, scene_identity
+from nerf.datasets.identity import scene_difference
 from nerf.encodings import resized_planes
 from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
@@ -77,7 +77,7 @@ def every(step: int, interval: int) -> bool:
 def main(argv: list[str] | None = None) -> int:
     args = nerf_flags.parse(argv)
     if is_reading(args) and not (args.config or args.ft_path):
-        args = flags_of_newest_run(args, argv)
+        args = flags_of_run(args, argv)
     return entry.exit_code("run_nerf.py", partial(run_scene, args))
 
 
@@ -86,15 +86,16 @@ def is_reading(args) -> bool:
     return bool(args.render_only or args.export or args.export_points)
 
 
-def flags_of_newest_run(args, argv: list[str] | None):
-    """The flags of the run trained last, below what was typed, where no run was named."""
+def flags_of_run(args, argv: list[str] | None):
+    """The flags of the named run, or of the one trained last, below what was typed."""
     named = (
         args.expname != nerf_flags.run_name(args) or (Path(args.basedir) / args.expname).is_dir()
     )
-    name = None if named else newest_run(Path(args.basedir), None, needs="N_rand")
-    if name is None:
+    name = args.expname if named else newest_run(Path(args.basedir), None, needs="N_rand")
+    if name is None or not (Path(args.basedir) / name / "args.txt").is_file():
         return args
-    print(f"no --config or --expname: taking the run trained last, {name}", file=sys.stderr)
+    taken = f"the flags of {name}" if named else f"the run trained last, {name}"
+    print(f"no --config{'' if named else ' or --expname'}: taking {taken}", file=sys.stderr)
     saved = Path(args.basedir) / name / "args.txt"
     return nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
 
@@ -181,7 +182,7 @@ def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Ev
         args.metres_per_unit,
         true_depth=Path(args.datadir) / "depth",
         camera_path=Path(args.camera_path) if args.camera_path else None,
-        variant=build.output_variant(args, saved[1].get("args", {}) if saved else {}),
+        variant=build.output_variant(args, scene, saved, run.folder),
         flags=vars(args),
         file_world=args.export_world == "files",
     )
@@ -277,7 +278,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         evaluation.outputs.rendering_seconds, args.render_factor, video=args.i_video > 0
     )
     progress.rendering = rendering_seconds()
-    content = {"args": vars(args), "scene": scene_identity(scene)}  # of checkpoints, besides state
+    scene_record = build.scene_record(args, scene, attempt.saved[1] if attempt.saved else {})
+    content = {"args": vars(args), "scene": scene_record}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps

@@ -104,6 +104,7 @@ def to_8bit(picture: np.ndarray) -> np.ndarray:
     if bad := int(np.isnan(picture).sum()):
         raise ValueError(
             f"a picture holds NaN in {bad} of {picture.size} numbers: the weights are broken; go "
-            "on from an earlier checkpoint (--ft_path) with a lower --lrate, or --grad_clip 1"
+            "on from an earlier checkpoint (--ft_path) with a lower --lrate, or --grad_clip 1; if "
+            "there is none, start anew: --no_reload"
         )
     return np.round(np.clip(picture, 0.0, 1.0) * 255.0).astype(np.uint8)

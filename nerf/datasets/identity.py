@@ -71,6 +71,21 @@ def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:
     return ""
 
 
+def own_test_views(scene: Scene, flags: dict[str, Any]) -> dict[str, Any]:
+    """The test views of a run's own evaluation: poses [T, 3, 4], and the flags that chose them."""
+    poses = scene.c2w[scene.splits.get("test") or []].float().cpu().clone()
+    return {"poses": poses, "flags": flags}
+
+
+def same_test_views(saved: dict[str, Any], scene: Scene) -> bool:
+    """Whether ``scene`` has the test views of ``saved``, a ``own_test_views``."""
+    own = own_test_views(scene, {})["poses"]
+    if saved["poses"].shape != own.shape:
+        return False
+    extent = float(own[:, :, 3].std(0).norm()) if len(own) > 1 else 1.0
+    return not len(own) or _agree(saved["poses"], own, extent)
+
+
 def _agree(first: Tensor, second: Tensor, extent: float) -> bool:
     """Whether cameras [..., 3, 4] are equal but for rounding; extent: of their positions."""
     difference = (first - second).abs()

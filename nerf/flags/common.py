@@ -284,8 +284,8 @@ def check_same_run(
     changes = [*structural_changes(saved, args, structural), *extra]
     if changes:
         raise ValueError(
-            f"{path} was made with other flags ({'; '.join(changes)}); "
-            "use those, or another --expname"
+            f"{path} was made with other flags ({'; '.join(changes)}); use those, or another "
+            "--expname; to render or export it, leave --config out: its own flags are taken"
         )
 
 

@@ -104,10 +104,12 @@ class Evaluation:
         )
         if missing:
             run.log_once(step, f"no LPIPS ({missing})")
-        if not settings.variant:
-            run.write_json("metrics.json", metrics)
-            if run.is_main:
-                try_report(run.folder, run.log)
+        if settings.variant:
+            run.log("metrics.json and report.html stay those of the run's own full test")
+            return
+        run.write_json("metrics.json", metrics)
+        if run.is_main:
+            try_report(run.folder, run.log)
 
     def render_camera_path(self, step: int) -> None:
         """Render the camera path and its videos into render_path_STEP/.
@@ -144,7 +146,11 @@ class Evaluation:
             self.measure_test(step)
         if owed[1]:
             self.render_camera_path(step)
-        if not any(owed):
+        if not self.outputs.scene.splits.get("test"):
+            self.run.log("there are no test views: no metrics.json")
+            if self.run.is_main:
+                try_report(self.run.folder, self.run.log)
+        elif not any(owed):
             self.run.log(f"nothing is left to do: see {self.run.folder}/report.html")
             return
         if owed[1] and self.run.is_main and not self.settings.variant:

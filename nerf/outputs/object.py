@@ -213,7 +213,7 @@ def write_turntable(
 ) -> None:
     """render_path_STEP/: frames of each of MODES, and their videos where ffmpeg is installed.
 
-    cameras: of ``path_cameras``, instead of a circle of num_frames; their folder ends in ``name``.
+    cameras: of ``path_cameras``, instead of a circle of num_frames. name: how the folder ends.
     """
     cameras = cameras or outputs.cameras(num_frames)
     made = []

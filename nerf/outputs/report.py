@@ -21,7 +21,7 @@ from nerf.training.files import replace_file
 MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
 MAX_NOTES = 60  # lines of the log that are shown
-LOGGED = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)"  # a line of log.txt and its message
+LOGGED = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)"  # a line of log.txt: time and message
 ROUTINE = (
     r"step \d+/\d+ |step \d+: validation PSNR|(test view|frame) \d+/|test: PSNR|report: |video: |"
     r"next: |mesh: |\d+ updates will take "
@@ -172,11 +172,12 @@ def notes(folder: Path) -> str:
     if not path.is_file():
         return ""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    messages = [match[1] for line in lines if (match := re.match(LOGGED, line))]
-    kept = [text for text in dict.fromkeys(messages) if not re.match(ROUTINE, text)]
+    found = [match for line in lines if (match := re.match(LOGGED, line))]
+    kept = {match[2]: match[1] for match in reversed(found) if not re.match(ROUTINE, match[2])}
     if not kept:
         return ""
-    items = "".join(f"<li>{html.text(text[:1000])}</li>" for text in kept[:MAX_NOTES])
+    rows = [f"{time}: {text[:1000]}" for text, time in reversed(kept.items())]
+    items = "".join(f"<li>{html.text(row)}</li>" for row in rows[-MAX_NOTES:])
     return f"<h2>Log, without progress</h2><ul>{items}</ul>"
 
 

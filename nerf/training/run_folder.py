@@ -332,7 +332,7 @@ def _open_table(path: Path, step: int, header: list[str]) -> TextIO:
 
 
 def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
-    """The name of the run in ``basedir`` that was started last, or None.
+    """The name of the run in ``basedir`` that was started last and has a checkpoint, or None.
 
     config: only runs of this config file count; None: of any. needs: a flag that they must have.
     """
@@ -342,6 +342,7 @@ def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        if needs in saved and config in (None, saved.get("config")):
+        trained = any(path.parent.glob("[0-9]*.tar"))
+        if trained and needs in saved and config in (None, saved.get("config")):
             runs.append((path.stat().st_mtime, path.parent.name))
     return max(runs)[1] if runs else None
