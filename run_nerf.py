@@ -270,7 +270,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
     )
     progress = Progress(
-        args.N_iters, state, show=world.is_main, hint="" if args.occ_grid else SLOW,
+        args.N_iters, state, show=world.is_main, hint=faster_way(args),
         machine=world.device.type.upper(), ceiling=ceiling, read_every=monitor.read_every,
     )  # fmt: skip
     # Of test views and video, for the ETA; not known before the first validation.
@@ -504,6 +504,13 @@ def log_step(run, progress, monitor, state, stats, verdict, lr: float) -> None:
         f"{values['rays_per_second']:.0f} rays/s",
         f"{progress.usage()}  {values['memory_mb'] / 1024:.2f} GB",
     )
+
+
+def faster_way(args) -> str:
+    """What the estimate of hours adds: the fast config of the same scene, if there is one."""
+    fast = Path(f"{(args.config or '').removesuffix('.txt')}_fast.txt")
+    slow = f"; {fast} takes minutes (docs/fast_path.md)" if fast.is_file() else SLOW
+    return "" if args.occ_grid else slow
 
 
 def foretell(args, run, state: TrainState, progress: Progress, evaluation: Evaluation) -> int:

@@ -197,6 +197,16 @@ def test_nobody_waits_minutes_for_the_estimate_of_a_long_run(clock):
     assert said == "199998 updates will take about 28 days on this CPU; faster: x"
 
 
+def test_a_slow_run_is_told_of_the_fast_config_of_its_scene(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    flags = types.SimpleNamespace(config="configs/lego.txt", occ_grid=False)
+    assert run_nerf.faster_way(flags).startswith("; configs/lego_fast.txt takes minutes")
+    flags.config = None
+    assert "--fast" in run_nerf.faster_way(flags)
+    flags.occ_grid = True
+    assert run_nerf.faster_way(flags) == ""
+
+
 def test_on_a_gpu_both_ends_are_as_far_from_a_read(clock):
     """The host runs ahead of the GPU and waits at every 16th step."""
     state = types.SimpleNamespace(step=0, rays_drawn=0, clock=Clock())
