@@ -23,14 +23,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from guidance import sds
 from guidance.attention import attention_sheet, picked_tokens
 from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center
-from nerf import build
+from nerf import build, build_run
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
 from nerf.outputs import forecast
@@ -287,10 +286,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     model = renderer
     if world.size > 1:
         # Of several particles a step trains one: DDP has to be told to expect no more gradients.
-        model = DistributedDataParallel(
-            renderer, find_unused_parameters=True, broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )  # fmt: skip
+        model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
     outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)
@@ -637,7 +633,7 @@ def render_and_export(args, world, run) -> int:
             f"{path} is of --prompt {prompt!r}, not {args.prompt!r}; leave --prompt out, or name "
             "the run of that prompt"
         )
-    variant = build.turntable_variant(args, saved, run.folder)
+    variant = build_run.turntable_variant(args, saved, run.folder)
     build.adopt_saved_flags(args, content["args"], run.log)
     renderer = prepare(args, world, Attempt(args.seed)).renderer
     ema = EMA(renderer, content.get("args", {}).get("ema_decay", 0.0))

@@ -16,16 +16,15 @@ import nerf.training.startup  # noqa: F401  before torch, which reads how its th
 # isort: split
 import math
 import sys
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from nerf import build
+from nerf import build, build_run
 from nerf.build import load_scene
 from nerf.coarse_to_fine import refine
 from nerf.datasets.identity import scene_difference
@@ -34,16 +33,13 @@ from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
 from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
-from nerf.occupancy_renderer import MOST_RAYS
 from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.evaluation import Evaluation, EvaluationSettings
-from nerf.outputs.render import block_size
 from nerf.outputs.scene import Interrupted, SceneOutputs
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import squared_error
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
-from nerf.training.dead_start import Probe
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
 from nerf.training.monitor import WATCHED_STEPS, Monitor
@@ -176,39 +172,19 @@ def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Ev
             return renderer.render(rays)
 
     run.write_json("world.json", scene.world_record())
-    outputs = SceneOutputs(render, scene, render_block(args, renderer, world), world, stop, run.log)
+    outputs = SceneOutputs(
+        render, scene, build_run.render_block(args, renderer, world), world, stop, run.log
+    )
     settings = EvaluationSettings(
         args.render_factor,
         args.metres_per_unit,
         true_depth=Path(args.datadir) / "depth",
         camera_path=Path(args.camera_path) if args.camera_path else None,
-        variant=build.output_variant(args, scene, saved, run.folder),
+        variant=build_run.output_variant(args, scene, saved, run.folder),
         flags=vars(args),
         file_world=args.export_world == "files",
     )
     return Evaluation(outputs, run, renderer, state.ema, settings)
-
-
-def render_block(args, renderer, world) -> int:
-    """Rays rendered together."""
-    if args.occ_grid:  # few samples a ray: larger blocks still fit into the cache
-        return min(args.chunk, 8192 if world.device.type == "cpu" else 1 << 17)
-    width = max(args.netwidth, args.netwidth_fine if renderer.fine is not None else 0)
-    return block_size(renderer.samples_per_ray, width, args.chunk, args.netchunk, world.device)
-
-
-def compile_if_set(args, world, run, scene, renderer) -> None:
-    """``--compile``, tried on a few rays."""
-    if args.compile:
-        few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
-        build.compile_renderer(renderer, scene.pick(*few)[0], run.log)
-
-
-def training_block(args, world, rendered: int) -> int:
-    """Rays in a micro-batch: on a GPU the whole batch; on a CPU as many as are ``rendered``."""
-    if args.occ_grid:
-        return MOST_RAYS
-    return args.N_rand if world.device.type == "cuda" else rendered
 
 
 def start_viewer(args, world, run, scene) -> Viewer | None:
@@ -254,18 +230,20 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state)
     ceiling = machine.log_ceiling(renderer.fields, world, args.amp, run.log)  # samples/s
-    compile_if_set(args, world, run, scene, renderer)
+    build_run.compile_if_set(args, world, run.log, scene, renderer)
     pool = build.ray_pool(args, scene, renderer, run.log)  # --hull_rays: a part of the pixels
     # Call ``model``, never model.module: that skips DDP's averaging of gradients.
-    model = data_parallel(world, renderer)
+    model = distributed.data_parallel(world, renderer)
     evaluation = make_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
-    block = training_block(args, world, evaluation.outputs.block)
+    block = build_run.training_block(args, world, evaluation.outputs.block)
     micro = MicroBatches(block, world, run.log, "rays", FEWER_RAYS)
-    probe, probe_block = make_probe(args, world, scene, state, evaluation.outputs.block)
+    probe, probe_block = build_run.make_probe(
+        args, world, scene, renderer, attempt.weights_seed, evaluation.outputs.block
+    )
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
-    graphs = make_graphs(args, world, run, renderer)
+    graphs = build_run.make_graphs(args, world, run.log, renderer)
     monitor = Monitor(
         world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
     )
@@ -278,14 +256,15 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         evaluation.outputs.rendering_seconds, args.render_factor, video=args.i_video > 0
     )
     progress.rendering = rendering_seconds()
-    scene_record = build.scene_record(args, scene, attempt.saved[1] if attempt.saved else {})
+    scene_record = build_run.scene_record(args, scene, attempt.saved[1] if attempt.saved else {})
     content = {"args": vars(args), "scene": scene_record}  # of checkpoints, besides state
 
     while state.step < args.N_iters:
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
             run.log(f"step {state.step}: tri-planes of {renderer.field.encoding.finest} per side")
             state.replace_parameters(finer, resized_planes)
-            model, graphs = data_parallel(world, renderer), make_graphs(args, world, run, renderer)
+            model = distributed.data_parallel(world, renderer)
+            graphs = build_run.make_graphs(args, world, run.log, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
         lr = build.learning_rate(state.step, args)
@@ -331,9 +310,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             samples=stats.samples,
             read=every(state.step + 1, args.i_print) or state.step + 1 == args.N_iters,
         )
-        system.update_if_finite(
-            optimizer, verdict.finite
-        )  # on all ranks, or they would drift apart
+        # On all ranks or on none, or they would drift apart.
+        system.update_if_finite(optimizer, verdict.finite)
         scaler.update()  # also after a skipped update: it was too large a scale that made it skip
         state.ema.update()  # pictures are made with the averaged weights (--ema_decay)
         if verdict.read:
@@ -385,41 +363,6 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         run.log(f"the run is dead: {probe.diagnosis()}; {REVIVE}")
         return entry.NOTHING_LEARNED
     return 0
-
-
-def data_parallel(world, renderer):
-    """The module to call: with several processes, gradients are averaged in backward()."""
-    if world.size == 1:
-        return renderer
-    # The occupancy grid's buffers are updated alike on all ranks.
-    return DistributedDataParallel(renderer, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def make_probe(args, world, scene, state: TrainState, block: int):
-    """The rays by which a dead start is noticed, and the most of them in one call.
-
-    The second is a function of the number of rays of a step: of the fast path a call has a fixed
-    room for samples, which the rays of a step fill, and more if all of them see the object.
-    """
-
-    def context():
-        stack = ExitStack()
-        stack.enter_context(system.autocast(world.device, args.amp))
-        stack.enter_context(torch.set_grad_enabled(args.occ_grid))  # shapes as in training
-        if args.compile:  # for a few rays now and then nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        return stack
-
-    seed, device = state.attempt.weights_seed, scene.c2w.device
-    probe = Probe.draw(scene.sample_rays, state.renderer, seed, device, context)
-    return probe, lambda rays: max(1, rays // world.size // 2) if args.occ_grid else block
-
-
-def make_graphs(args, world, run, renderer) -> StepGraphs:
-    """CUDA graphs of a step's forward and backward: on one GPU, unless ``--cuda_graph off``."""
-    enabled = args.cuda_graph == "auto" and world.device.type == "cuda" and world.size == 1
-    static = build.has_static_shapes(args, world.device)
-    return StepGraphs(renderer, run.log, enabled=enabled and static)
 
 
 class StepStats(NamedTuple):
@@ -550,7 +493,7 @@ def render_and_export(args, world, run) -> int:
     checkpoint.restore(path, content, run.log, state.renderer, ema=state.ema)
     step = checkpoint.finished_updates(content)
     run.log(f"{path}: step {step}, {state.ema.kind} weights; {scene.describe()}")
-    compile_if_set(args, world, run, scene, state.renderer)
+    build_run.compile_if_set(args, world, run.log, scene, state.renderer)
     evaluation = make_evaluation(args, world, run, scene, state)
     if args.export:
         evaluation.export_mesh(

@@ -12,7 +12,6 @@ from torch import nn
 from nerf import datasets
 from nerf.coarse_to_fine import GridSchedule
 from nerf.datasets import DataSettings
-from nerf.datasets.identity import own_test_views, same_test_views, scene_identity
 from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS, HashGrid, TriPlane
 from nerf.field import FeatureField, Field, NeRFField
@@ -28,7 +27,6 @@ from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
 from nerf.text3d.shading import LightingSettings
-from nerf.training.checkpoint import SavedState
 from nerf.training.dead_start import start_as_fog
 from nerf.training.monitor import READ_EVERY
 from nerf.training.schedules import highest, scheduled, stepped
@@ -340,70 +338,3 @@ def adopt_saved_flags(args: argparse.Namespace, saved: dict[str, Any], log: Log)
             if not name.startswith(("prompt", "negative_")):
                 log(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
             setattr(args, name, saved[name])
-
-
-# Flags that decide which pictures a run renders and measures, and at which size; and those that
-# decide what a finished run's pictures look like.
-PICTURE_FLAGS = ("testskip", "llffhold", "factor", "downscale", "half_res")
-RENDER_FLAGS = (
-    "near",
-    "far",
-    "scene_bound",
-    "N_samples",
-    "march_steps",
-    "cone_angle",
-    "early_stop",
-)
-
-
-def scene_record(
-    args: argparse.Namespace, scene: Scene, saved: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The scene in a checkpoint: its fingerprint, and the test views of the run's first start.
-
-    saved: the checkpoint that the run goes on from, {} for a new one.
-    """
-    flags = {name: getattr(args, name) for name in PICTURE_FLAGS}
-    test = (saved.get("scene") or {}).get("test") or own_test_views(scene, flags)
-    return {**scene_identity(scene), "test": test}
-
-
-def output_variant(
-    args: argparse.Namespace, scene: Scene, saved: SavedState | None, folder: Path
-) -> str:
-    """How the folders of rendered pictures end: "" for the run's own full test and path.
-
-    Other views, another size or other rendering than the run was trained for get folders of their
-    own, as does a checkpoint from elsewhere, so that they never replace its evaluation. saved: the
-    checkpoint that is read or resumed; folder: the run's.
-    """
-    path, content = saved or (None, {})
-    test, flags = (content.get("scene") or {}).get("test"), content.get("args") or {}
-    names = _changed(args, test["flags"] if test else flags, PICTURE_FLAGS)
-    if args.render_only or args.export or args.export_points:  # training makes them its own
-        names += _changed(args, flags, RENDER_FLAGS)
-    endings = [f"_{name}{float(getattr(args, name)):g}" for name in names]
-    if test and not endings and not same_test_views(test, scene):
-        endings.append(f"_{len(scene.splits.get('test') or [])}views")
-    if path is not None and path.parent != folder and any(folder.glob("[0-9]*.tar")):
-        endings.append(f"_{path.resolve().parent.name}_{path.stem}")
-    return "".join(endings) + (f"_f{args.render_factor}" if args.render_factor > 1 else "")
-
-
-TURNTABLE_FLAGS = ("video_frames", "eval_res", "eval_elevation", "eval_background")
-
-
-def turntable_variant(args: argparse.Namespace, saved: SavedState, folder: Path) -> str:
-    """How the folder of a turntable ends that is not the one with which the run ended; else ""."""
-    path, content = saved
-    names = _changed(args, content.get("args") or {}, TURNTABLE_FLAGS)
-    endings = [f"{name}_{getattr(args, name)}" for name in names]
-    if path.parent != folder and any(folder.glob("[0-9]*.tar")):
-        endings.append(f"{path.resolve().parent.name}_{path.stem}")
-    return "_".join(endings)
-
-
-def _changed(
-    args: argparse.Namespace, saved: Mapping[str, Any], names: tuple[str, ...]
-) -> list[str]:
-    return [n for n in names if saved.get(n, getattr(args, n)) != getattr(args, n)]

@@ -154,7 +154,7 @@ class NeRFRenderer(nn.Module):
         self.background, self.perturb = background, perturb
         self.raw_noise_std, self.lindisp = raw_noise_std, lindisp
         self.static_shapes, self._skip_empty = static_shapes, False
-        self.batch_samples = 0  # of the latest forward
+        self.batch_samples: int | Tensor = 0  # of the latest forward
 
     @property
     def fields(self) -> list[Field]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,23 @@ def choose_device(device: str, log: Callable[[str], None] | None = None) -> torc
         why = f" ({reason})" if reason and chosen.type == "cuda" else ""
         raise ValueError(f"--device {device}: not available here{why}; use --device cpu or auto")
     return chosen
+
+
+def data_parallel(
+    world: World, module: nn.Module, *, find_unused_parameters: bool = False
+) -> nn.Module:
+    """The module to call: with several processes, gradients are averaged in backward().
+
+    Buffers are not sent around: every rank updates the occupancy grid alike.
+    """
+    if world.size == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(
+        module,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters,
+    )
 
 
 def cleanup() -> None:
