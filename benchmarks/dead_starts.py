@@ -1,6 +1,7 @@
 """Which start keeps NeRF's density alive? Many seeds of a few hundred steps, alive / all.
 
-    python benchmarks/dead_starts.py --data DATA --scenes mic lego --starts relu bias_1 --seeds 20
+    python benchmarks/dead_starts.py --data DATA --starts relu fog_start --seeds 20 --steps 150 \\
+        --N_rand 64 --N_samples 8 --N_importance 8
 
 Trains two 4x128 networks on scenes of DATA (folders in Blender's format) at 100x100 over white,
 without a central crop, at nerf-pytorch's learning rate, by run_nerf.py's own functions. A start is
