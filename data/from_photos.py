@@ -47,7 +47,6 @@ amp = bf16
 lrate = 2e-3
 lrate_warmup = 20
 lr_schedule = cosine
-N_iters = 2500
 i_img = 500
 """
 AROUND = """by_device = capture
@@ -194,10 +193,10 @@ def config(out: Path, photos: list[Photo], model: Model) -> str:
     kind = "Forward-facing cameras: NDC." if facing else "Cameras around a scene: contracted."
     return (
         f"# Made by data/from_photos.py. {kind}\n"
-        f"# Pictures {factor} times smaller; with a GPU lower it and raise N_iters.\n"
+        f"# Pictures {factor} times smaller; with a GPU lower it.\n"
         f"expname = {out.name}\nbasedir = ./logs\ndatadir = {out}\ndataset_type = colmap\n"
         f"factor = {factor}\nllffhold = 8\n{'white_bkgd = True' * white}\n"
-        + SETTINGS.format(space="by_device = fast\n" if facing else AROUND)
+        + SETTINGS.format(space="by_device = facing\n" if facing else AROUND)
     )
 
 

@@ -41,6 +41,7 @@ def test_every_group_that_a_config_names_is_there():
 def test_a_cpu_keeps_the_values_that_the_configs_had(tmp_path):
     args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
     assert (args.target_samples, args.grid_res, args.march_steps) == (8192, 128, 128)
+    assert args.N_iters == 6000
     assert "for a CPU: target_samples 8192" in args.notes[0]
     config = str(REPOSITORY / "configs/capture360_fast.txt")
     args = nerf.parse(["--config", config, "--basedir", str(tmp_path)])
@@ -63,7 +64,7 @@ def test_a_gpu_takes_its_own_and_a_flag_that_is_set_wins(gpu, tmp_path):
 
 def test_a_run_keeps_the_values_with_which_it_began(gpu, tmp_path):
     (tmp_path / "lego_fast").mkdir()
-    record = {"target_samples": 8192, "grid_res": 128, "march_steps": 128}
+    record = {"target_samples": 8192, "grid_res": 128, "march_steps": 128, "N_iters": 6000}
     (tmp_path / "lego_fast" / "args.json").write_text(json.dumps(record))
     args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
     assert args.grid_res == 128 and "as this run began" in args.notes[0]
