@@ -118,8 +118,6 @@ def run_prompt(args, world, models) -> int:
         run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
-        system.configure_gpu(args.tf32 == "on", world.device, run.log)
-        startup.log_threads(world.device.type, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
@@ -257,6 +255,8 @@ def train(args, world, run, models) -> int:
     saved = attempt.saved[1] if attempt.saved else {}
     guide = make_guide(args, world.device, run.log, models, saved)
     guide.record_unet(make_graphs(args, world, run))
+    system.configure_gpu(args.tf32 == "on", world.device, run.log)
+    startup.log_threads(world.device.type, run.log)
     if attempt.saved:
         check_same_run(args, attempt.saved, guide.prior.fingerprint)
     if attempt.finished_updates < args.N_iters:  # else args.json would tell what never ran
@@ -640,6 +640,7 @@ def render_and_export(args, world, run) -> int:
     checkpoint.restore(path, content, run.log, renderer, ema=ema)
     step = checkpoint.finished_updates(content)
     run.log(f"{path}: step {step}, {ema.kind} weights")
+    system.configure_gpu(args.tf32 == "on", world.device, run.log)
     outputs = make_outputs(args, world, run, renderer, ema)
     if args.export:
         write_mesh(outputs, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)

@@ -111,13 +111,17 @@ def run_scene(args) -> int:
         run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
     with explain_out_of_memory(SMALLER), run_folder as run:
         args.amp = system.usable_amp(args.amp, world.device, run.log)
-        for note in args.notes:
-            run.log(note)
-        system.configure_gpu(args.tf32 == "on", world.device, run.log)
-        startup.log_threads(world.device.type, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
         return run.exit_code(code)
+
+
+def log_settings(args, world, run) -> None:
+    """What was chosen by the device; after the data are read, so that a mistake is one line."""
+    for note in args.notes:
+        run.log(note)
+    system.configure_gpu(args.tf32 == "on", world.device, run.log)
+    startup.log_threads(world.device.type, run.log)
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -202,6 +206,7 @@ def train(args, world, run) -> int:
     """Train until N_iters, --max_minutes or a signal; start again where an attempt cannot go on."""
     scene = load_scene(args, run.log).to(world.device)
     run.log(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
+    log_settings(args, world, run)
     if args.no_reload and world.is_main:
         checkpoint.archive_checkpoints(run.folder, run.log)
     find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
@@ -299,7 +304,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         # one color, no gradient flows, and nothing ever changes. The first steps are watched.
         flat = None
         if state.step + 1 < WATCHED_STEPS:
-            flat = probe.watch(state.step, probe_block(num_rays))
+            flat = probe.watch(state.step, min(probe_block(num_rays), micro.size))
         # The same answer on every rank: may the update be made, must we stop? On a GPU the numbers
         # are read every 16th step only, because the host would wait for them.
         verdict = monitor.check(
@@ -359,7 +364,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     with run.guard("a rendering"):  # also what an earlier start was stopped before rendering
         evaluation.finish(state.step, video=args.i_video > 0)
     judged = state.step > progress.first_step and (verdict.dead or state.step >= WATCHED_STEPS)
-    if judged and probe.is_flat(probe_block(num_rays)):
+    if judged and probe.is_flat(min(probe_block(num_rays), micro.size)):
         run.log(f"the run is dead: {probe.diagnosis()}; {REVIVE}")
         return entry.NOTHING_LEARNED
     return 0
@@ -493,6 +498,7 @@ def render_and_export(args, world, run) -> int:
     checkpoint.restore(path, content, run.log, state.renderer, ema=state.ema)
     step = checkpoint.finished_updates(content)
     run.log(f"{path}: step {step}, {state.ema.kind} weights; {scene.describe()}")
+    log_settings(args, world, run)
     build_run.compile_if_set(args, world, run.log, scene, state.renderer)
     evaluation = make_evaluation(args, world, run, scene, state)
     if args.export:

@@ -544,7 +544,8 @@ def test_a_checkpoint_of_other_structure_is_refused_with_every_difference():
         common_flags.check_same_run("a/1.tar", before, present, structural, ["the model: x -> y"])
     assert str(caught.value) == (
         "a/1.tar was made with other flags (netwidth: 128 -> 64; the model: x -> y); "
-        "use those, or another --expname"
+        "use those, or another --expname; to render or export it, leave --config out: its own "
+        "flags are taken"
     )
     common_flags.check_same_run("a/1.tar", before, parse("--netwidth", "128"), structural)
 
