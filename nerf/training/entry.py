@@ -1,8 +1,11 @@
 """Exit of a training script: every mistake gives one line and an exit code, not a traceback."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 from nerf.training import distributed
 
@@ -24,11 +27,33 @@ def report_mistakes(program: str, body: Callable[[], int]) -> int:
         return 3
 
 
+class Stopped(BaseException):
+    """A SIGTERM outside of training, where no step has to be saved (``system.StopSignal``)."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
 def exit_code(program: str, body: Callable[[], int]) -> int:
-    """``report_mistakes``, and then leave the process group."""
+    """``report_mistakes``, and then leave the process group.
+
+    SIGINT and SIGTERM while data are read, or in a mode that only reads a run, give one line and
+    the exit code 130 or 143; a run folder that holds nothing yet is removed again.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if in_main_thread else None
     try:
         return report_mistakes(program, body)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Stopped:
+        print(f"{program}: stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
     finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
         distributed.cleanup()
 
 
