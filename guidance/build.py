@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guidance.gaussian import Gaussian, ball
-from guidance.lora import load_lora
+from guidance.lora import load_lora, lora_and_scale
 from guidance.memory import Memory
 from guidance.prompts import VIEW_WORDS, ViewPrompts, view_texts
 from guidance.sds import Conditions, Recipe
@@ -121,7 +121,8 @@ def open_prior(
     """The frozen diffusion model, or for ``--guidance gaussian`` a closed form to test the loop."""
     if args.guidance == "gaussian":
         return Gaussian(device)
-    return open_model(args, device, log, models, args.sd_model)
+    lora = lora_and_scale(args.sd_lora) if args.sd_lora else None
+    return open_model(args, device, log, models, args.sd_model, lora)
 
 
 def open_model(
@@ -130,9 +131,14 @@ def open_model(
     log: Log,
     models: dict[str, StableDiffusion],
     path: str,
+    lora: tuple[Path, float] | None = None,
 ) -> StableDiffusion:
-    """The frozen diffusion model at ``path``, opened once for all prompts."""
-    if path not in models:
+    """The frozen diffusion model at ``path``, opened once for all prompts.
+
+    lora: a file that is merged into it, and its scale.
+    """
+    key = path if lora is None else f"{path} with {lora[0]} x {lora[1]}"
+    if key not in models:
         memory = Memory(
             attention_slicing=args.attention_slicing,
             vae_slicing=args.vae_slicing,
@@ -143,7 +149,7 @@ def open_model(
         )
         memory.check(device, trains_unet=args.guidance == "vsd", wants_maps=bool(args.i_attn))
         in_repository = REPOSITORY / path
-        models[path] = StableDiffusion(
+        models[key] = StableDiffusion(
             str(in_repository) if in_repository.is_dir() else path,
             device,
             dtype=args.guidance_dtype,
@@ -151,10 +157,11 @@ def open_model(
             allow_pickle=args.allow_pickle,
             scheduler=args.scheduler,
             memory=memory,
+            lora=lora,
             warn=log,
         )
-    models[path].warn = log  # into the log of this run, where several prompts share the model
-    return models[path]
+    models[key].warn = log  # into the log of this run, where several prompts share the model
+    return models[key]
 
 
 def make_conditions(

@@ -6,6 +6,7 @@ hooks: the U-Net's own modules, names and attention processors do not change, so
 and swapped processors work with them. A and B are float32 whatever the U-Net's precision.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from guidance.lora_files import read_lora
+from guidance.lora_files import Pair, read_lora
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -125,14 +126,7 @@ def load_lora(path: Path, lora: LoRA) -> None:
     for name, pair in pairs.items():
         adapter = adapters[name]
         assert isinstance(adapter, Adapter)
-        sizes = [pair.b.shape[0], *pair.a.shape[1:]]
-        wanted = [adapter.b.shape[0], adapter.a.shape[1]]
-        if sizes != wanted or pair.b.shape[1:] != pair.a.shape[:1]:
-            raise ValueError(
-                f"{path}: a LoRA of another model: {name} has A {list(pair.a.shape)} and B "
-                f"{list(pair.b.shape)}, expected a layer of {wanted}; use the --sd_model that it "
-                "was trained with"
-            )
+        _check_fit(path, name, pair, adapter.b.shape[0], adapter.a.shape[1])
     ranks = sorted({len(pair.a) for pair in pairs.values()})
     if len(ranks) > 1:
         raise ValueError(f"{path}: its layers have ranks {ranks}; expected one rank for all")
@@ -147,3 +141,42 @@ def load_lora(path: Path, lora: LoRA) -> None:
             adapter.b.copy_(pairs[name].b.float() * pairs[name].scale)
         else:
             adapter.b.zero_()
+
+
+@torch.no_grad()
+def merge_lora(path: Path, unet: nn.Module, scale: float = 1.0) -> None:
+    """Add scale x alpha / rank x B A of a LoRA file to the weights of the U-Net's attention layers.
+
+    path: in any spelling of ``guidance.lora_files``. ValueError, with nothing changed, if the file
+    does not fit this U-Net.
+    """
+    layers = attention_layers(unet)
+    pairs = read_lora(path, layers)
+    for name, pair in pairs.items():
+        _check_fit(path, name, pair, layers[name].out_features, layers[name].in_features)
+    for name, pair in pairs.items():
+        weight = layers[name].weight
+        weight.copy_(weight.float() + scale * pair.scale * (pair.b.float() @ pair.a.float()))
+
+
+def _check_fit(path: Path, name: str, pair: Pair, outputs: int, inputs: int) -> None:
+    """ValueError unless the matrices of a file fit a layer."""
+    sizes, wanted = [pair.b.shape[0], *pair.a.shape[1:]], [outputs, inputs]
+    if sizes != wanted or pair.b.shape[1:] != pair.a.shape[:1]:
+        raise ValueError(
+            f"{path}: a LoRA of another model: {name} has A {list(pair.a.shape)} and B "
+            f"{list(pair.b.shape)}, expected a layer of {wanted}; use the --sd_model that it "
+            "was trained with"
+        )
+
+
+def lora_and_scale(text: str) -> tuple[Path, float]:
+    """The file and the scale of ``FILE[:SCALE]``; ValueError if the scale is not finite."""
+    name, colon, last = text.rpartition(":")
+    try:
+        scale = float(last) if colon else 1.0
+    except ValueError:  # a colon of the file's name
+        return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"--sd_lora {text}: expected FILE or FILE:SCALE with a finite scale")
+    return Path(name or last), scale if colon else 1.0

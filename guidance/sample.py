@@ -125,6 +125,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=cuda)
     parser.add_argument("--guidance_dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--scheduler", help="diffusers scheduler; default: the model's own")
+    parser.add_argument("--lora", type=Path, help="LoRA file, also VSD's lora.safetensors of a run")
+    parser.add_argument("--lora_scale", type=float, default=1.0, help="0: the model alone")
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 to 1")
     parser.add_argument("--steps", type=int, default=25, help="DDIM steps")
@@ -155,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         local_files_only=args.local_files_only,
         allow_pickle=args.allow_pickle,
         scheduler=args.scheduler,
+        lora=(args.lora, args.lora_scale) if args.lora else None,
     )
     texts = [args.prompt] * args.number
     if args.views:

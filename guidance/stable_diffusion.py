@@ -11,6 +11,7 @@ functions, because training a NeRF needs neither.
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from guidance.attention import recorded_attention, token_maps
+from guidance.lora import merge_lora
 from guidance.memory import PLAIN, Memory, on_device
 from guidance.model_files import (
     MODELS,
@@ -64,12 +66,14 @@ class StableDiffusion:
         allow_pickle: bool = False,
         scheduler: str | None = None,
         memory: Memory = PLAIN,
+        lora: tuple[Path, float] | None = None,
         warn: Callable[[str], None] = print,
     ):
         """Load the model at ``path``, a folder or hub id.
 
         dtype: auto (fp16 on CUDA, else fp32) or a key of DTYPES. scheduler: a diffusers scheduler
-        whose noise schedule replaces the model's own. ValueError, in one line, on any other input.
+        whose noise schedule replaces the model's own. lora: a LoRA file that is merged into the
+        U-Net, and its scale. ValueError, in one line, on any other input.
         """
         self.warn = warn
         # How ``predict`` calls the U-Net; a trainer may replace it by one that records kernels.
@@ -88,6 +92,8 @@ class StableDiffusion:
         parts = {part: load_part(folder, part, files[part], self.dtype) for part in MODELS}
         for part in (part for part, weights in files.items() if weights.variant == "non_ema"):
             warn(f"--sd_model {path}: {part} has only non_ema weights, of somewhat lower quality")
+        if lora is not None:
+            merge_lora(lora[0], parts["unet"], lora[1])
         home = torch.device("cpu") if memory.offload == "model" else self.device
         self.text_encoder, self.vae, self.unet = (part.to(home) for part in parts.values())
         memory.apply(self.unet, self.vae)
@@ -103,6 +109,9 @@ class StableDiffusion:
         words = folder / "vocabulary.json"
         self.vocabulary = read_json(words) if words.is_file() else None
         self.fingerprint = fingerprint(folder, files)
+        if lora is not None:  # another LoRA or scale is another model
+            digest = hashlib.sha256(lora[0].read_bytes()).hexdigest()[:8]
+            self.fingerprint += f"+{digest}x{lora[1]:g}"
 
     def embed(self, texts: list[str]) -> Tensor:
         """Embed N texts for the U-Net: [N, L, D] float32. "" is the unconditional embedding.

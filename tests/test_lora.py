@@ -1,6 +1,7 @@
 """guidance/lora and guidance/vsd: adapters that start at zero, a frozen U-Net, training."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from helpers import CPU
 from safetensors.torch import load_file, save_file
 from tiny_models import SIDE, draw
 
-from guidance import sds, stable_diffusion
-from guidance.lora import LoRA, attention_layers, load_lora, save_lora
+from guidance import sample, sds, stable_diffusion
+from guidance.lora import LoRA, attention_layers, load_lora, lora_and_scale, save_lora
 from guidance.stable_diffusion import StableDiffusion
 from guidance.vsd import (
     LoRAScoreNetwork,
@@ -476,3 +477,56 @@ def test_a_pickle_is_named(model, tmp_path):
     torch.save({"unet.a.lora_A.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="a .bin is a pickle"):
         load_lora(path, LoRA(model.unet, 4))
+
+
+# ------------------------------------------------------------- a LoRA merged into the frozen model
+
+
+def test_a_merged_file_predicts_as_its_adapters_do(model, sd_folder, tmp_path):
+    lora = LoRA(model.unet, 3)
+    normal_adapters(lora)
+    save_lora(tmp_path / "own.safetensors", lora)
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), model.embed(["a cone"] * 2)
+    plain = model.predict(x, t, text)
+    for scale in (0.5, 1.0):
+        merged = StableDiffusion(sd_folder, CPU, lora=(tmp_path / "own.safetensors", scale))
+        with lora.switched(scale):
+            expected = model.predict(x, t, text)
+        # Adapters as large as the weights: rounding is relative to the largest output.
+        error = (merged.predict(x, t, text) - expected).abs().max()
+        assert error < 1e-3 * expected.abs().max()
+        assert not torch.allclose(expected, plain, atol=1e-4)
+        assert merged.fingerprint.startswith(model.fingerprint + "+")
+        assert merged.fingerprint.endswith(f"x{scale:g}")
+
+
+def test_a_file_that_does_not_fit_is_not_merged(model, sd_folder, tmp_path):
+    name = next(iter(attention_layers(model.unet)))
+    tensors = {f"unet.{name}.lora_A.weight": torch.ones(2, 3),
+               f"unet.{name}.lora_B.weight": torch.ones(3, 2)}  # fmt: skip
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="a LoRA of another model"):
+        StableDiffusion(sd_folder, CPU, lora=(tmp_path / "other.safetensors", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "scale"),
+    [("a.safetensors", "a.safetensors", 1.0), ("a:0.8", "a", 0.8), ("c:/x/a", "c:/x/a", 1.0)],
+)
+def test_a_file_may_have_a_scale(text, file, scale):
+    assert lora_and_scale(text) == (Path(file), scale)
+
+
+def test_samples_show_what_a_lora_has_learned(model, sd_folder, tmp_path):
+    lora = LoRA(model.unet, 2)
+    normal_adapters(lora)
+    save_lora(tmp_path / "own.safetensors", lora)
+    words = ["--prompt", "a cone", "--sd_model", str(sd_folder), "--steps", "2", "--number", "1"]
+    words += ["--device", "cpu", "--guidance_dtype", "fp32"]
+    words += ["--lora", str(tmp_path / "own.safetensors")]
+    found = {}
+    for scale in ("0", "1"):
+        sample.main([*words, "--lora_scale", scale, "--out", str(tmp_path / f"{scale}.png")])
+        found[scale] = (tmp_path / f"{scale}.png").read_bytes()
+    sample.main([*words[:-2], "--out", str(tmp_path / "plain.png")])
+    assert found["0"] == (tmp_path / "plain.png").read_bytes() != found["1"]

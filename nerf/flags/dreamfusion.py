@@ -150,6 +150,8 @@ def add_model_flags(parser: Parser) -> None:
         "folder or hub id of a Stable Diffusion 1.x or 2.x, or the embedded model")
     switch("local_files_only", "never download from the hub")
     switch("allow_pickle", "read weights from .bin files, too; code in them does not run")
+    flag("sd_lora", "FILE[:SCALE]", None,
+        "LoRA that is merged into the frozen U-Net of --sd_model, e.g. style.safetensors:0.8")
     flag("guidance_res", non_negative_int, 0,
         "pixels per side at which the model sees renders; 0: the model's own size")
     flag("scheduler", "NAME", None,
