@@ -286,3 +286,12 @@ def test_both_logs_say_how_fast_the_machine_is_used(tiny, tiny_dream, tmp_path):
         assert re.search(pattern, result.stderr)
         header, row = (tmp_path / name / "metrics.csv").read_text().splitlines()
         assert header.split(",")[-1] == "samples_per_second" and float(row.split(",")[-1]) > 0
+
+
+def test_more_samples_than_could_be_trained_is_no_share_above_1():
+    counters = types.SimpleNamespace(step=0, rays_drawn=0, clock=Clock())
+    shown = Progress(10, counters, show=False, ceiling=100.0)
+    shown.samples_per_second = 50.0
+    assert "50% of this machine's 100" in shown.usage()
+    shown.samples_per_second = 220.0
+    assert "%" not in shown.usage() and "empty ones skipped; 100 if all" in shown.usage()
