@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from helpers import NERF_TINY, run_main
@@ -12,13 +13,17 @@ from nerf.training import entry
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_data_are_read_is_one_line_and_leaves_no_folder(
-    data, tmp_path, monkeypatch, number, code
+    data, tmp_path, monkeypatch, request, number, code
 ):
     before = signal.getsignal(signal.SIGTERM)
+    # As in a script's own process; processes of pytest-xdist ignore SIGINT.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupts))
 
     def slow(args, log):
         log("reading")
         os.kill(os.getpid(), number)
+        time.sleep(5)
         raise AssertionError("the signal comes first")
 
     monkeypatch.setattr(run_nerf, "load_scene", slow)
