@@ -131,9 +131,14 @@ def output_variant(
     endings = [f"_{name}{float(getattr(args, name)):g}" for name in names]
     if test and not endings and not same_test_views(test, scene):
         endings.append(f"_{len(scene.splits.get('test') or [])}views")
-    if path is not None and path.parent != folder and any(folder.glob("[0-9]*.tar")):
+    if path is not None and is_from_elsewhere(path, folder):
         endings.append(f"_{path.resolve().parent.name}_{path.stem}")
     return "".join(endings) + (f"_f{args.render_factor}" if args.render_factor > 1 else "")
+
+
+def is_from_elsewhere(path: Path, folder: Path) -> bool:
+    """Whether a checkpoint is not one of the run folder's, which has checkpoints of its own."""
+    return path.resolve().parent != folder.resolve() and any(folder.glob("[0-9]*.tar"))
 
 
 TURNTABLE_FLAGS = ("video_frames", "eval_res", "eval_elevation", "eval_background")
@@ -144,7 +149,7 @@ def turntable_variant(args: argparse.Namespace, saved: SavedState, folder: Path)
     path, content = saved
     names = _changed(args, content.get("args") or {}, TURNTABLE_FLAGS)
     endings = [f"{name}_{getattr(args, name)}" for name in names]
-    if path.parent != folder and any(folder.glob("[0-9]*.tar")):
+    if is_from_elsewhere(path, folder):
         endings.append(f"{path.resolve().parent.name}_{path.stem}")
     return "_".join(endings)
 

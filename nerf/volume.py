@@ -165,6 +165,31 @@ def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
     return values * factor + (values * (1 - factor)).detach()
 
 
+def _table_places(
+    ray_indices: Tensor, lengths: Tensor, num_rays: int, most: int | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Where packed samples [N] lie in a table with a row per ray.
+
+    Returns the rays [R] of the table, row and column [N] of each sample, and the table's shape: the
+    rays that have samples and the most that one has, or ``num_rays`` and ``most`` + 1.
+    """
+    numbers = torch.arange(len(ray_indices), device=ray_indices.device)
+    if most is None:
+        counts = torch.bincount(ray_indices, minlength=num_rays)
+        rows = counts.nonzero()[:, 0]
+        first = torch.cumsum(counts, dim=0) - counts
+        column = numbers - first.index_select(0, ray_indices)
+        every = torch.arange(len(rows), device=ray_indices.device)
+        row = torch.repeat_interleave(every, counts[rows])
+        return rows, row, column, (len(rows), int(counts.max()))
+    rows = torch.arange(num_rays, device=ray_indices.device)
+    first = torch.searchsorted(ray_indices, rows).clamp(max=len(ray_indices) - 1)
+    column = numbers - first.index_select(0, ray_indices)
+    # Unused rows of the list, of length 0, go to a column of their own.
+    column = torch.where(lengths > 0, column, most).clamp(max=most)
+    return rows, ray_indices, column, (num_rays, most + 1)
+
+
 def importance_resample_packed(
     weights: Tensor,
     t: Tensor,
@@ -193,22 +218,9 @@ def importance_resample_packed(
     """
     if not len(ray_indices):
         return ray_indices, t, lengths
-    numbers = torch.arange(len(ray_indices), device=ray_indices.device)
-    if most is None:
-        counts = torch.bincount(ray_indices, minlength=num_rays)
-        rows = counts.nonzero()[:, 0]
-        first = torch.cumsum(counts, dim=0) - counts
-        column = numbers - first.index_select(0, ray_indices)
-        every = torch.arange(len(rows), device=ray_indices.device)
-        row = torch.repeat_interleave(every, counts[rows])
-        shape = len(rows), int(counts.max())
-    else:
-        rows, row = torch.arange(num_rays, device=ray_indices.device), ray_indices
-        first = torch.searchsorted(ray_indices, rows).clamp(max=len(ray_indices) - 1)
-        column = numbers - first.index_select(0, ray_indices)
-        # Unused rows of the list, of length 0, go to a column of their own.
-        column = torch.where(lengths > 0, column, most).clamp(max=most)
-        weights, shape = torch.where(lengths > 0, weights, 0.0), (num_rays, most + 1)
+    rows, row, column, shape = _table_places(ray_indices, lengths, num_rays, most)
+    if most is not None:
+        weights = torch.where(lengths > 0, weights, 0.0)  # of unused rows of the list
 
     def as_table(values: Tensor) -> Tensor:  # [R, K], zeros after a ray's last sample
         return values.new_zeros(shape).index_put((row, column), values)
