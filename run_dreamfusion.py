@@ -282,11 +282,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     state = prepare(args, world, attempt)
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state, guide)
-    # DDP averages gradients in backward(). Call ``model``, never model.module: that skips it.
-    model = renderer
-    if world.size > 1:
-        # Of several particles a step trains one: DDP has to be told to expect no more gradients.
-        model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
+    # Call ``model``, never model.module: that skips DDP's averaging of gradients. Of several
+    # particles a step trains one: DDP has to be told to expect no more gradients.
+    model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
     outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)

@@ -186,8 +186,8 @@ class OccupancyRenderer(nn.Module):
             samples = self._cull_occluded(samples, num_rays, room)
         self.batch_samples = len(samples.ray_indices)
         if room and marched and marched_found is not None:
-            found = samples.num_found if samples.found is None else samples.found
-            self.batch_samples = torch.maximum(found / room, marched_found / marched) * room
+            used = torch.maximum(samples.num_found / room, marched_found / marched)
+            self.batch_samples = used * room
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
         if not len(samples.ray_indices):  # DDP needs a gradient of every parameter even so
