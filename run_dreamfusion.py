@@ -53,7 +53,6 @@ from nerf.text3d.particles import members_of
 from nerf.text3d.shading import Lighting, draw_lighting
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
 from nerf.training.ema import EMA
-from nerf.training.graph import StepGraphs
 from nerf.training.monitor import Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
@@ -254,7 +253,7 @@ def train(args, world, run, models) -> int:
         run.log(line)
     saved = attempt.saved[1] if attempt.saved else {}
     guide = make_guide(args, world.device, run.log, models, saved)
-    guide.record_unet(make_graphs(args, world, run))
+    guide.record(*build_run.guidance_graphs(args, world, run.log))
     system.configure_gpu(args.tf32 == "on", world.device, run.log)
     startup.log_threads(world.device.type, run.log)
     if attempt.saved:
@@ -386,13 +385,6 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 "--guidance_dtype fp32")  # fmt: skip
         return entry.NOTHING_LEARNED
     return 0
-
-
-def make_graphs(args, world, run) -> StepGraphs:
-    """CUDA graphs of the U-Net: on a GPU, where its weights stay, unless ``--cuda_graph off``."""
-    enabled = args.cuda_graph == "auto" and world.device.type == "cuda"
-    fixed = args.guidance != "vsd" and args.offload == "none"
-    return StepGraphs(torch.nn.Module(), run.log, enabled=enabled and fixed)
 
 
 class StepInputs(NamedTuple):

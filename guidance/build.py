@@ -30,9 +30,9 @@ VIEW_FLAGS = {word: word.split()[0] for word in VIEW_WORDS}  # "right side" -> -
 
 
 class Recorder(Protocol):
-    """What ``record_unet`` needs of ``nerf.training.graph.StepGraphs``."""
+    """What ``record`` needs of ``StepGraphs`` and ``FunctionGraphs`` of nerf.training.graph."""
 
-    def run(self, function: Callable[[Any], Tensor], inputs: Any, /) -> Tensor: ...
+    def run(self, function: Callable[[Any], Any], inputs: Any, /) -> Any: ...
 
 
 @dataclass
@@ -77,10 +77,10 @@ class Guide:
         if saved and self.lora is not None:
             self.lora.restore(saved.get("copy"), where)
 
-    def record_unet(self, graphs: Recorder) -> None:
-        """Call the frozen U-Net through ``graphs``."""
+    def record(self, unet: Recorder, encoder: Recorder) -> None:
+        """Call the frozen U-Net and the encoder through ``unet`` and ``encoder``."""
         if isinstance(self.prior, StableDiffusion):
-            self.prior.run_unet = graphs.run
+            self.prior.run_unet, self.prior.run_encoder = unet.run, encoder.run
 
     def release(self) -> None:
         """Take the LoRA's hooks off the model, which the next prompt uses too."""

@@ -76,8 +76,10 @@ class StableDiffusion:
         U-Net, and its scale. ValueError, in one line, on any other input.
         """
         self.warn = warn
-        # How ``predict`` calls the U-Net; a trainer may replace it by one that records kernels.
+        # How ``predict`` calls the U-Net and ``encode`` the encoder; a trainer may replace them by
+        # calls that record kernels.
         self.run_unet: Callable[[Callable[[Any], Tensor], Any], Tensor] = lambda call, x: call(x)
+        self.run_encoder: Callable[[Callable[[Tensor], Any], Tensor], Any] = lambda call, x: call(x)
         self._warned: set[str] = set()  # what was warned of already
         self.device, self.memory = torch.device(device), memory
         self.dtype = _choose_dtype(dtype, self.device, warn)
@@ -177,14 +179,19 @@ class StableDiffusion:
             scaled = images.float() * 2 - 1
             if self.memory.offload == "model":
                 self.vae.to(self.device)  # and stays: its backward pass comes after the U-Net
-            posterior = self.vae.encode(self._to_network(scaled)).latent_dist
-            latents = posterior.mean.float()  # [V, C, h, w]
+            mean, std = self.run_encoder(self._posterior, scaled)  # [V, C, h, w]
+            latents = mean.float()
             if noise is not None:
-                latents = latents + posterior.std.float() * noise
+                latents = latents + std.float() * noise
             latents = (latents - self._shift) * self.vae.config.scaling_factor
         if self.dtype == torch.float16 and latents.requires_grad:
             _keep_gradient_in_range(scaled, latents)
         return latents
+
+    def _posterior(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images in [-1, 1]."""
+        posterior = self.vae.encode(self._to_network(scaled)).latent_dist
+        return posterior.mean, posterior.std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [V, C, h, w] to images [V, 3, H, W] in [0, 1], without a graph."""

@@ -23,7 +23,7 @@ from nerf.training import system
 from nerf.training.checkpoint import SavedState
 from nerf.training.dead_start import Probe
 from nerf.training.distributed import World
-from nerf.training.graph import StepGraphs
+from nerf.training.graph import FunctionGraphs, StepGraphs
 
 Log = Callable[[str], None]
 
@@ -60,6 +60,18 @@ def make_graphs(
     enabled = args.cuda_graph == "auto" and world.device.type == "cuda" and world.size == 1
     static = build.has_static_shapes(args, world.device)
     return StepGraphs(renderer, log, enabled=enabled and static)
+
+
+def guidance_graphs(
+    args: argparse.Namespace, world: World, log: Log
+) -> tuple[StepGraphs, FunctionGraphs]:
+    """CUDA graphs of the frozen U-Net and of the encoder, unless ``--cuda_graph off``.
+
+    Only where their weights stay in place; VSD's LoRA changes what the U-Net computes.
+    """
+    enabled = args.cuda_graph == "auto" and world.device.type == "cuda" and args.offload == "none"
+    unet = StepGraphs(torch.nn.Module(), log, enabled=enabled and args.guidance != "vsd")
+    return unet, FunctionGraphs(log, enabled=enabled and not args.vae_checkpointing)
 
 
 def make_probe(

@@ -350,7 +350,94 @@ def test_a_capture_that_fails_is_said_once_and_training_goes_on(fake_cuda, monke
         again.run(step, (x,))
 
 
+@pytest.fixture
+def graphed(monkeypatch):
+    """torch.cuda.make_graphed_callables, played on the CPU: one memory for all calls' tensors."""
+    recorded = Counter()
+
+    def make(function, sample):
+        recorded["captures"] += 1
+        held = [tensor.detach().clone() for tensor in function(*sample)]
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                recorded["replays"] += 1
+                sample[0].data.copy_(x)
+                for own, new in zip(held, function(sample[0]), strict=True):
+                    own.copy_(new.detach())
+                return tuple(tensor.detach() for tensor in held)
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                with torch.enable_grad():
+                    outputs = function(sample[0])  # of the latest call, whichever is meant
+                return torch.autograd.grad(outputs, sample[0], gradients)[0]
+
+        return Graphed.apply
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    return recorded
+
+
+def test_a_recorded_function_has_the_same_results_and_gradients(graphed):
+    said: list[str] = []
+    graphs = graph.FunctionGraphs(said.append, enabled=True)
+
+    def function(x):
+        return x.square() * 0.5, x.sin()
+
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 5):
+        for _ in range(graph.WARM_UP + 3):
+            x = torch.rand(count, 2, generator=generator).requires_grad_()
+            first, second = graphs.run(function, x)
+            torch.testing.assert_close((first, second), function(x))
+            (first.sum() + 2 * second.sum()).backward()
+            torch.testing.assert_close(x.grad, x.detach() + 2 * x.detach().cos())
+    assert graphed == {"captures": 2, "replays": 6} and not said
+    with torch.no_grad():
+        graphs.run(function, x)
+    graphs.run(function, x.detach())
+    assert graphed["replays"] == 6  # nothing to differentiate: eager
+
+
+def test_a_function_that_cannot_be_recorded_is_said_once(monkeypatch):
+    said: list[str] = []
+
+    def fail(function, sample):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    graphs = graph.FunctionGraphs(said.append, enabled=True)
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(2 * graph.WARM_UP):
+        torch.testing.assert_close(graphs.run(torch.sin, x), x.sin())
+    assert len(said) == 1 and "operation not permitted when stream is capturing)" in said[0]
+
+
 # ------------------------------------------------------------------------------------ text to 3D
+
+
+def test_an_object_trains_the_same_with_a_recorded_encoder(
+    tmp_path, monkeypatch, graphed, sd_folder
+):
+    def graphs(args, world, log):
+        unet = graph.StepGraphs(nn.Module(), log, enabled=False)
+        return unet, graph.FunctionGraphs(log, enabled=recording)
+
+    monkeypatch.setattr(run_dreamfusion.build_run, "guidance_graphs", graphs)
+    finals = []
+    for recording in (False, True):
+        words = [*DREAM_TINY, "--guidance", "sds", "--sd_model", sd_folder, "--no-mesh"]
+        words += ["--basedir", tmp_path, "--expname", recording, "--N_iters", graph.WARM_UP + 3]
+        done = run_main(run_dreamfusion.main, *words)
+        assert done.returncode == 0, done.stderr
+        path = next((tmp_path / str(recording)).glob("*.tar"))
+        finals.append(torch.load(path, weights_only=True))
+    assert graphed["captures"] == 1 and graphed["replays"] >= 3
+    for name, value in finals[0]["network_fn_state_dict"].items():
+        torch.testing.assert_close(finals[1]["network_fn_state_dict"][name], value, msg=name)
 
 
 OBJECTS = {

@@ -53,12 +53,9 @@ class StepGraphs:
             return self._eager(function, inputs)
         try:
             self._graphs[kind] = self._record(function, tensors, structure)
-        except Exception as error:  # capture can fail in any way; training must not
-            if isinstance(error, torch.OutOfMemoryError):
-                raise  # smaller pieces may fit
+        except Exception as error:
             self.enabled = False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.log(f"CUDA graphs are not used ({reason}); training goes on without, slower")
+            _explain(error, self.log)
             return function(inputs)
         return self._graphs[kind].replay(tensors)
 
@@ -83,6 +80,49 @@ class StepGraphs:
         self._pool = self._pool or graph.pool()
         gradients = [parameter.grad for parameter in self.parameters]
         return _Recorded(graph, own, result, self.parameters, gradients)
+
+
+class FunctionGraphs:
+    """Calls a differentiable function of one tensor by two CUDA graphs, one of them its gradient's.
+
+    enabled, log: as of ``StepGraphs``. What the function reads besides its input, such as frozen
+    weights, must stay where it lies. A result lives until the next call with the same shape, and so
+    does what a backward pass needs: that has to come first.
+    """
+
+    def __init__(self, log: Callable[[str], None], *, enabled: bool) -> None:
+        self.log, self.enabled = log, enabled
+        self._graphs: dict[Any, Callable[[Tensor], Any]] = {}
+        self._calls: dict[Any, int] = {}  # eager ones, by kind
+
+    def run(self, function: Callable[[Tensor], T], x: Tensor) -> T:
+        """function(x), by graphs where x needs a gradient and its shape comes often."""
+        if not self.enabled or not (x.requires_grad and torch.is_grad_enabled()):
+            return function(x)
+        kind = _signature(x)
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        if kind not in self._graphs and (calls <= WARM_UP or len(self._graphs) >= MAX_GRAPHS):
+            return function(x)
+        if kind not in self._graphs:
+            try:
+                sample = x.detach().clone().requires_grad_()
+                self._graphs[kind] = torch.cuda.make_graphed_callables(function, (sample,))
+            except Exception as error:
+                self.enabled = False
+                _explain(error, self.log)
+                return function(x)
+        return self._graphs[kind](x)
+
+
+def _explain(error: Exception, log: Callable[[str], None]) -> None:
+    """Say why kernels could not be recorded, which can fail in any way: training must not.
+
+    Raises an OutOfMemoryError again: smaller pieces may fit.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    log(f"CUDA graphs are not used ({reason}); training goes on without, slower")
 
 
 class _Recorded:
