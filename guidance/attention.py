@@ -5,7 +5,7 @@ heads (Hertz et al. 2022, Prompt-to-Prompt): which pixels attend to which token.
 never stores these probabilities, so slower processors replace it for single passes only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# (whether it is cross-attention, probabilities [B x heads, pixels, tokens]) -> the ones to use
+Edit = Callable[[bool, Tensor], Tensor]
 
 
 def fast_attention(device: torch.device) -> AbstractContextManager[None]:
@@ -29,13 +32,14 @@ def fast_attention(device: torch.device) -> AbstractContextManager[None]:
 class MapAttention:
     """A diffusers attention processor that stores its layer's cross-attention probabilities.
 
-    name: of the layer; kept: the dict to store them in, under ``name``. A pass can replace
-    probabilities by ``cross_attention_kwargs={"attention_maps": maps}``, where maps is a dict from
-    layer names to [B x heads, pixels, tokens].
+    name: of the layer; kept: the dict to store them in, under ``name``; edit: changes all
+    probabilities, those of self-attention too. A pass can replace probabilities by
+    ``cross_attention_kwargs={"attention_maps": maps}``, where maps is a dict from layer names to
+    [B x heads, pixels, tokens].
     """
 
-    def __init__(self, name: str, kept: dict[str, Tensor]):
-        self.name, self.kept = name, kept
+    def __init__(self, name: str, kept: dict[str, Tensor], edit: Edit | None = None):
+        self.name, self.kept, self.edit = name, kept, edit
 
     def __call__(
         self,
@@ -55,6 +59,8 @@ class MapAttention:
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
         )
         probabilities = attn.get_attention_scores(query, key, attention_mask)
+        if self.edit is not None:
+            probabilities = self.edit(is_cross, probabilities)
         if is_cross:
             replacement = (attention_maps or {}).get(self.name)
             if replacement is not None:
@@ -91,6 +97,21 @@ def recorded_attention(unet: Any) -> Iterator[dict[str, Tensor]]:
     processors = {name: MapAttention(name, kept) for name in unet.attn_processors}
     with swap_attn_processors(unet, processors):
         yield kept
+
+
+@contextmanager
+def edited_attention(unet: Any, edit: Edit, *, self_too: bool) -> Iterator[None]:
+    """Every pass in the block uses the attention probabilities that ``edit`` returns.
+
+    self_too: edit self-attention as well as cross-attention; layers that are not edited keep their
+    fused processors.
+    """
+    processors = {
+        name: MapAttention(name, {}, edit) if self_too or "attn2" in name else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    with swap_attn_processors(unet, processors):
+        yield
 
 
 def token_maps(kept: dict[str, Tensor], batch: int, side: int | None = None) -> Tensor:

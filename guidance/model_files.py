@@ -288,15 +288,15 @@ def load_noise_schedule(
 ) -> tuple[Tensor, str]:
     """alphas_cumprod [T] float32 and the prediction type of a diffusers scheduler.
 
-    name: its class, such as ddim or DDIMScheduler; None takes the model's own. Warns if the model's
-    own schedule has zero terminal SNR and this scheduler's has not.
+    name: its class, such as ddim or DDIMScheduler; None takes the model's own. Warns if it changes
+    nothing, or if the model's own schedule has zero terminal SNR and this scheduler's has not.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     check_limits(config, str(file))
     own = str(config.get("_class_name", "DDIMScheduler"))
     source = f"--scheduler {name}" if name else str(file)
-    scheduler = _make_scheduler(name or own, config, source)
+    scheduler = make_scheduler(name or own, config, source)
     alphas_cumprod = scheduler.alphas_cumprod.float()
     prediction_type = scheduler.config.get("prediction_type")
     if prediction_type not in PREDICTIONS:
@@ -304,9 +304,9 @@ def load_noise_schedule(
             f"{source}: the model predicts {prediction_type}; expected {', '.join(PREDICTIONS)}"
         )
     if name:
-        trained = _make_scheduler(own, config, str(file)).alphas_cumprod.float()
+        trained = make_scheduler(own, config, str(file)).alphas_cumprod.float()
         plain, zero = (
-            _make_scheduler("ddim", config | {"rescale_betas_zero_snr": each}, source)
+            make_scheduler("ddim", config | {"rescale_betas_zero_snr": each}, source)
             for each in (False, True)
         )
         known = [trained, plain.alphas_cumprod, zero.alphas_cumprod]
@@ -315,7 +315,9 @@ def load_noise_schedule(
                 f"{source}: its noise schedule is not the one that the model was trained with; use "
                 "--scheduler ddim, or leave it out"
             )
-        if _same(trained, zero.alphas_cumprod) and not _same(alphas_cumprod, trained):
+        if _same(alphas_cumprod, trained):
+            warn(f"{source}: its noise schedule is the model's own, so it changes nothing")
+        elif _same(trained, zero.alphas_cumprod):
             warn(
                 f"{source}: the model was trained with zero terminal SNR, which this scheduler "
                 "cannot have; use --scheduler ddim, or leave it out"
@@ -328,17 +330,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other.float(), atol=1e-6)
 
 
-def _make_scheduler(name: str, config: dict[str, Any], source: str) -> Any:
+def make_scheduler(name: str, config: dict[str, Any], source: str) -> Any:
     """diffusers' scheduler of this name, which has alphas_cumprod; ``source``: for messages."""
     import diffusers
 
     known = {each.lower(): each for each in dir(diffusers) if each.endswith("Scheduler")}
     found = known.get(re.sub(r"[_-]|scheduler$", "", name.lower()) + "scheduler")
     if found is None:
-        raise ValueError(
-            f"{source}: diffusers has no scheduler {name}; use ddim, ddpm, pndm or another of its "
-            "schedulers"
-        )
+        known_ones = "use ddim, ddpm, pndm or another of its schedulers"
+        raise ValueError(f"{source}: diffusers has no scheduler {name}; {known_ones}")
     try:
         with _quiet():
             scheduler = getattr(diffusers, found).from_config(config)

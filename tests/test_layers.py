@@ -22,11 +22,12 @@ LEVELS = {
     "guidance.lora_files": 0,
     "guidance.stable_diffusion": 1, "guidance.vsd": 1, "guidance.prompts": 1,
     "guidance.gaussian": 1,
+    "guidance.prompt_to_prompt": 2, "guidance.samplers": 1,
     "guidance.build": 3,
     "guidance.sample": 4,
 }  # fmt: skip
-# Besides the scripts, only these see the parsed flags.
-SEE_ARGS = ("nerf.flags", "nerf.build", "nerf.build_run", "guidance.build")
+# Besides the scripts, only these see the parsed flags; guidance.sample is a program.
+SEE_ARGS = ("nerf.flags", "nerf.build", "nerf.build_run", "guidance.build", "guidance.sample")
 PACKAGES = ("nerf", "guidance")
 # guidance/tiny is a model with the program that made it, apart from both.
 FILES = [

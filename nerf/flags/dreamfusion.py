@@ -155,7 +155,7 @@ def add_model_flags(parser: Parser) -> None:
     flag("guidance_res", non_negative_int, 0,
         "pixels per side at which the model sees renders; 0: the model's own size")
     flag("scheduler", "NAME", None,
-        "noise schedule in place of the model's own: ddim, ddpm, pndm, ...")
+        "scheduler whose noise schedule replaces the model's own: ddim, ddpm, pndm, ...")
     flag("guidance_dtype", ("auto", "fp32", "bf16", "fp16"), "auto",
         "precision of the model; auto: fp16 on a GPU, else fp32")
     flag("attention_slicing", "SLICES", "off",
