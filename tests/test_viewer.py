@@ -118,7 +118,7 @@ def open_viewer(monkeypatch, tmp_path, view):
 
 def test_pictures_are_coarse_in_motion_and_refined_at_rest(monkeypatch, tmp_path):
     shown, client, sent, _ = open_viewer(
-        monkeypatch, tmp_path, lambda pose, fov, size, mode, box: np.zeros((*size, 3))
+        monkeypatch, tmp_path, lambda pose, fov, size, mode, box, stopped: np.zeros((*size, 3))
     )
     monkeypatch.setattr(viewer, "REST", 0.0)
     try:

@@ -139,11 +139,12 @@ def render_free_view(
     size: tuple[int, int],
     mode: str,
     box: np.ndarray | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """The first object from any camera as [H, W, 3] in [0, 1], for ``viewer.Viewer``.
 
     c2w [3, 4]; fov: vertical, radians; size: height and width; mode of MODES; box: corners [2, 3]
-    of the part that is shown, None: all.
+    of the part that is shown, None: all. Interrupted if stopped().
     """
     height, width = size
     pose = torch.tensor(c2w, dtype=torch.float32, device=outputs.world.device)[None]
@@ -158,6 +159,8 @@ def render_free_view(
     parts, (_, render) = [], outputs.renderers()[0]
     with torch.no_grad(), outputs.ema.swap():
         for start in range(0, height * width, BLOCK):
+            if stopped():
+                raise Interrupted
             part = rays.part(slice(start, start + BLOCK))
             parts.append(render(part, lighting.per_pixel(len(part.origins))))
     members = [torch.cat(member).cpu() for member in zip(*parts, strict=True)]

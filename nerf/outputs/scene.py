@@ -267,11 +267,12 @@ def render_free_view(
     size: tuple[int, int],
     mode: str,
     box: np.ndarray | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """The scene from any camera as [H, W, 3] in [0, 1], for ``viewer.Viewer``.
 
-    c2w [3, 4]; fov: vertical, radians; size: height and width; mode of ``viewer.MODES``; box:
-    corners [2, 3] of the part that is shown, None: all; an NDC scene is never cropped.
+    c2w [3, 4]; fov: vertical, radians; size: height, width; mode of ``viewer.MODES``; box: corners
+    [2, 3] of the part shown, None: all; an NDC scene is never cropped. Interrupted if stopped().
     """
     scene, device = outputs.scene, outputs.world.device
     height, width = size
@@ -287,6 +288,8 @@ def render_free_view(
     parts = []
     with torch.no_grad():
         for start in range(0, height * width, outputs.block):
+            if stopped():
+                raise Interrupted
             parts.append(outputs.render(rays.part(slice(start, start + outputs.block))))
     rgb, opacity, depth = (torch.cat(m).cpu().float() for m in zip(*parts, strict=True))
     rgb, depth = rgb.view(height, width, 3), depth.view(height, width) * in_box

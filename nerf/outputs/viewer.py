@@ -1,14 +1,18 @@
 """The live viewer: a scene in the browser during and after training, served by viser.
 
 Pictures are rendered in the training thread between steps, for at most ``BUDGET`` of the wall time.
-viser's own threads only record requests (camera poses, pressed buttons). Nothing here draws random
-numbers or changes what is trained, and any error switches the viewer off.
+viser's own threads only record requests (camera poses, pressed buttons), after ``viewer_guard`` has
+checked who asks and for what. Nothing here draws random numbers or changes what is trained, and any
+error of a picture switches the viewer off.
 """
 
+import io
 import math
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,8 @@ import numpy as np
 from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.outputs.camera_path import interpolate, write_path
+from nerf.outputs.scene import Interrupted
+from nerf.outputs.viewer_cameras import address, camera_pose, picture_size, quaternion
 
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
 # Part of the wall time spent on pictures during training. The whole cost stays below a tenth: a
@@ -27,8 +33,15 @@ REST = 0.3  # seconds without motion before a picture is refined
 REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training
 THUMBNAIL = 64  # pixels of a training picture's longer side
 MAX_FRUSTA = 100  # training cameras shown at most
+MAX_KEYS = 1000  # key frames of a path
+SECONDS = (0.5, 600.0)  # shortest and longest path
+MAX_TEXT = 2000  # characters of a text
+MAX_TEXTS = 100  # changes of the text: each is kept in every checkpoint
+CLICK_SECONDS = 0.2  # a button does nothing for so long after it was pressed
 
-RenderView = Callable[[np.ndarray, float, tuple[int, int], str, np.ndarray | None], np.ndarray]
+RenderView = Callable[
+    [np.ndarray, float, tuple[int, int], str, np.ndarray | None, Callable[[], bool]], np.ndarray
+]
 
 
 class ShownView(NamedTuple):
@@ -56,21 +69,6 @@ def check_server(host: str, port: int) -> None:
             ) from None
 
 
-def quaternion(c2w: np.ndarray) -> np.ndarray:
-    """Quaternion wxyz in viser's camera axes (y down, z forward) for c2w in those of nerf.rays."""
-    from scipy.spatial.transform import Rotation
-
-    return np.roll(Rotation.from_matrix(c2w[:, :3] * [1, -1, -1]).as_quat(), 1)
-
-
-def camera_pose(camera: Any) -> np.ndarray:
-    """c2w [3, 4] of a viser camera, in the axes of ``nerf.rays``."""
-    from scipy.spatial.transform import Rotation
-
-    turn = Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix() * [1, -1, -1]
-    return np.concatenate([turn, np.asarray(camera.position)[:, None]], axis=1)
-
-
 class Viewer:
     """Serves one scene. Call ``tick`` after every step, or ``serve`` where nothing is trained.
 
@@ -80,7 +78,8 @@ class Viewer:
     processes, of which the others would wait in vain. Set ``view`` before the first ``tick``.
     """
 
-    view: RenderView | None = None  # (c2w, fov, size, mode, box) -> [H, W, 3] in [0, 1]
+    # (c2w, fov, size, mode, box, stopped) -> [H, W, 3] in [0, 1]; Interrupted if stopped()
+    view: RenderView | None = None
 
     def __init__(
         self,
@@ -96,22 +95,28 @@ class Viewer:
     ) -> None:
         import viser
 
+        from nerf.outputs.viewer_guard import Guard
+
         self.scene, self.folder, self.log = scene, folder, log
         self.active, self.paused = True, False
         self.render_seconds, self.budget_start = 0.0, time.monotonic()
         self.keys: list[tuple[np.ndarray, float]] = []  # c2w, vertical field of view in degrees
         self._pending_text: str | None = None
+        self.num_texts = 0
         # While a path is played: its start time, poses [F, 3, 4], fields of view [F] in degrees.
         self.playing: tuple[float, np.ndarray, np.ndarray] | None = None
         self.shown: dict[int, ShownView] = {}  # by client
+        self.served_at: dict[int, float] = {}  # time of each client's last picture
         self.num_pictures = 0
-        self.server = viser.ViserServer(host=host, port=port, verbose=False)
+        self.guard = Guard()
+        with self.guard.installed_in_viser(), redirect_stdout(io.StringIO()):  # viser's banner
+            self.server = viser.ViserServer(host=host, port=port, verbose=False)
         try:
             self._set_up(port, modes, text, may_pause)
         except Exception:
-            self.server.stop()
+            self.close()
             raise
-        log(f"viewer: http://{host}:{port}")
+        log(f"viewer: {address(host, port)}/?token={self.guard.token}")
 
     def _set_up(self, port: int, modes: tuple[str, ...], text: str | None, may_pause: bool) -> None:
         if self.server.get_port() != port:
@@ -121,8 +126,11 @@ class Viewer:
         self.server.initial_camera.position = (2.75, 0.0, 1.0)
         self.server.initial_camera.look_at = (0.0, 0.0, 0.0)
         if self.scene is not None:
+            from nerf.outputs.viewer_guard import one_of
+
             self._add_training_cameras(self.scene)
             checkbox = self.server.gui.add_checkbox("training cameras", True)
+            self._checked(checkbox, one_of((False, True)))
             node = self.server.scene.add_frame("/cameras", show_axes=False)
             checkbox.on_update(lambda event: setattr(node, "visible", checkbox.value))
 
@@ -133,25 +141,32 @@ class Viewer:
         self.close()
 
     def _add_controls(self, modes: tuple[str, ...], text: str | None, may_pause: bool) -> None:
-        gui = self.server.gui
-        self.mode = gui.add_dropdown("show", modes)
+        from nerf.outputs.viewer_guard import is_text, is_vector, number_between, one_of
+
+        gui, radius, switch = self.server.gui, self._radius(), one_of((False, True))
+        self.mode = self._checked(gui.add_dropdown("show", modes), one_of(modes))
         if text is not None:
-            box = gui.add_text("text", text)
+            self.text = self._checked(gui.add_text("text", text), is_text)
             hint = "Train on this text from the next step on; the run's flags keep the old text."
-            use = gui.add_button("use this text", hint=hint)
-            use.on_click(lambda event: setattr(self, "_pending_text", box.value.strip()))
-        self.crop = gui.add_checkbox("crop", False)
-        radius = self._radius()
-        self.low = gui.add_vector3("crop from", (-radius, -radius, -radius), step=0.05)
-        self.high = gui.add_vector3("crop to", (radius, radius, radius), step=0.05)
-        self.seconds = gui.add_number("path: seconds", 4.0, min=0.5, max=600.0)
+            use = self._checked(gui.add_button("use this text", hint=hint), switch)
+            use.on_click(self._guarded(self._use_text))
+        self.crop = self._checked(gui.add_checkbox("crop", False), switch)
+        low, high = (-radius, -radius, -radius), (radius, radius, radius)
+        self.low = self._checked(gui.add_vector3("crop from", low, step=0.05), is_vector)
+        self.high = self._checked(gui.add_vector3("crop to", high, step=0.05), is_vector)
+        seconds = gui.add_number("path: seconds", 4.0, min=SECONDS[0], max=SECONDS[1])
+        self.seconds = self._checked(seconds, number_between(*SECONDS))
         buttons = {"add key": self._add_key, "remove key": self._remove_key}
         buttons |= {"play": self._play, "save path": self._save}
         if may_pause:
-            pause = gui.add_button("pause / resume training")
-            pause.on_click(lambda event: setattr(self, "paused", not self.paused))
+            buttons = {"pause / resume training": self._pause} | buttons
         for label, action in buttons.items():
-            gui.add_button(label).on_click(self._guarded(action))
+            self._checked(gui.add_button(label), switch).on_click(self._guarded(action))
+
+    def _checked(self, handle: Any, check: Callable[[Any], bool]) -> Any:
+        """``handle``; from now on browsers may send it the values that pass the check."""
+        self.guard.controls[handle._impl.uuid] = check
+        return handle
 
     def new_text(self) -> str | None:
         """The text entered since the last call, if any."""
@@ -159,15 +174,34 @@ class Viewer:
         return text or None
 
     def _guarded(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
-        """``action``, with errors logged: they occur in viser's threads."""
+        """``action``, once in CLICK_SECONDS, with errors logged: viser calls it in its threads."""
+        lock, pressed_at = threading.Lock(), -math.inf
 
         def run(event: Any) -> None:
+            nonlocal pressed_at
+            if time.monotonic() - pressed_at < CLICK_SECONDS or not lock.acquire(blocking=False):
+                return
             try:
+                pressed_at = time.monotonic()
                 action(event)
             except Exception as error:
                 self.log(f"viewer: {error}")
+            finally:
+                lock.release()
 
         return run
+
+    def _pause(self, event: Any) -> None:
+        self.paused = not self.paused
+
+    def _use_text(self, event: Any) -> None:
+        text = " ".join(self.text.value.split())
+        if len(text) > MAX_TEXT or self.num_texts >= MAX_TEXTS:
+            reason = f"At most {MAX_TEXT} characters and {MAX_TEXTS} changes."
+            event.client.add_notification("This text is not used", reason)
+            return
+        self.num_texts += 1
+        self._pending_text = text
 
     def _radius(self) -> float:
         """The largest coordinate of a camera; 1 for an object, which is at the origin."""
@@ -176,6 +210,8 @@ class Viewer:
         return float(self.scene.c2w[:, :, 3].abs().max())
 
     def _add_key(self, event: Any) -> None:
+        if len(self.keys) >= MAX_KEYS:
+            raise ValueError(f"a path has at most {MAX_KEYS} keys; remove some")
         camera = event.client.camera
         self.keys.append((camera_pose(camera), math.degrees(camera.fov)))
 
@@ -220,22 +256,28 @@ class Viewer:
         if not self.active:
             return
         if self.render_seconds <= BUDGET * (time.monotonic() - self.budget_start):
-            self._render_pending()
+            self._render_pending(stopped)
         while self.active and self.paused and not stopped():
-            time.sleep(0.0 if self._render_pending() else 0.02)
+            time.sleep(0.0 if self._render_pending(stopped) else 0.02)
             # A pause is not training time: the budget starts again after it.
             self.render_seconds, self.budget_start = 0.0, time.monotonic()
 
     def serve(self, stopped: Callable[[], bool]) -> None:
         """Render pictures without a budget until ``stopped()``."""
         while self.active and not stopped():
-            time.sleep(0.0 if self._render_pending() else 0.02)
+            time.sleep(0.0 if self._render_pending(stopped) else 0.02)
 
-    def _render_pending(self) -> bool:
-        """Render the next picture of every client that needs one; whether there was any."""
+    def _render_pending(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Render a picture for the client that has waited longest; whether any needed one."""
         start = time.monotonic()
         try:
-            return any([self._render_for(number, c) for number, c in self._clients()])
+            clients = dict(self._clients())
+            self.served_at = {number: self.served_at.get(number, 0.0) for number in clients}
+            self.shown = {number: view for number, view in self.shown.items() if number in clients}
+            waiting = sorted(clients, key=self.served_at.__getitem__)
+            return any(self._render_for(number, clients[number], stopped) for number in waiting)
+        except Interrupted:
+            return False
         except Exception as error:  # no error in the viewer may stop training
             self.active = False
             self.log(f"viewer switched off: {type(error).__name__}: {error}")
@@ -247,7 +289,7 @@ class Viewer:
         """The connected browsers: viser's number and handle of each."""
         return list(self.server.get_clients().items())
 
-    def _render_for(self, number: int, client: Any) -> bool:
+    def _render_for(self, number: int, client: Any, stopped: Callable[[], bool]) -> bool:
         """Render a client's next picture, coarse or refined; False if it needs none."""
         camera, now = client.camera, time.monotonic()
         if camera.update_timestamp == 0:  # the browser has not sent its camera yet
@@ -265,13 +307,12 @@ class Viewer:
             level, moved_at = 1, now  # training has gone on: render again
         else:
             return False
-        longer, aspect = SIDES[level], camera.aspect
-        width = longer if aspect >= 1 else max(2, round(longer * aspect))
-        height = max(2, round(width / aspect))
         assert self.view is not None, "set Viewer.view before the first tick"
-        picture = self.view(pose, fov, (height, width), self.mode.value, box)
+        size = picture_size(SIDES[level], camera.aspect)
+        picture = self.view(pose, fov, size, self.mode.value, box, stopped)
         client.scene.set_background_image(to_8bit(picture), format="jpeg")
         self.shown[number] = ShownView(request, level, moved_at)
+        self.served_at[number] = time.monotonic()
         self.num_pictures += 1
         return True
 
@@ -288,6 +329,7 @@ class Viewer:
     def close(self) -> None:
         """Stop serving and free the port."""
         self.active = False
+        self.guard.close(self.server.get_event_loop())
         self.server.stop()
 
 
