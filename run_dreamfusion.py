@@ -29,9 +29,10 @@ from guidance.attention import attention_sheet, picked_tokens
 from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center
-from nerf import build, build_run
+from nerf import build, build_optimizer, build_run
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
+from nerf.flags.checkpoints import reading_flags
 from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.object import (
@@ -47,12 +48,14 @@ from nerf.outputs.report import try_report
 from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.text3d.collapse import Collapse
-from nerf.text3d.losses import shape_loss
+from nerf.text3d.losses import SHAPE_LOSSES, shape_losses
 from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
 from nerf.text3d.particles import members_of
 from nerf.text3d.shading import Lighting, draw_lighting
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
+from nerf.training.checkpoint_choice import archive_checkpoints, find_checkpoint, newest_checkpoint
 from nerf.training.ema import EMA
+from nerf.training.logged import added, by_group, read_means
 from nerf.training.monitor import Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
@@ -65,6 +68,7 @@ from nerf.training.recovery import (
     next_attempt,
 )
 from nerf.training.run_folder import RunFolder, newest_run
+from nerf.training.schedules import highest
 from nerf.training.state import TrainState
 
 
@@ -99,10 +103,10 @@ def run_prompts(args) -> int:
 
 def run_prompt(args, world, models) -> int:
     """One prompt from start to end, or one of the modes that only read a finished run."""
-    reading = bool(args.render_only or args.export)
+    reading = bool(reading_flags(args))
     if args.camera_path:
         read_path(Path(args.camera_path))  # a broken file must fail before the work begins
-    if args.viewer and world.is_main and not args.export:
+    if args.viewer and world.is_main and reading_flags(args) in ([], ["--render_only"]):
         check_server(args.viewer_host, args.viewer_port)
     if reading:
         name_run_to_read(args)
@@ -144,11 +148,12 @@ def prepare(args, world, attempt: Attempt) -> TrainState:
     # train on: each draws the same global batch, see rng.step_generator, and keeps its shard.
     rng.seed_everything(attempt.weights_seed)
     renderer = build.object_renderer(args, world.device).to(world.device)
-    groups = build.parameter_groups(renderer, args)
+    groups = build_optimizer.parameter_groups(renderer, args)
     fused = world.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=(0.9, 0.99), eps=1e-15, fused=fused)
     scaler = system.grad_scaler(world.device, args.amp)
-    return TrainState(renderer, optimizer, scaler, EMA(renderer, args.ema_decay), attempt)
+    ema = EMA(renderer, args.ema_decay)
+    return TrainState(renderer, optimizer, scaler, ema, attempt, **build_run.saving(args))
 
 
 def resume(args, run, state: TrainState, guide: Guide) -> None:
@@ -156,11 +161,13 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
     if state.attempt.saved is None:
         if args.init_from:
             start_from(args, run, state)
+        if args.ft_weights:
+            state.start_from_weights(args.ft_weights, args.ft_ignore or [], run.log)
         return
     path, saved = state.attempt.saved
     for change in common_flags.other_changes(saved.get("args", {}), args, dream_flags.STRUCTURAL):
         run.log(f"changed since the checkpoint: {change}")
-    guide.restore(state.restore(run.log), str(path))
+    guide.restore(state.restore(run), str(path))
     if state.step < args.N_iters:
         run.log(f"resumed from {path} at step {state.step}")
     else:
@@ -170,7 +177,7 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
 def find_start(args, log) -> checkpoint.SavedState:
     """The checkpoint of ``--init_from``, a file or the newest of a run folder."""
     path = Path(args.init_from)
-    found = checkpoint.newest_checkpoint(path, log) if path.is_dir() else None
+    found = newest_checkpoint(path, log) if path.is_dir() else None
     if path.is_dir() and found is None:
         raise ValueError(f"--init_from {path}: there is no checkpoint in it")
     path, saved = found or (path, checkpoint.load_checkpoint(path))
@@ -246,8 +253,8 @@ def start_viewer(args, world, run, outputs: ObjectOutputs) -> Viewer | None:
 def train(args, world, run, models) -> int:
     """Train until N_iters, --max_minutes or a signal; start again where an attempt cannot go on."""
     if args.no_reload and world.is_main:
-        checkpoint.archive_checkpoints(run.folder, run.log)
-    find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
+        archive_checkpoints(run.folder, run.log)
+    find = partial(find_checkpoint, run, args.ft_path, world)
     attempt = Attempt.from_checkpoint(args.seed, find(reload=not args.no_reload))
     for line in args.left_out:
         run.log(line)
@@ -306,7 +313,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
         while state.step < args.N_iters:
             # ---- one update. Every random number comes from (seed, step), not from a running
             # generator: a resumed run draws what an unbroken one draws, on any number of ranks.
-            lr = build.learning_rate(state.step, args)
+            lr = build_optimizer.learning_rate(state.step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
             now = build.scheduled_flags(args, state.step)  # flags that change with the step
@@ -349,7 +356,6 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                         guide.set_prompt(args, run.log, text, state.step)
             if verdict.diverged:
                 raise NonFinite.diagnose(state.step, world, step_tensors(renderer, inputs, stats))
-            optimizer.zero_grad(set_to_none=True)  # frees memory for pictures
             if args.space == "3d" and verdict.read:
                 collapse.watch(opacity, state.step, run.log)
             if verdict.signal:
@@ -358,7 +364,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             last = verdict.time_up or state.step == args.N_iters
             if every(state.step, args.i_print) or last:
                 values |= {"views_left_out": views_left_out, "skipped": monitor.skipped}
-                log_step(args, run, progress, world, state, stats, values)
+                values |= {"lr_lora": guide.lora.lrate} if guide.lora is not None else {}
+                log_step(args, run, progress, world, state, stats, now, values)
+            optimizer.zero_grad(set_to_none=True)  # frees memory for pictures
             progress.advance(run.log)
             if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
                 return foretell(args, run, state, progress, outputs)
@@ -433,7 +441,8 @@ class StepStats(NamedTuple):
     """What the views of a step leave behind besides gradients."""
 
     distilled: sds.Distilled
-    shape: Tensor  # [] losses on the object's shape, with their weights
+    shape: Tensor  # [] sum of the losses on the object's shape, with their weights
+    terms: dict[str, Tensor]  # [] each of them
     loss: Tensor  # [] guidance and shape
     images: Tensor  # [V, 3, H, W] in [0, 1]
     text: Tensor  # [V, ...] embedded prompt of each view
@@ -464,11 +473,12 @@ def accumulate_gradients(
         conditions = guide.conditions(cameras, size, lighting.background)
         lora = guide.lora.epsilon_at(cameras.c2w) if guide.lora is not None else None
         distilled = sds.distill(guide.prior, shown, conditions, noise, recipe, lora)
-        shape = torch.as_tensor(shape_loss(rendered, renderer, now))
+        terms = shape_losses(rendered, renderer, now)
+        shape = torch.as_tensor(sum(terms.values(), start=0.0))
         loss = now["lambda_sds"] * distilled.loss + shape
         # DDP averages the gradients in backward(); a micro-batch counts by its share of the views.
         state.scaler.scale(loss * (len(images) / num_views)).backward()
-        detached = shape.detach(), loss.detach(), images.detach()
+        detached = shape.detach(), added({}, terms), loss.detach(), images.detach()
         opacity, samples = rendered.opacity.detach().mean(), renderer.batch_samples
         pieces.append(StepStats(distilled, *detached, conditions.text, opacity, samples))
     return pieces[0] if len(pieces) == 1 else join_stats(pieces, now["lambda_sds"])
@@ -476,7 +486,7 @@ def accumulate_gradients(
 
 def join_stats(pieces: list[StepStats], lambda_sds: float) -> StepStats:
     """The statistics of all views, from those of the micro-batches."""
-    distilled, shapes, _, images, texts, opacities, samples = zip(*pieces, strict=True)
+    distilled, shapes, terms, _, images, texts, opacities, samples = zip(*pieces, strict=True)
     counts = [len(text) for text in texts]
     fractions = [count / sum(counts) for count in counts]
     whole = sds.join(distilled, fractions)
@@ -484,8 +494,12 @@ def join_stats(pieces: list[StepStats], lambda_sds: float) -> StepStats:
         sum(value * fraction for value, fraction in zip(values, fractions, strict=True))
         for values in (shapes, opacities)
     )
+    each: dict[str, Tensor] = {}
+    for named, fraction in zip(terms, fractions, strict=True):
+        each = added(each, {name: term * fraction for name, term in named.items()})
     loss = lambda_sds * whole.loss + shape
-    return StepStats(whole, shape, loss, torch.cat(images), torch.cat(texts), opacity, sum(samples))
+    views = torch.cat(images), torch.cat(texts)
+    return StepStats(whole, shape, each, loss, *views, opacity, sum(samples))
 
 
 def step_tensors(renderer, inputs: StepInputs, stats: StepStats) -> StepTensors:
@@ -498,22 +512,31 @@ def step_tensors(renderer, inputs: StepInputs, stats: StepStats) -> StepTensors:
 # ------------------------------------------------------------------------------ logs and pictures
 
 
-def log_step(args, run, progress, world, state: TrainState, stats: StepStats, values) -> None:
-    """One row of metrics, and the line a person reads."""
-    progress.count(stats.samples * world.size)
+def log_step(args, run, progress, world, state, stats: StepStats, now, values) -> None:
+    """One row of metrics, over all ranks, and the line a person reads."""
+    progress.count(samples := world.all_reduce_sum(stats.samples))
     progress.measure()
-    distilled, renderer_values = stats.distilled, state.renderer.report()
+    optimizer, grad_norm = state.optimizer, values["grad_norm"]
+    # A rank's guidance is the mean over its own views, and ``sds`` the square of that: the mean
+    # over all views is 1 / size of each rank's, its square the sum of all squares over size^2.
+    guidance = stats.distilled.loss / world.size
+    values |= {"loss": now["lambda_sds"] * guidance + stats.shape}
     left_out, skipped = values.pop("views_left_out"), values.pop("skipped")
-    values = {name: float(value) for name, value in values.items()}
-    values = {"sds": distilled.loss.item(), "t": distilled.t.float().mean().item(), **values}
-    values |= {"opacity": stats.opacity.item(), "lr": state.optimizer.param_groups[0]["lr"]}
-    values |= {"views_left_out": left_out, "skipped": skipped, **renderer_values}
-    values |= {"memory_mb": system.peak_memory_mb(world.device)}
-    values |= {"samples": stats.samples} if "samples" in values else {}
+    values = {"sds": guidance, "t": stats.distilled.t.float().mean(), **values}
+    values |= {"opacity": stats.opacity, "lr": optimizer.param_groups[0]["lr"]}
+    values |= {"views_left_out": left_out * world.size, "skipped": skipped}
+    values |= state.renderer.report()
+    values |= {"memory_mb": world.all_reduce_max(system.peak_memory_mb(world.device))[0]}
+    values |= {"samples": samples} if "samples" in values else {}
     values |= {"train_seconds": state.clock.seconds}
     values |= {"views_per_second": progress.steps_per_second * args.batch_views}
     values |= {"samples_per_second": progress.samples_per_second}
+    values |= by_group(optimizer, build_optimizer.GROUPS, grad_norm, args.grad_clip)
+    names = [name for name in SHAPE_LOSSES if highest(getattr(args, f"lambda_{name}"))]
+    values |= {f"loss_{name}": stats.terms.get(name, 0.0) for name in names}
+    values = read_means(world, values)
     run.scalars(state.step, values)
+    build_run.record_logged(args, state, values)
     usage = "" if args.space == "2d" else f", {progress.usage()}"
     sds_value = ""
     if not progress.on_terminal:
@@ -606,8 +629,8 @@ def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -
 
 
 def render_and_export(args, world, run) -> int:
-    """``--render_only`` and ``--export``: from the newest checkpoint, with its averaged weights."""
-    saved = checkpoint.find_checkpoint(run.folder, args.ft_path, world, run.log, prefer_given=True)
+    """``--render_only`` and ``--export``: from a checkpoint, with its averaged weights."""
+    saved = find_checkpoint(run, args.ft_path, world, prefer_given=True, choice=args.ckpt)
     if saved is None:
         raise ValueError(f"{run.folder}: no checkpoint there; train first, or name one: --ft_path")
     path, content = saved
@@ -634,6 +657,8 @@ def render_and_export(args, world, run) -> int:
     outputs = make_outputs(args, world, run, renderer, ema)
     if args.export:
         write_mesh(outputs, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
+    elif args.export_weights:
+        build_run.export_weights(args, renderer, ema, content, run)
     elif args.camera_path:
         cameras = path_cameras(outputs, *read_path(Path(args.camera_path)))
         write_turntable(outputs, step, len(cameras.c2w), cameras, Path(args.camera_path).stem)

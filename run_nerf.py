@@ -24,24 +24,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nerf import build, build_run
+from nerf import build, build_optimizer, build_run
 from nerf.build import load_scene
 from nerf.coarse_to_fine import refine
 from nerf.datasets.identity import scene_difference
 from nerf.encodings import resized_planes
 from nerf.flags import common as common_flags
 from nerf.flags import nerf as nerf_flags
+from nerf.flags.checkpoints import reading_flags
 from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
-from nerf.outputs import forecast
+from nerf.outputs import forecast, validation
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.evaluation import Evaluation, EvaluationSettings
 from nerf.outputs.scene import Interrupted, SceneOutputs
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import squared_error
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
+from nerf.training.checkpoint_choice import archive_checkpoints, find_checkpoint
 from nerf.training.ema import EMA
 from nerf.training.graph import StepGraphs
+from nerf.training.logged import added, by_group, read_means
 from nerf.training.monitor import WATCHED_STEPS, Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
@@ -79,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_reading(args) -> bool:
     """Whether the run only reads what an earlier one has trained."""
-    return bool(args.render_only or args.export or args.export_points)
+    return bool(reading_flags(args))
 
 
 def flags_of_run(args, argv: list[str] | None):
@@ -93,7 +96,9 @@ def flags_of_run(args, argv: list[str] | None):
     taken = f"the flags of {name}" if named else f"the run trained last, {name}"
     print(f"no --config{'' if named else ' or --expname'}: taking {taken}", file=sys.stderr)
     saved = Path(args.basedir) / name / "args.txt"
-    return nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
+    args = nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
+    args.ft_path = args.ft_weights = None  # where that run started; it has checkpoints of its own
+    return args
 
 
 def run_scene(args) -> int:
@@ -102,7 +107,7 @@ def run_scene(args) -> int:
     nerf_flags.check_nerf_flags(args, world.size)
     if args.camera_path:
         read_path(Path(args.camera_path))  # a broken file must fail before the work begins
-    if args.viewer and world.is_main and not (args.export or args.export_points):
+    if args.viewer and world.is_main and reading_flags(args) in ([], ["--render_only"]):
         check_server(args.viewer_host, args.viewer_port)
     reading = is_reading(args)
     folder = Path(args.basedir) / args.expname
@@ -135,21 +140,24 @@ def prepare(args, world, run, scene, attempt: Attempt) -> TrainState:
     saved = attempt.saved[1] if attempt.saved else None
     renderer = build.build_renderer(args, scene, run.log, saved).to(world.device)
     betas, eps = ((0.9, 0.99), 1e-15) if args.occ_grid else ((0.9, 0.999), 1e-8)
-    groups = build.parameter_groups(renderer, args)
+    groups = build_optimizer.parameter_groups(renderer, args)
     fused = world.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=betas, eps=eps, fused=fused)
     scaler = system.grad_scaler(world.device, args.amp)
-    return TrainState(renderer, optimizer, scaler, EMA(renderer, args.ema_decay), attempt)
+    ema = EMA(renderer, args.ema_decay)
+    return TrainState(renderer, optimizer, scaler, ema, attempt, **build_run.saving(args))
 
 
 def resume(args, run, state: TrainState) -> None:
     """Go on from the attempt's checkpoint, if there is one, and log what has changed since."""
     if state.attempt.saved is None:
+        if args.ft_weights:
+            state.start_from_weights(args.ft_weights, args.ft_ignore or [], run.log)
         return
     path, saved = state.attempt.saved
     for change in common_flags.other_changes(saved.get("args") or {}, args, nerf_flags.STRUCTURAL):
         run.log(f"changed since the checkpoint: {change}")
-    state.restore(run.log, rays_per_step=args.N_rand)
+    state.restore(run, rays_per_step=args.N_rand)
     if state.step < args.N_iters:
         run.log(f"resumed from {path} at step {state.step}")
     else:
@@ -208,8 +216,8 @@ def train(args, world, run) -> int:
     run.log(f"{args.expname}: {scene.describe()}; {world.size} x {world.device}, seed {args.seed}")
     log_settings(args, world, run)
     if args.no_reload and world.is_main:
-        checkpoint.archive_checkpoints(run.folder, run.log)
-    find = partial(checkpoint.find_checkpoint, run.folder, args.ft_path, world, run.log)
+        archive_checkpoints(run.folder, run.log)
+    find = partial(find_checkpoint, run, args.ft_path, world)
     attempt = Attempt.from_checkpoint(args.seed, find(reload=not args.no_reload))
     if attempt.saved:
         check_same_run(args, attempt.saved, scene)
@@ -272,7 +280,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             graphs = build_run.make_graphs(args, world, run.log, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
-        lr = build.learning_rate(state.step, args)
+        lr = build_optimizer.learning_rate(state.step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
         generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
@@ -339,14 +347,14 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             run.log_once(state.step, f"stuck, {probe.diagnosis()}; no restart is left")
         last = verdict.time_up or state.step == args.N_iters
         if every(state.step, args.i_print) or last:
-            log_step(run, progress, monitor, state, stats, verdict, lr)
+            log_step(args, run, progress, monitor, state, stats, verdict)
             run.log_once(state.step, renderer.warning(state.step))
         progress.advance(run.log)
         if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
             return foretell(args, run, state, progress, evaluation)
         if every(state.step, args.i_img):
             with state.clock.paused():
-                state.record_validation(evaluation.validate(state.step))
+                state.record_score(*validation.score(evaluation, state.step, args.monitor))
             progress.rendering = rendering_seconds()
         if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
             with state.clock.paused():
@@ -378,6 +386,7 @@ class StepStats(NamedTuple):
     levels: tuple  # Rendered of each level (coarse, fine)
     target: Tensor  # [b, 3]
     loss: Tensor  # [] of the batch
+    terms: dict[str, Tensor]  # [] what ``loss`` is the sum of, weights included
     error: Tensor  # [] squared error of the final level, for PSNR
     samples: int | Tensor  # of this rank
 
@@ -403,7 +412,8 @@ def forward_backward(args, world, model, state: TrainState, block: int, batch) -
     pixel_loss = partial(PIXEL_LOSSES[args.loss], delta=args.loss_delta)
     renderer.zero_grad(set_to_none=True)  # also after a try that did not fit into memory
     loss_sum, error_sum, samples = torch.zeros((), device=world.device), 0.0, 0
-    first_levels = None
+    names = ("coarse", "fine") if len(renderer.fields) > 1 else ("color",)
+    first_levels, terms = None, {}
     pieces = [slice(start, start + block) for start in range(0, len(target), block)]
     for piece in pieces:
         # One all-reduce per step is enough: DDP synchronizes at the last micro-batch.
@@ -414,13 +424,16 @@ def forward_backward(args, world, model, state: TrainState, block: int, batch) -
             weight = len(target[piece]) / len(target)  # its share of the batch
             # Both levels learn (NeRF eq. 6): the fine one needs the coarse one's density.
             errors = [pixel_loss(level.rgb, target[piece]) * weight for level in levels]
-            loss = sum(errors) + weight * renderer.penalty()
+            penalties = renderer.penalties()  # on the field, by name
+            loss = sum(errors) + weight * sum(penalties.values())
             scaler.scale(loss).backward()
+        penalties = {name: weight * penalty for name, penalty in penalties.items()}
+        terms = added(terms, dict(zip(names, errors, strict=True)) | penalties)
         first_levels = first_levels or levels
         loss_sum += loss.detach()
         error_sum += squared_error(levels[-1].rgb.detach(), target[piece]) * weight
         samples = samples + renderer.batch_samples
-    return StepStats(first_levels, target[pieces[0]], loss_sum, error_sum, samples)
+    return StepStats(first_levels, target[pieces[0]], loss_sum, terms, error_sum, samples)
 
 
 def step_tensors(renderer, rays, target, stats: StepStats) -> StepTensors:
@@ -430,21 +443,26 @@ def step_tensors(renderer, rays, target, stats: StepStats) -> StepTensors:
     return StepTensors(tensors, renderer)
 
 
-def log_step(run, progress, monitor, state, stats, verdict, lr: float) -> None:
-    """One row of metrics, and the line a person reads."""
+def log_step(args, run, progress, monitor, state, stats, verdict) -> None:
+    """One row of metrics, over all ranks, and the line a person reads."""
     progress.measure()
+    world, optimizer = monitor.world, state.optimizer
     values = {
-        "loss": verdict.loss,
-        "psnr": psnr_from_mse(stats.error.item()),
-        "lr": lr,
+        "loss": stats.loss,
+        "psnr": stats.error,
+        "lr": optimizer.param_groups[0]["lr"],
         "grad_norm": verdict.grad_norm,
         "rays_per_second": progress.rays_per_second,
-        "memory_mb": system.peak_memory_mb(monitor.world.device),
+        "memory_mb": world.all_reduce_max(system.peak_memory_mb(world.device))[0],
         "skipped": monitor.skipped,
         "train_seconds": state.clock.seconds,
         **state.renderer.report(),
         "samples_per_second": progress.samples_per_second,
+        **by_group(optimizer, build_optimizer.GROUPS, verdict.grad_norm, args.grad_clip),
+        **{f"loss_{name}": stats.terms.get(name, 0.0) for name in build_run.loss_terms(args)},
     }
+    values = read_means(world, values)
+    values["psnr"] = psnr_from_mse(values["psnr"])
     run.scalars(state.step, values)
     progress.report(
         run.log,
@@ -481,10 +499,8 @@ def foretell(args, run, state: TrainState, progress: Progress, evaluation: Evalu
 
 
 def render_and_export(args, world, run) -> int:
-    """``--export``, ``--render_only``: mesh, points, camera path or test views of a checkpoint."""
-    saved = checkpoint.find_checkpoint(
-        run.folder, args.ft_path, world, run.log, reload=not args.no_reload, prefer_given=True
-    )
+    """``--export``, ``--render_only``, ``--validate``: mesh, points, pictures of a checkpoint."""
+    saved = find_checkpoint(run, args.ft_path, world, prefer_given=True, choice=args.ckpt)
     if saved is None:
         raise ValueError(
             f"{run.folder}: no checkpoint to render or export; train first, or name one: --ft_path"
@@ -507,7 +523,11 @@ def render_and_export(args, world, run) -> int:
         )
     if args.export_points:
         evaluation.export_points(Path(args.export_points), args.export_bound, args.num_points)
-    named = args.render_test or args.camera_path or args.export or args.export_points
+    if args.export_weights:
+        build_run.export_weights(args, state.renderer, state.ema, content, run)
+    if args.validate:
+        validation.measure_validation(evaluation, step, path, args.datadir)
+    named = args.render_test or args.camera_path or reading_flags(args) != ["--render_only"]
     viewer = start_viewer(args, world, run, scene) if args.render_only and not named else None
     if viewer is not None:
         viewer.view = evaluation.free_view

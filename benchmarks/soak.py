@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from nerf.training import checkpoint
+from nerf.training import checkpoint, checkpoint_choice
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +86,7 @@ def logged_step(run: Path) -> int:
 def after_kill(run: Path) -> tuple[int, str]:
     """The step of the newest valid checkpoint, and a sentence about what was lost, or ""."""
     reached, complaints = logged_step(run), []
-    found = checkpoint.newest_checkpoint(run, complaints.append) if run.is_dir() else None
+    found = checkpoint_choice.newest_checkpoint(run, complaints.append) if run.is_dir() else None
     step = checkpoint.finished_updates(found[1]) if found else 0
     if complaints:
         return step, f"a broken checkpoint: {'; '.join(complaints)}"

@@ -38,12 +38,12 @@ COMMANDS = {
 # Runs the script and writes the seconds of each save to a file.
 TIMED = (
     "import json, runpy, sys, time; sys.argv = sys.argv[1:]; "
-    "from nerf.training import checkpoint; save = checkpoint.save_run\n"
+    "from nerf.training import checkpoint_choice; save = checkpoint_choice.save_run\n"
     "def timed(*args, **kwargs):\n"
     "    began = time.perf_counter(); done = save(*args, **kwargs)\n"
     "    with open({log!r}, 'a') as file: print(time.perf_counter() - began, file=file)\n"
     "    return done\n"
-    "checkpoint.save_run = timed\n"
+    "checkpoint_choice.save_run = timed\n"
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 READINGS = ("MB", "threads", "open files", "files", "folder MB")

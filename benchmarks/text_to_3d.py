@@ -35,7 +35,7 @@ from nerf.flags import dreamfusion as dream_flags
 from nerf.media import write_png
 from nerf.outputs.object import render_cameras
 from nerf.text3d.orbit import orbit_cameras
-from nerf.training import checkpoint
+from nerf.training import checkpoint, checkpoint_choice
 from nerf.training.ema import EMA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def make(args, name: str, color: str, model: str, folder: Path) -> Path:
 @torch.no_grad()
 def render_views(run: Path) -> ObjectViews:
     """Render a finished run's object with averaged weights from the views that are scored."""
-    path, state = checkpoint.newest_checkpoint(run, print)
+    path, state = checkpoint_choice.newest_checkpoint(run, print)
     args = dream_flags.parse(["--basedir", str(run.parent), "--expname", run.name])
     vars(args).update(state["args"])
     renderer = build.object_renderer(args)

@@ -23,7 +23,7 @@ from nerf import build
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import viewer
 from nerf.outputs.scene import render_free_view
-from nerf.training import checkpoint, distributed, rng
+from nerf.training import checkpoint, checkpoint_choice, distributed, rng
 from nerf.training.recovery import Attempt
 from nerf.training.run_folder import RunFolder
 
@@ -33,7 +33,7 @@ def frames_per_second(flags: list[str]) -> None:
     args = nerf_flags.parse(flags)
     world = distributed.setup(args.device)
     run = RunFolder(Path(args.basedir) / args.expname, is_main=True, lock=False)
-    path, content = checkpoint.newest_checkpoint(run.folder, run.log)
+    path, content = checkpoint_choice.newest_checkpoint(run.folder, run.log)
     scene = build.load_scene(args, run.log).to(world.device)
     state = run_nerf.prepare(args, world, run, scene, Attempt(args.seed))
     checkpoint.restore(path, content, run.log, state.renderer)

@@ -11,21 +11,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nerf import build
 from nerf.build import SceneRenderer
 from nerf.datasets.identity import own_test_views, same_test_views, scene_identity
 from nerf.datasets.scene import Scene
+from nerf.flags.checkpoints import reading_flags
 from nerf.occupancy_renderer import MOST_RAYS
 from nerf.outputs.render import block_size
 from nerf.renderer import NeRFRenderer
-from nerf.training import system
-from nerf.training.checkpoint import SavedState
+from nerf.training import system, weights
+from nerf.training.checkpoint import SavedState, finished_updates, list_checkpoints
+from nerf.training.checkpoint_choice import Ranking
 from nerf.training.dead_start import Probe
 from nerf.training.distributed import World
+from nerf.training.ema import EMA
 from nerf.training.graph import FunctionGraphs, StepGraphs
+from nerf.training.run_folder import RunFolder
+from nerf.training.state import TrainState
 
 Log = Callable[[str], None]
+
+
+def saving(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``TrainState`` saves and keeps, as its keyword arguments."""
+    monitor = None if args.monitor == "none" else args.monitor
+    ranking = Ranking(monitor, args.save_top_k)
+    return {"ranking": ranking, "weights_only": args.save_weights_only}
+
+
+def export_weights(
+    args: argparse.Namespace,
+    renderer: nn.Module,
+    ema: EMA,
+    content: Mapping[str, Any],
+    run: RunFolder,
+) -> None:
+    """``--export_weights``, on the first rank.
+
+    content: of the checkpoint that the renderer was restored from.
+    """
+    if run.is_main:
+        flags, step = content.get("args") or vars(args), finished_updates(dict(content))
+        weights.export_weights(Path(args.export_weights), renderer, ema, step, flags, run.log)
+
+
+def record_logged(
+    args: argparse.Namespace, state: TrainState[Any], values: Mapping[str, float]
+) -> None:
+    """Score this step by the column that ``--monitor NAME:min`` or ``NAME:max`` names.
+
+    ValueError if metrics.csv has no such column.
+    """
+    name = args.monitor.partition(":")[0]
+    if name == "none":
+        return
+    if name not in values:
+        raise ValueError(
+            f"--monitor {args.monitor}: metrics.csv has no column {name}; it has "
+            f"{', '.join(values)}"
+        )
+    state.record_score(values[name])
 
 
 def render_block(args: argparse.Namespace, renderer: SceneRenderer, world: World) -> int:
@@ -51,6 +98,12 @@ def compile_if_set(
     if args.compile:
         few = torch.zeros(3, 64, dtype=torch.long, device=world.device)
         build.compile_renderer(renderer, scene.pick(*few)[0], log)
+
+
+def loss_terms(args: argparse.Namespace) -> tuple[str, ...]:
+    """The terms of run_nerf.py's loss that these flags may switch on, for the log."""
+    colors = ("coarse", "fine") if args.N_importance and not args.occ_grid else ("color",)
+    return colors + tuple(name for name in ("l1", "tv") if getattr(args, f"lambda_{name}"))
 
 
 def make_graphs(
@@ -138,13 +191,15 @@ def output_variant(
     path, content = saved or (None, {})
     test, flags = (content.get("scene") or {}).get("test"), content.get("args") or {}
     names = _changed(args, test["flags"] if test else flags, PICTURE_FLAGS)
-    if args.render_only or args.export or args.export_points:  # training makes them its own
+    if reading_flags(args):  # training makes them its own
         names += _changed(args, flags, RENDER_FLAGS)
     endings = [f"_{name}{float(getattr(args, name)):g}" for name in names]
     if test and not endings and not same_test_views(test, scene):
         endings.append(f"_{len(scene.splits.get('test') or [])}views")
     if path is not None and is_from_elsewhere(path, folder):
         endings.append(f"_{path.resolve().parent.name}_{path.stem}")
+    if args.ckpt != "newest" and path not in list_checkpoints(folder)[:1]:
+        endings.append("_ckpt")  # metrics.json is that of the newest
     return "".join(endings) + (f"_f{args.render_factor}" if args.render_factor > 1 else "")
 
 

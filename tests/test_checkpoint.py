@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import small_state, write_checkpoint
 
-from nerf.training import checkpoint
+from nerf.training import checkpoint, checkpoint_choice
 from nerf.training.checkpoint import CheckpointError
 
 
@@ -109,18 +109,18 @@ def test_the_newest_good_one_is_used_and_the_bad_one_named(tmp_path):
     write_checkpoint(tmp_path, 10)
     (tmp_path / "000020.tar").write_bytes(b"torn")
     warnings = []
-    path, loaded = checkpoint.newest_checkpoint(tmp_path, warnings.append)
+    path, loaded = checkpoint_choice.newest_checkpoint(tmp_path, warnings.append)
     assert path.name == "000010.tar" and loaded["global_step"] == 10
     assert len(warnings) == 1 and "000020.tar" in warnings[0]
     (tmp_path / "000010.tar").write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints"):
-        checkpoint.newest_checkpoint(tmp_path, warnings.append)
+        checkpoint_choice.newest_checkpoint(tmp_path, warnings.append)
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (10, 20, 30, 40):
         write_checkpoint(tmp_path, step)
-    checkpoint.prune_checkpoints(tmp_path, keep=2, best_step=10)
+    checkpoint_choice.prune_checkpoints(tmp_path, keep=2, best_steps=[10])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "000010.tar",
         "000030.tar",

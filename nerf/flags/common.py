@@ -13,6 +13,7 @@ from typing import Any
 
 from nerf.encodings import ENCODINGS
 from nerf.flags import mistakes
+from nerf.flags.checkpoints import add_checkpoint_flags, checkpoint_problems, reading_flags
 from nerf.flags.config_file import as_config as as_config  # part of this module's interface
 from nerf.flags.parser import Parser, Section, add_help_flags
 from nerf.flags.types import (
@@ -33,10 +34,13 @@ SCHEDULE = "SCHEDULE is a number, or step:value,step:value with straight lines b
 # fmt: off
 
 
-def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> None:
+def add_run_flags(
+    parser: Parser, *, unnamed: str, images: str, videos: str, measures: bool
+) -> None:
     """Flags of any training script: where it writes, on what it runs, when it stops and saves.
 
     unnamed: what names a run without --expname. images, videos: the help of --i_img, --i_video.
+    measures: whether validations measure quality.
     """
     section = parser.section(
         "run", "Where a run writes, on which device it computes, where it starts and when it ends."
@@ -65,6 +69,7 @@ def add_run_flags(parser: Parser, *, unnamed: str, images: str, videos: str) -> 
         "checkpoint (.tar, also nerf-pytorch's) to start a new run from, or to render or export")
     add_optimization_flags(parser)
     add_saving_flags(parser, images, videos)
+    add_checkpoint_flags(parser, measures=measures)
 
 
 def add_optimization_flags(parser: Parser) -> None:
@@ -235,7 +240,6 @@ def check_export_name(flag: str, name: str | None, endings: tuple[str, ...]) -> 
 def check_run_flags(args: argparse.Namespace) -> None:
     """The part of the checks that any training script needs."""
     name = args.expname
-    reads = args.render_only or args.export or getattr(args, "export_points", None)
     leaves = Path(name).is_absolute() or {"..", "."} & set(re.split(r"[/\\]", name))
     refuse_first(
         [
@@ -249,9 +253,10 @@ def check_run_flags(args: argparse.Namespace) -> None:
                 f"--expname {name!r}: expected a name of letters, digits, _ and -",
             ),
             (
-                args.dry_run and reads,
+                args.dry_run and reading_flags(args),
                 "--dry_run is for training; leave it out, or --render_only and --export",
             ),
+            *checkpoint_problems(args),
         ]
     )
 

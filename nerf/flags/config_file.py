@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,6 +91,8 @@ def as_config(args: argparse.Namespace, parser: Any) -> str:
     for name, value in sorted(flags.items()):
         plain = not isinstance(value, str) or re.fullmatch(r"[\w ./:-]*", value)
         line = f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"  # " #"
+        if isinstance(value, list):
+            line = f"{name} = {json.dumps(value)}"
         if value is None:
             line = f"# {name} is not set"
         elif not plain and _read_back(line, parser).get(name) != value:

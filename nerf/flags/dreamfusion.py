@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nerf.flags import by_device, common
+from nerf.flags.checkpoints import reading_flags
 from nerf.flags.common import (
     SCHEDULE,
     add_export_flags,
@@ -140,6 +141,8 @@ def add_vsd_flags(parser: Parser) -> None:
         "views of an update, per process, that the LoRA score network trains on; 0: all")
     flag("camera_dropout", unit_interval, 0.1,
         "part of the views on which the LoRA score network trains without a camera, 0 to 1")
+    flag("lora_cfg", number, 1.0,
+        "guidance scale of the LoRA score network's prediction, from the one without a camera; 1: none")
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -200,6 +203,7 @@ def dream_parser() -> Parser:
         unnamed="made from the prompt",
         images="updates between previews; 0: at the end only",
         videos="updates between turntables; 0: at the end only",
+        measures=False,
     )
     add_text_flags(parser)
     add_guidance_flags(parser)
@@ -253,7 +257,7 @@ def parse(argv: list[str] | None = None) -> Flags:
     notes = parser.checked(by_device.choose_by_device, args, given)
     typed = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     left_out = leave_out(args, dream_parser().get_default, typed)
-    reads = args.render_only or args.export  # with the flags that the run was trained with
+    reads = reading_flags(args)  # with the flags that the run was trained with
     return Flags(vars(args), notes + ([] if reads else left_out))
 
 
@@ -275,12 +279,12 @@ def run_names(args: argparse.Namespace, prompts: list[str]) -> list[str]:
 
 def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
     """Raise ValueError on flags that contradict one another or cannot work."""
-    modes = [f"--{name}" for name in ("render_only", "export", "init_from") if getattr(args, name)]
+    modes = [*reading_flags(args), *(["--init_from"] * bool(args.init_from))]
     sizes = parse_schedule(args.train_res)[1]
     check_export_name("export", args.export, MESH_FORMATS)
     refuse_first([
         (len(modes) > 1, f"{' and '.join(modes)} exclude one another; use one at a time"),
-        (args.no_reload and (args.render_only or args.export),
+        (args.no_reload and reading_flags(args),
          f"--no_reload and {''.join(modes)} contradict each other; leave one out"),
         (args.batch_views % num_ranks,
          f"--batch_views {args.batch_views} does not divide by {num_ranks} processes; "
@@ -294,7 +298,7 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         (args.normals == "analytic" and args.field == "triplane",
          "--normals analytic needs second derivatives, which --field triplane lacks; "
          "use --normals fd"),
-        (args.space == "2d" and (args.export or args.render_only or args.viewer),
+        (args.space == "2d" and (reading_flags(args) or args.viewer),
          "--space 2d makes pictures, in previews/: there is no object for --export, --render_only "
          "and --viewer; leave them out"),
         (args.space == "2d" and args.init_from,
@@ -335,7 +339,7 @@ def check_camera_flags(args: argparse.Namespace) -> None:
 
 def check_guidance_flags(args: argparse.Namespace) -> None:
     """Raise ValueError on a prior that cannot guide so."""
-    trains = not args.render_only and not args.export
+    trains = not reading_flags(args)
     steps: set[Any] = {*parse_schedule(args.t_min)[0], *parse_schedule(args.t_max)[0]}
     gaussian = args.guidance == "gaussian"
     refuse_first([
@@ -365,6 +369,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
              f"--{name} is for --guidance vsd; leave it out")
             for name in ("lora_model", "lora_file")
         ),
+        (args.guidance == "vsd" and args.lora_cfg != 1 and args.camera_dropout == 0,
+         f"--lora_cfg {args.lora_cfg:g} needs predictions without a camera: --camera_dropout above 0"),
     ])  # fmt: skip
 
 

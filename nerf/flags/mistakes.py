@@ -136,6 +136,8 @@ def surplus_words(parser: Any, flag: str, values: list[str]) -> str | None:
     if is_switch(action):
         return switch_with_value(parser, action, name, values[0]) if values else None
     given = [value, *values] if equals else values
+    if action.nargs == "+":
+        return None
     takes = action.nargs if isinstance(action.nargs, int) else 1
     if len(given) <= takes:
         return None
@@ -174,7 +176,7 @@ def check_item(parser: Any, action: argparse.Action | None, key: str, value: Any
         fits = isinstance(value, list) and len(value) == action.nargs
         example = f"[{', '.join(map(str, action.default))}]"
         return None if fits else f"{where} = {value}: expected {action.nargs} values: {example}"
-    if isinstance(value, list):
+    if isinstance(value, list) and action.nargs != "+":
         return f"{where} = {value}: expected one value, not a list"
     return None
 

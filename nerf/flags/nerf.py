@@ -6,6 +6,7 @@ from pathlib import Path
 from nerf.datasets import DATASETS
 from nerf.encodings import PLANE_LOOKUPS
 from nerf.flags import by_device, common
+from nerf.flags.checkpoints import reading_flags
 from nerf.flags.common import (
     add_export_flags,
     add_grid_flags,
@@ -229,6 +230,8 @@ def add_output_flags(parser: Parser) -> None:
     flag, switch = section.flag, section.switch
     switch("render_only", "render the camera path of a trained run; no training")
     switch("render_test", "with --render_only: render and measure the test views")
+    switch("validate",
+        "measure the validation views of a trained run, into render_val_STEP/; no training")
     flag("render_factor", render_reduction, 0,
         "render pictures N times smaller, e.g. 4; 0 or 1: full size")
     flag("i_testset", non_negative_int, 50000,
@@ -263,6 +266,7 @@ def nerf_parser() -> Parser:
         unnamed="the config's name, or the data folder's",
         images="updates between validations; 0: never",
         videos="updates between videos of the camera path, with one at the end; 0: never",
+        measures=True,
     )
     add_data_flags(parser)
     add_space_flags(parser)
@@ -313,8 +317,7 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
     """Raise ValueError on flags that contradict one another or cannot work."""
     check_export_name("export", args.export, MESH_FORMATS)
     check_export_name("export_points", args.export_points, (".ply",))
-    from_checkpoint = ("render_only", "export", "export_points", "ft_path")
-    loads = [f"--{name}" for name in from_checkpoint if getattr(args, name)]
+    loads = [*reading_flags(args), *(["--ft_path"] * bool(args.ft_path))]
     of_grid = ("contract", "random_bg", "resample", "lambda_l1", "hull_rays")
     needs_grid = [f"--{name}" for name in of_grid if getattr(args, name)]
     needs_grid += ["--hull_init on"] * (args.hull_init == "on")
@@ -329,6 +332,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
          f"use a multiple of {num_ranks}"),
         (args.no_reload and loads,
          f"--no_reload and {''.join(loads[:1])} contradict each other; leave one out"),
+        (args.validate and args.render_factor > 1,
+         "--validate measures pictures of full size; leave out --render_factor"),
         (args.half_res and args.downscale > 1,
          "--half_res and --downscale both reduce the pictures; leave one out"),
         (args.spherify and in_ndc,

@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash. Their keys are nerf-pytorch's, so either program opens both.
 
-A file is written beside its final name, flushed to disk, read back, and only then renamed; old
-ones are removed last. Loading runs no code (``weights_only=True``), checks every byte (zip CRC)
-and reserves no more memory than the file has bytes. ``global_step`` counts finished updates.
+A file is written beside its final name, flushed to disk, read back, and only then renamed. Loading
+runs no code (``weights_only=True``), checks every byte (zip CRC) and reserves no more memory than
+the file has bytes. ``global_step`` counts finished updates.
 """
 
 import math
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nerf import __version__
-from nerf.training.distributed import World
 from nerf.training.ema import EMA
-from nerf.training.run_folder import RunFolder
 
 NAME = re.compile(r"^(\d{6,})\.tar$")
 FORMAT = 1  # version of the keys that nerf-pytorch does not have
@@ -33,8 +31,10 @@ PARTS = {  # types of a checkpoint's entries; None stands for a part that is not
     "background_state_dict": dict,
     "args": dict,
     "best": dict,
+    "ranking": dict,  # the best checkpoints, see nerf.training.checkpoint_choice
     "told": dict,  # the prompts that a viewer set
     "scene": dict,  # which scene it was trained on, see nerf.datasets.identity
+    "weights_only": bool,  # --save_weights_only: without the optimizer's state
     "attempt_seeds": str,  # how restarts make their seeds, see nerf.training.recovery
     "format": int,
 }
@@ -188,62 +188,6 @@ def finished_updates(state: dict[str, Any]) -> int:
     return max([step] + [int(entry["step"]) for entry in adam.values() if "step" in entry])
 
 
-def newest_checkpoint(folder: Path, warn: Log) -> SavedState | None:
-    """The newest checkpoint that can be loaded; ``warn`` gets a line for every bad one.
-
-    None if there is no checkpoint. CheckpointError if there are some and all are bad.
-    """
-    paths = list_checkpoints(folder)
-    for path in paths:
-        try:
-            return path, load_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"skipping a bad checkpoint: {error}")
-    if paths:
-        raise CheckpointError(
-            f"{folder}: none of its {len(paths)} checkpoints can be read; to start from scratch, "
-            "move them away or use another --expname"
-        )
-    return None
-
-
-def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one; keep 0 keeps all."""
-    for path in folder.glob(".*.tar.tmp"):  # unfinished files of saves that were killed
-        path.unlink(missing_ok=True)
-    if keep == 0:
-        return
-    best = None if best_step is None else checkpoint_path(folder, best_step)
-    for path in list_checkpoints(folder)[keep:]:
-        if path != best:
-            path.unlink(missing_ok=True)
-
-
-# What a run's pictures, numbers and meshes are called in its folder, besides its checkpoints.
-RESULTS = (
-    "metrics.json", "metrics.csv", "val.csv", "val_strip.png", "report.html", "render_test_*",
-    "render_path_*", "previews", "attentions", "mesh*.glb", "lora.safetensors",
-)  # fmt: skip
-
-
-def archive_checkpoints(folder: Path, log: Log) -> None:
-    """Move checkpoints and results of ``folder`` to before_1/ (2, ...) in it, for --no_reload.
-
-    If they stayed, the new run's checkpoints, of lower steps, would be taken for old and removed,
-    and the old run's pictures for those of the new one.
-    """
-    paths = list_checkpoints(folder)
-    if not paths:
-        return
-    number = 1
-    while (archive := folder / f"before_{number}").exists():
-        number += 1
-    archive.mkdir()
-    for path in [*paths, *(path for name in RESULTS for path in folder.glob(name))]:
-        path.rename(archive / path.name)
-    log(f"starting from scratch; {len(paths)} earlier checkpoints are in {archive}")
-
-
 def load_strictly(module: nn.Module, state: dict[str, Any], where: str) -> None:
     """Load a state dict; CheckpointError if weights are missing, extra or of another shape."""
     try:
@@ -274,34 +218,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wher
         group.update(own)
 
 
-# ------------------------------------------------------- a run's checkpoint, and all parts from it
-
-
-def find_checkpoint(
-    folder: Path,
-    given: str | None,
-    world: World,
-    log: Log,
-    *,
-    reload: bool = True,
-    prefer_given: bool = False,
-) -> SavedState | None:
-    """The checkpoint to start from, or None. Rank 0 chooses, and all ranks read the same file.
-
-    It is the newest of the run's ``folder``, unless ``reload`` is off or there is none; then the
-    file ``given`` (--ft_path). prefer_given: the other way round.
-    """
-    found: SavedState | None = None
-    if reload and world.is_main:
-        found = newest_checkpoint(folder, log)
-        if given and (prefer_given or found is None):
-            found = (Path(given), load_checkpoint(Path(given)))
-    path = world.gather(found and found[0])[0]
-    if path is None:
-        return None
-    return path, found[1] if found else load_checkpoint(path)
-
-
 def restore(
     path: Path,
     state: dict[str, Any],
@@ -314,7 +230,12 @@ def restore(
     """Load ``state`` into the parts given; CheckpointError if one is missing or does not fit."""
     try:
         renderer.load_checkpoint_state(state, load_strictly, str(path))
-        if optimizer is not None:
+        if optimizer is not None and state.get("weights_only"):
+            log(
+                f"{path} holds weights only (--save_weights_only): Adam starts fresh, so the loss "
+                "may rise at first"
+            )
+        elif optimizer is not None:
             load_optimizer(optimizer, state["optimizer_state_dict"], str(path))
         if scaler is not None and scaler.is_enabled() and state.get("scaler_state_dict"):
             scaler.load_state_dict(state["scaler_state_dict"])
@@ -329,27 +250,3 @@ def restore(
         raise CheckpointError(
             f"{path}: a part of it is missing or has another shape ({what})"
         ) from None
-
-
-def save_run(
-    run: RunFolder, step: int, content: dict[str, Any], *, keep: int, best_step: int | None = None
-) -> bool:
-    """Write the checkpoint of ``step``; then remove all but the newest ``keep`` and the best one.
-
-    A failed write is tried once more, then logged; earlier checkpoints then stay. Returns whether
-    it was written.
-    """
-    path = checkpoint_path(run.folder, step)
-    run.recreate()
-    for last_try in (False, True):
-        try:
-            save_checkpoint(path, content)
-        except (OSError, RuntimeError, CheckpointError) as error:  # torch wraps what write raises
-            if last_try:
-                run.mark_failed("checkpoint", f"{path.name} (step {step})", error)
-        else:
-            run.mark_recovered("checkpoint")
-            with run.guard("removal of old checkpoints"):
-                prune_checkpoints(run.folder, keep, best_step)
-            return True
-    return False

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nerf.training import checkpoint, monitor, rng
 from nerf.training.checkpoint import SavedState
+from nerf.training.checkpoint_choice import BEST
 from nerf.training.distributed import World
 from nerf.training.run_folder import RunFolder
 
@@ -189,8 +190,8 @@ def next_attempt(
     )
     # The dead attempt's checkpoints cannot learn either.
     if world.is_main:
-        for path in checkpoint.list_checkpoints(run.folder):
-            path.unlink()
+        for path in [*checkpoint.list_checkpoints(run.folder), run.folder / BEST]:
+            path.unlink(missing_ok=True)
     run.close_tables()
     world.barrier()
     # Nothing of an earlier version goes on.
