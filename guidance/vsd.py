@@ -163,6 +163,11 @@ class LoRAScoreNetwork(nn.Module):
             self.optimizer.step()
         self.steps += finite
 
+    @property
+    def lrate(self) -> float:
+        """The learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def state(self) -> dict[str, Any]:
         """The state dicts of the weights, the optimizer and the scaler, for the checkpoint."""
         return {

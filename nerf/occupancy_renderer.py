@@ -35,6 +35,11 @@ SPARE_ROOM = 1.125
 MARCHED_PER_SAMPLE, MARCHED_PER_RESAMPLE = 2, 4
 
 
+def is_on(weight: Tensor | float) -> bool:
+    """Whether a weight may be above 0: one on the device, which may change, is never read."""
+    return isinstance(weight, Tensor) or weight > 0
+
+
 def density_of(raw: Tensor) -> Tensor:
     """Density exp(raw - 3), at most e^12: its gradient vanishes nowhere below that bound."""
     return torch.exp((raw - DENSITY_SHIFT).clamp(max=12.0))
@@ -48,12 +53,11 @@ class OccupancyRenderer(nn.Module):
     samples per training step over all ranks; first_rays: rays of the first step. composite: a key
     of PACKED_WEIGHTS. early_stop: transmittance below which samples are culled (0: none).
     near_scaling: distance d below which gradients are multiplied by (distance / d)^2 (0: off).
-    lambda_tv: weight of the feature planes' total variation in ``penalty``. lambda_l1: of a ray's
-    sample opacities in it, their sum, the mean over rays. resample: importance
-    samples per ray, from the weights of a first no-grad pass over the marched samples, from step
-    ``RESAMPLE_AFTER`` on (0: train on the marched samples). static_shapes: train with lists of
-    samples of constant length (``nerf.occupancy``), so that a GPU is never waited for; the number
-    of rays is then one of RAY_COUNTS.
+    lambda_tv: weight of the feature planes' total variation in ``penalties``; lambda_l1: of a ray's
+    summed sample opacities, the mean over rays. resample: importance samples per ray, from the
+    weights of a first no-grad pass over the marched samples, from step ``RESAMPLE_AFTER`` on (0:
+    train on the marched samples). static_shapes: train with lists of samples of constant length
+    (``nerf.occupancy``): a GPU is never waited for; the number of rays is then of RAY_COUNTS.
     """
 
     def __init__(
@@ -69,8 +73,8 @@ class OccupancyRenderer(nn.Module):
         composite: str = "cumsum",
         early_stop: float = 1e-3,
         near_scaling: float = 0.0,
-        lambda_tv: float = 0.0,
-        lambda_l1: float = 0.0,
+        lambda_tv: Tensor | float = 0.0,
+        lambda_l1: Tensor | float = 0.0,
         resample: int = 0,
         static_shapes: bool = False,
     ):
@@ -159,17 +163,20 @@ class OccupancyRenderer(nn.Module):
     def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Choose the next step's number of rays for ``target_samples`` samples."""
         num_wanted = int(num_rays * self.target_samples / max(1.0, total_samples))
-        self.batch_samples = int(samples)
+        self.batch_samples = int(total_samples)  # of all ranks, for ``report``
         fewest = RAY_COUNTS[0] if self.static_shapes else FEWEST_RAYS
         self.num_rays = min(MOST_RAYS, max(fewest, num_wanted))
 
-    def penalty(self) -> Tensor | float:
-        """The regularization of the latest forward: ``lambda_tv`` and ``lambda_l1``."""
-        total, self._opacities = self.lambda_l1 * self._opacities, 0.0
-        if self.lambda_tv:
+    def penalties(self) -> dict[str, Tensor | float]:
+        """The regularization of the latest forward: "l1" and "tv", where their weights are on."""
+        terms: dict[str, Tensor | float] = {}
+        if is_on(self.lambda_l1):
+            terms["l1"] = self.lambda_l1 * self._opacities
+        self._opacities = 0.0
+        if is_on(self.lambda_tv):
             assert isinstance(self.field.encoding, TriPlane), "lambda_tv is for feature planes"
-            total = total + self.lambda_tv * self.field.encoding.variation()
-        return total
+            terms["tv"] = self.lambda_tv * self.field.encoding.variation()
+        return terms
 
     def forward(self, rays: Rays, noise: RayNoise | None = None) -> tuple[Rendered, ...]:
         """Rays [R] rendered from the field, as a tuple of one level."""
@@ -202,7 +209,7 @@ class OccupancyRenderer(nn.Module):
             raw_sigma = scale_gradient(raw_sigma, factor)
             raw_rgb = scale_gradient(raw_rgb, factor[:, None])
         sigma = density_of(raw_sigma)
-        if self.lambda_l1 and self.training:
+        if is_on(self.lambda_l1) and self.training:
             self._opacities = -torch.expm1(-sigma * samples.lengths).sum() / num_rays
         weights = self.packed_weights(sigma, samples.lengths, samples.ray_indices, num_rays)
         values = torch.cat(

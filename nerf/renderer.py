@@ -49,7 +49,7 @@ class Renderer(Protocol):
     """What training, outputs and checkpoints need of a scene's renderer, which is an nn.Module.
 
     Per training step, with ``generator`` a function of (seed, step) alone and equal on all ranks:
-    ``begin_step``, ``rays_per_step``, ``draw_noise``, ``forward`` with its loss plus ``penalty``,
+    ``begin_step``, ``rays_per_step``, ``draw_noise``, ``forward`` with its loss plus ``penalties``,
     and after the update ``end_step``.
     """
 
@@ -92,8 +92,8 @@ class Renderer(Protocol):
         noise: of training, one row per ray; None: deterministic.
         """
 
-    def penalty(self) -> Tensor | float:
-        """Regularization [] that is added to the loss; 0.0 for none."""
+    def penalties(self) -> dict[str, Tensor | float]:
+        """What is added to the loss after a ``forward``: terms [], weights included, by name."""
 
     def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Adapt ``rays_per_step`` after a step.
@@ -217,9 +217,9 @@ class NeRFRenderer(nn.Module):
     def end_step(self, num_rays: int, samples: float, total_samples: float) -> None:
         """Do nothing: the number of rays is fixed."""
 
-    def penalty(self) -> float:
-        """0: the loss is the colors' error alone."""
-        return 0.0
+    def penalties(self) -> dict[str, Tensor | float]:
+        """None: the loss is the colors' error alone."""
+        return {}
 
     def warning(self, step: int) -> str | None:
         """None: this renderer has no state that training could spoil."""

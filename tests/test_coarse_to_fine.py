@@ -8,7 +8,7 @@ from helpers import FAST_TINY, assert_same_training, newest, run_main, run_scrip
 from torch import nn
 
 import run_nerf
-from nerf import build
+from nerf import build, build_optimizer
 from nerf.coarse_to_fine import GridSchedule, refine
 from nerf.encodings import TriPlane, resized_planes
 from nerf.field import FeatureField
@@ -34,12 +34,14 @@ def test_the_learning_rate_starts_again_where_planes_become_finer(schedule):
     words = f"--lr_schedule {schedule} --N_iters 1000 --lrate 1e-2 --lrate_decay 1".split()
     plain = nerf_flags.parse(words)
     args = nerf_flags.parse([*words, "--grid_steps", "200,300"])
-    rates = [build.learning_rate(step, args) for step in range(1001)]
-    assert rates[:200] == [build.learning_rate(step, plain) for step in range(200)]
+    rates = [build_optimizer.learning_rate(step, args) for step in range(1001)]
+    assert rates[:200] == [build_optimizer.learning_rate(step, plain) for step in range(200)]
     assert rates[200] == rates[300] == rates[0] == pytest.approx(1e-2)
     assert rates[199] < rates[200] > rates[201] and rates[299] < rates[300]
     if schedule == "cosine":
-        assert rates[1000] == pytest.approx(0.02 * 1e-2) == build.learning_rate(1000, plain)
+        assert (
+            rates[1000] == pytest.approx(0.02 * 1e-2) == build_optimizer.learning_rate(1000, plain)
+        )
     else:  # the same fall per update, from a later start
         assert rates[1000] == pytest.approx(1e-2 * 0.1**0.7)
 
@@ -54,7 +56,9 @@ def test_optimizer_and_average_go_on_with_the_finer_planes():
     torch.manual_seed(0)
     renderer, points = Renderer(), torch.rand(50, 3) * 2 - 1
     args = nerf_flags.parse(["--fast"])
-    optimizer = torch.optim.Adam(build.parameter_groups(renderer, args), lr=1e-2, fused=True)
+    optimizer = torch.optim.Adam(
+        build_optimizer.parameter_groups(renderer, args), lr=1e-2, fused=True
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState(renderer, optimizer, scaler, EMA(renderer, 0.9), Attempt(0))
 

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from helpers import REPOSITORY
 
-from nerf import build
+from nerf import build, build_optimizer
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
 from nerf.flags import mistakes
@@ -491,7 +491,7 @@ def test_what_fits_together_passes(given, ranks):
 
 def test_learning_rate_falls_to_a_tenth():
     args = parse("--lrate", "1e-3", "--lrate_decay", "2")
-    rates = [build.learning_rate(step, args) for step in (0, 1000, 2000, 4000)]
+    rates = [build_optimizer.learning_rate(step, args) for step in (0, 1000, 2000, 4000)]
     assert rates == pytest.approx([1e-3, 1e-3 * 0.1**0.5, 1e-4, 1e-5], rel=1e-12)
 
 
@@ -499,8 +499,8 @@ def test_learning_rate_warms_up_linearly():
     args = parse("--lrate", "1e-3", "--lrate_decay", "2", "--lrate_warmup", "10")
     plain = parse("--lrate", "1e-3", "--lrate_decay", "2")
     for step, share in ((0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (500, 1.0)):
-        expected = share * build.learning_rate(step, plain)
-        assert build.learning_rate(step, args) == pytest.approx(expected, rel=1e-12)
+        expected = share * build_optimizer.learning_rate(step, plain)
+        assert build_optimizer.learning_rate(step, args) == pytest.approx(expected, rel=1e-12)
 
 
 def test_flags_reach_the_renderer():

@@ -58,11 +58,11 @@ def test_the_opacity_penalty_is_the_sum_over_a_rays_samples(static):
     for ray, s, length in zip(samples.ray_indices, sigma, samples.lengths, strict=True):
         opacities[ray] += 1 - torch.exp(-s * length).item()
     expected = 0.5 * sum(opacities) / len(opacities)
-    penalty = renderer.penalty()
+    penalty = renderer.penalties()["l1"]
     assert expected > 0 and penalty.item() == pytest.approx(expected, rel=1e-4)
     penalty.backward()
     assert all(plane.grad.abs().sum() > 0 for plane in field.encoding.planes)
-    assert renderer.penalty() == 0.0  # it belongs to one forward pass
+    assert renderer.penalties()["l1"] == 0.0  # it belongs to one forward pass
 
 
 def test_the_opacity_penalty_thins_fog():
@@ -76,7 +76,7 @@ def test_the_opacity_penalty_thins_fog():
         for _ in range(20):
             optimizer.zero_grad()
             (rendered,) = renderer(rays)
-            ((rendered.rgb - 1.0).square().mean() + renderer.penalty()).backward()
+            ((rendered.rgb - 1.0).square().mean() + sum(renderer.penalties().values())).backward()
             optimizer.step()
         found.append(rendered.opacity.mean().item())
     assert found[1] < 0.5 * found[0]

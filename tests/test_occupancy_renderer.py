@@ -78,8 +78,8 @@ def test_the_penalty_is_the_mean_squared_step_between_neighbors():
         size = plane.shape[-1]
         ramp = 2.0 * torch.arange(size)[:, None] + 3.0 * torch.arange(size)
         plane.data.copy_(ramp.expand_as(plane))
-    assert make(field, lambda_tv=0.1).penalty().item() == pytest.approx(0.1 * 3 * (4 + 9))
-    assert make(field).penalty() == 0
+    assert make(field, lambda_tv=0.1).penalties()["tv"].item() == pytest.approx(0.1 * 3 * (4 + 9))
+    assert make(field).penalties() == {}
 
 
 def test_near_scaling_leaves_values_and_scales_gradients_by_distance_squared():

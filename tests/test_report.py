@@ -240,8 +240,14 @@ def test_lpips_is_left_out_with_what_is_missing_and_used_where_it_is_there(monke
     assert model(np.zeros((5, 7, 3)), np.full((5, 7, 3), 0.5)) == pytest.approx(0.25)
 
 
-def test_wandb_gets_the_scalars_or_is_refused_in_one_line(runs, tmp_path, monkeypatch, capsys):
-    logged, started = [], []
+def test_wandb_gets_numbers_and_pictures_or_is_refused_in_one_line(
+    runs, tmp_path, monkeypatch, capsys
+):
+    logged, started, pictures = [], [], []
+
+    class Picture:
+        def __init__(self, picture):
+            pictures.append(picture.shape)
 
     class Session:
         id = "abc"
@@ -261,12 +267,15 @@ def test_wandb_gets_the_scalars_or_is_refused_in_one_line(runs, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run_nerf.main(flags) == 2
     assert "pip install wandb" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=Picture))
     assert run_nerf.main(flags) == 0
     assert started[0]["config"]["lrate"] == 5e-3 and started[0]["id"] is None
     steps = [entry[0] for entry in logged[:-1]]
-    assert steps == [5, 5, 10, 10] and logged[-1] == "finished"  # rows and validations
-    assert any("val_psnr" in entry[1] for entry in logged[:-1])
+    # at each of both steps a row, a validation and its picture; at the end the test's scores
+    assert steps == [5, 5, 5, 10, 10, 10, 10] and logged[-1] == "finished"
+    names = set().union(*(entry[1] for entry in logged[:-1]))
+    assert {"val_psnr", "validation", "test_psnr", "test_ssim", "loss_coarse"} <= names
+    assert len(pictures) == 2 and all(shape[2] == 3 for shape in pictures)
     assert Path(tmp_path / "w" / "wandb_id.txt").read_text() == "abc"
     assert run_nerf.main([*flags, "--N_iters", "12"]) == 0
     assert started[1]["id"] == "abc"

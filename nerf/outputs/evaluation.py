@@ -108,6 +108,7 @@ class Evaluation:
             run.log("metrics.json and report.html stay those of the run's own full test")
             return
         run.write_json("metrics.json", metrics)
+        run.test_scores(step, metrics)
         if run.is_main:
             try_report(run.folder, run.log)
 

@@ -36,12 +36,12 @@ MEASUREMENTS = {  # keys of metrics.json and their labels
     "depth_error_median": "depth error, median, units of the data's files",
     "seconds_per_view": "seconds per view",
 }
-# For each diagram the columns of metrics.csv and val.csv, and whether its y axis is logarithmic.
+# For each diagram its columns in the tables of a run, and whether its y axis is logarithmic.
 DIAGRAMS = {
     "loss": (("loss",), True),
     "sds, not a measure of quality": (("sds",), True),
-    "PSNR, dB": (("psnr", "val_psnr"), False),
-    "learning rate": (("lr",), True),
+    "PSNR, dB": (("psnr", "val_psnr", "test_psnr"), False),
+    "learning rate": (("lr", "lr_grid", "lr_lora"), True),
     "gradient norm": (("grad_norm",), True),
     "rays per second": (("rays_per_second",), False),
     "samples per ray": (("samples_per_ray",), False),
@@ -63,7 +63,8 @@ class Run:
                 f"{folder}: is no run folder, it has no args.json; name a trained run's"
             )
         self.metrics = _json(folder / "metrics.json")
-        self.curves = _columns(folder / "metrics.csv") | _columns(folder / "val.csv")
+        tables = ("metrics.csv", "val.csv", "test.csv")
+        self.curves = {k: v for name in tables for k, v in _columns(folder / name).items()}
 
     @property
     def views(self) -> list[tuple[int, dict[str, Any]]]:
@@ -84,7 +85,7 @@ class Run:
 
     @property
     def last_step(self) -> int | None:
-        """Step of the newest row of metrics.csv or val.csv; None if there is none."""
+        """Step of the newest row of any table; None if there is none."""
         return max((int(steps[-1]) for steps, _ in self.curves.values()), default=None)
 
     def last(self, name: str) -> float | None:
@@ -110,7 +111,7 @@ def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:
-                numbers = {name: float(v) for name, v in row.items() if v is not None}
+                numbers = {name: float(v) for name, v in row.items() if v}  # "": no value
                 step = numbers.pop("step")
             except (KeyError, TypeError, ValueError):
                 continue

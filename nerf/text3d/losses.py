@@ -44,13 +44,17 @@ def total_variation(renderer: nn.Module) -> Tensor:
     return member.field.encoding.variation()
 
 
-def shape_loss(
+# The losses on shape; --lambda_NAME is the weight of each.
+SHAPE_LOSSES = ("opacity", "entropy", "orient", "spread", "tv")
+
+
+def shape_losses(
     rendered: ObjectRendered, renderer: nn.Module, weights: Mapping[str, float]
-) -> Tensor | float:
-    """The weighted sum of the losses on the object's shape; 0.0 if all weights are 0.
+) -> dict[str, Tensor]:
+    """The losses [] on the object's shape, times their weights, by name; those with weight 0 not.
 
     weights: lambda_opacity, lambda_entropy, lambda_orient, lambda_spread and lambda_tv (total
-    variation of the tri-planes).
+    variation of the tri-planes). The names are without "lambda_".
     """
     terms: dict[str, Callable[[], Tensor]] = {
         "lambda_opacity": lambda: opacity_loss(rendered.opacity),
@@ -59,4 +63,8 @@ def shape_loss(
         "lambda_spread": lambda: spread_loss(rendered.spread, rendered.opacity),
         "lambda_tv": lambda: total_variation(renderer),
     }
-    return sum(weights[name] * term() for name, term in terms.items() if weights[name])
+    return {
+        name.removeprefix("lambda_"): weights[name] * term()
+        for name, term in terms.items()
+        if weights[name]
+    }

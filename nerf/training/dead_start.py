@@ -87,7 +87,7 @@ class Probe:
                 piece = slice(start, start + most)
                 levels = self.renderer.forward(self.rays.part(piece), self.noise.part(piece))
                 parts.append([[tensor.detach() for tensor in level] for level in levels])
-            self.renderer.penalty()  # forgets what a forward keeps for it, with its autograd graph
+            self.renderer.penalties()  # forgets what a forward keeps for them, with its graph
         self.renderer.batch_samples = batch_samples
         whole = (map(torch.cat, zip(*level, strict=True)) for level in zip(*parts, strict=True))
         self.levels = tuple(Rendered(*level) for level in whole)

@@ -67,6 +67,14 @@ class World:
         dist.all_reduce(number)
         return number.item()
 
+    def all_reduce_mean(self, *values: float) -> list[float]:
+        """The mean of each of ``values`` over all ranks; of one process, ``values``."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers)
+        return (numbers / self.size).tolist()
+
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
         """An OSError of one rank inside the block is raised on all ranks at its end.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 
 from nerf.media import write_png
+from nerf.training import logged
 from nerf.training.files import replace_file
 from nerf.training.provenance import describe_start
 
@@ -36,9 +37,9 @@ class RunFolder:
         self.failed: dict[str, str] = {}  # kind of file that could not be written -> reason
         self._locked, self._logged = lock, set[str]()
         self._lock: TextIO | None = None
-        self._csv: TextIO | None = None  # metrics.csv
-        self._val: TextIO | None = None  # val.csv
+        self._tables: dict[str, logged.Table] = {}  # by file name: metrics.csv, val.csv, test.csv
         self._writer: SummaryWriter | None = None
+        self._flags: dict[str, Any] = {}  # of this start, for TensorBoard
         self._wandb: Any = None  # wandb.Run
         self._created = is_main and not folder.exists()
         if not is_main:
@@ -169,6 +170,7 @@ class RunFolder:
         """
         if not self.is_main:
             return
+        self._flags = flags
         self.write_json("args.json", flags)
         (self.folder / "args.txt").write_text(as_config, encoding="utf-8")
         if flags.get("config"):
@@ -197,37 +199,18 @@ class RunFolder:
 
         ValueError if the package is missing or cannot start.
         """
-        if not self.is_main:
-            return
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs one more package: pip install wandb") from None
-        id_file = self.folder / "wandb_id.txt"
-        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        try:
-            self._wandb = wandb.init(
-                project="nerf", name=self.folder.name, dir=str(self.folder), config=flags,
-                id=known, resume="allow",
-            )  # fmt: skip
-        except Exception as error:  # no key, no network, and whatever else it may raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"--wandb: it does not start ({reason}); `wandb login`, or set WANDB_MODE=offline"
-            ) from None
-        id_file.write_text(self._wandb.id, encoding="utf-8")
+        if self.is_main:
+            self._wandb = logged.start_wandb(self.folder, flags)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write a row of metrics.csv and TensorBoard's points. Every call needs the same keys."""
+    def scalars(self, step: int, values: dict[str, float], table: str = "metrics.csv") -> None:
+        """Write a row of a table, TensorBoard's points and, if it is on, Weights & Biases'."""
         if not self.is_main:
             return
         self.recreate()
-        with self._table("metrics.csv"):
-            if self._csv is None:
-                self._csv = _open_table(self.folder / "metrics.csv", step, ["step", *values])
-            row = [str(step)] + [f"{value:.7g}" for value in values.values()]
-            self._csv.write(",".join(row) + "\n")
-            self._csv.flush()
+        with self._table(table):
+            if table not in self._tables:
+                self._tables[table] = logged.Table(self.folder / table, step, values)
+            self._tables[table].write(step, values)
             for name, value in values.items():
                 self.tensorboard(step).add_scalar(name, value, step)
         if self._wandb is not None:
@@ -240,26 +223,32 @@ class RunFolder:
         """
         if not self.is_main:
             return
-        self.recreate()
-        with self._table("val.csv"):
+        self.scalars(step, {"val_psnr": float(f"{score:.6g}")}, "val.csv")
+        with self._table("val_strip.png"):
             write_png(self.folder / "val_strip.png", strip)
-            self.tensorboard(step).add_scalar("val_psnr", score, step)
-            self.tensorboard(step).add_image("validation", strip, step, dataformats="HWC")
-            if self._val is None:
-                self._val = _open_table(self.folder / "val.csv", step, ["step", "val_psnr"])
-            self._val.write(f"{step},{score:.6g}\n")
-            self._val.flush()
-        if self._wandb is not None:
-            self._wandb.log({"val_psnr": score}, step=step)
+        self._show(step, "validation", strip)
+
+    def test_scores(self, step: int, metrics: dict[str, Any]) -> None:
+        """Log PSNR, SSIM and, where measured, LPIPS of a training run's test; a row of test.csv."""
+        if not self._locked:  # a mode that only reads the run
+            return
+        names = [name for name in ("psnr", "ssim", "lpips") if metrics.get(name) is not None]
+        self.scalars(step, {f"test_{name}": metrics[name] for name in names}, "test.csv")
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Write a picture, uint8 [H, W, 3], to NAMEs/STEP.png and TensorBoard."""
+        """Write a picture, uint8 [H, W, 3], to NAMEs/STEP.png, TensorBoard and W&B."""
         if not self.is_main:
             return
         self.recreate()
         with self._table(f"{name}s"):
             write_png(self.folder / f"{name}s" / f"{step:06d}.png", picture)
+        self._show(step, name, picture)
+
+    def _show(self, step: int, name: str, picture: np.ndarray) -> None:
+        with self._table("TensorBoard"):
             self.tensorboard(step).add_image(name, picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: logged.wandb_picture(picture)}, step=step)
 
     @contextmanager
     def _table(self, what: str) -> Iterator[None]:
@@ -278,18 +267,19 @@ class RunFolder:
 
             threading.excepthook = _skip_disk_errors
             self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step)
+            if self._flags:
+                self._writer.add_text("flags", logged.markdown(self._flags), step)
         return self._writer
 
     def close_tables(self) -> None:
         """Close tables and TensorBoard; the next row reopens them and drops rows of later steps."""
-        resources = (self._csv, self._val, self._writer)
-        self._csv = self._val = self._writer = None
+        resources: list[Any] = [*self._tables.values(), *([self._writer] if self._writer else [])]
+        self._tables, self._writer = {}, None
         for resource in resources:
-            if resource is not None:
-                try:
-                    resource.close()
-                except (OSError, ValueError) as error:  # no space for what its buffer still held
-                    self.failed["tables"] = str(error).splitlines()[0]
+            try:
+                resource.close()
+            except (OSError, ValueError) as error:  # no space for what its buffer still held
+                self.failed["tables"] = str(error).splitlines()[0]
 
     def close(self) -> None:
         """Flush and release everything; safe to call twice."""
@@ -315,20 +305,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _open_table(path: Path, step: int, header: list[str]) -> TextIO:
-    """Open a CSV file to append to; drop the rows from ``step`` on that a crashed run left."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.splitlines(keepends=True)
-    kept = [",".join(header) + "\n"] + [
-        line
-        for line in lines[1:]
-        if line.endswith("\n") and line.split(",")[0].isdigit() and int(line.split(",")[0]) < step
-    ]
-    if kept != lines:
-        path.write_text("".join(kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
 
 
 def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
