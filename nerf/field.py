@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nerf.column_order import EncodedLinear
 from nerf.encodings import FrequencyEncoding, HashGrid, IdentityEncoding, TriPlane
 
 SKIP_AFTER = 4  # the encoded position is concatenated again after this layer (NeRF, fig. 7)
@@ -81,12 +82,17 @@ class NeRFField(Field):
         in_dim, view_dim = self.encoding.out_dim, view_encoding.out_dim if use_viewdirs else 0
         self.width, self.use_viewdirs = width, use_viewdirs
         self.activation = ACTIVATIONS[activation]
+        columns = self.encoding.columns
+        encoded = {0: in_dim, SKIP_AFTER + 1: in_dim + width}  # layers on encoded positions
         self.pts_linears = nn.ModuleList(
-            nn.Linear(in_dim if i == 0 else width + in_dim * (i == SKIP_AFTER + 1), width)
+            EncodedLinear(encoded[i], width, columns) if i in encoded else nn.Linear(width, width)
             for i in range(depth)
         )
         # Also when unused, in nerf-pytorch's order: its optimizer state is indexed by position.
-        self.views_linears = nn.ModuleList([nn.Linear(view_dim + width, width // 2)])
+        columns = view_encoding.columns[:view_dim]
+        self.views_linears = nn.ModuleList(
+            [EncodedLinear(width + view_dim, width // 2, columns, start=width)]
+        )
         if use_viewdirs:
             self.feature_linear = nn.Linear(width, width)
             self.alpha_linear = nn.Linear(width, 1)
@@ -109,15 +115,11 @@ class NeRFField(Field):
     def hidden(self, points: Tensor) -> Tensor:
         """Activations [N, W] of the last hidden layer at points [..., 3], N of them."""
         encoded = self.encoding(points.reshape(-1, 3))
-        num_encoded, columns = encoded.shape[-1], self.encoding.columns
-        h = encoded
+        num_encoded, h = encoded.shape[-1], encoded
         for i, layer in enumerate(self.pts_linears):
-            assert isinstance(layer, nn.Linear)
-            if i == 0:
-                h = F.linear(encoded, layer.weight.index_select(1, columns), layer.bias)
-            elif i == SKIP_AFTER + 1:  # a linear layer of [encoded, h], without the concatenation
-                on_encoded = layer.weight[:, :num_encoded].index_select(1, columns)
-                from_encoded = F.linear(encoded, on_encoded, layer.bias)
+            if i == SKIP_AFTER + 1:  # a linear layer of [encoded, h], without the concatenation
+                assert isinstance(layer, nn.Linear)
+                from_encoded = F.linear(encoded, layer.weight[:, :num_encoded], layer.bias)
                 h = torch.addmm(from_encoded, h, layer.weight[:, num_encoded:].T)
             else:
                 h = layer(h)
@@ -175,7 +177,6 @@ class NeRFField(Field):
             )
             weight = on_feature @ self.feature_linear.weight  # [W/2, W]
             bias = on_feature @ self.feature_linear.bias + layer.bias
-            on_view = on_view.index_select(1, self.view_encoding.columns)
             per_ray = F.linear(self.view_encoding(viewdirs), on_view, bias)  # [B, W/2]
         per_sample = F.linear(h, weight)
         return per_sample, per_ray.to(per_sample.dtype)

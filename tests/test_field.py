@@ -1,11 +1,15 @@
 """nerf.field and nerf.encodings against the network of the paper, written naively."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nerf.column_order import keep_file_order, to_file_order
 from nerf.encodings import FrequencyEncoding, IdentityEncoding, TriPlane
 from nerf.field import FeatureField, NeRFField, query_packed
+from nerf.training.ema import EMA
 
 RAYS = 4  # rays; sample counts below differ from it so that swapped axes fail
 SAMPLES = 6
@@ -35,7 +39,7 @@ def naive(field, points, viewdirs, multires=10, multires_views=4):
     encoded = plain_encoding(points.reshape(-1, 3), multires)
     h = encoded
     for i, layer in enumerate(field.pts_linears):
-        h = F.relu(layer(h))
+        h = F.relu(F.linear(h, to_file_order(layer.weight, layer.weight), layer.bias))
         if i == 4:
             h = torch.cat([encoded, h], -1)
     if not field.use_viewdirs:
@@ -43,7 +47,9 @@ def naive(field, points, viewdirs, multires=10, multires_views=4):
     else:
         alpha, feature = field.alpha_linear(h), field.feature_linear(h)
         views = plain_encoding(viewdirs[:, None].expand_as(points).reshape(-1, 3), multires_views)
-        h = F.relu(field.views_linears[0](torch.cat([feature, views], -1)))
+        layer = field.views_linears[0]
+        weight = to_file_order(layer.weight, layer.weight)  # nerf-pytorch's, differentiable
+        h = F.relu(F.linear(torch.cat([feature, views], -1), weight, layer.bias))
         raw = torch.cat([field.rgb_linear(h), alpha], -1)
     raw = raw.view(*points.shape[:2], -1)
     return raw[..., 3], raw[..., :3]
@@ -123,6 +129,53 @@ def test_parameters_are_nerf_pytorchs_in_its_order(use_viewdirs, layers):
         expected += [(f"{name}.weight", (rows, columns)), (f"{name}.bias", (rows,))]
     assert [(name, tuple(p.shape)) for name, p in field.named_parameters()] == expected
     assert list(field.state_dict()) == [name for name, _ in expected]
+
+
+def trained(seed: int, steps: int = 3):
+    """A small field after a few steps of Adam, its optimizer and its average."""
+    field = make_field(seed, multires=3, multires_views=2)
+    optimizer, ema = torch.optim.Adam(field.parameters(), lr=1e-2), EMA(field, 0.9)
+    keep_file_order(optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        density, rgb = field(*inputs(step))
+        (density.square().mean() + rgb.square().mean()).backward()
+        optimizer.step()
+        ema.update()
+    return field, optimizer, ema
+
+
+def test_files_hold_weights_moments_and_averages_in_nerf_pytorchs_order():
+    field, optimizer, ema = trained(0)
+    peer = torch.nn.Linear(21, 32)  # of nerf-pytorch's first layer
+    peer.load_state_dict({k: field.state_dict()[f"pts_linears.0.{k}"] for k in ("weight", "bias")})
+    points = inputs()[0].reshape(-1, 3)
+    expected = field.pts_linears[0](field.encoding(points))
+    torch.testing.assert_close(peer(plain_encoding(points, 3)), expected, rtol=0, atol=1e-6)
+    columns = field.encoding.columns
+    assert not torch.equal(columns, columns.sort().values)
+    own = field.pts_linears[0].weight
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(moment[:, columns], optimizer.state[own]["exp_avg"])
+    assert torch.equal(ema.state_dict()["shadow"][0][:, columns], ema.shadow[0])
+
+
+def test_a_field_from_files_goes_on_as_if_never_saved():
+    field, optimizer, ema = trained(0)
+    saved = [part.state_dict() for part in (field, optimizer, ema)]
+    saved = pickle.loads(pickle.dumps(saved))
+    again = trained(1)
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    finals = []
+    for net, adam, average in ((field, optimizer, ema), again):
+        adam.zero_grad()
+        net(*inputs(7))[1].square().mean().backward()
+        adam.step()
+        average.update()
+        finals.append([*net.parameters(), *average.shadow])
+    for first, second in zip(*finals, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_depth_5_is_refused():

@@ -9,6 +9,7 @@ from helpers import REPOSITORY
 # draws them. A name is matched from the longest: "nerf.text3d" covers the files inside.
 LEVELS = {
     "nerf.rays": 0, "nerf.lenses": 0, "nerf.cameras": 0, "nerf.encodings": 0, "nerf.field": 0,
+    "nerf.column_order": 0,
     "nerf.volume": 0, "nerf.metrics": 0, "nerf.media": 0,
     "nerf.training": 1, "nerf.renderer": 1, "nerf.occupancy": 1, "nerf.losses": 1,
     "nerf.coarse_to_fine": 1,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nerf.column_order import from_file_order, to_file_order
+
 
 class EMA:
     """shadow <- d shadow + (1 - d) weights after every update, d = min(decay, (1 + n) / (10 + n)).
@@ -80,7 +82,9 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights on the CPU, and the number of updates."""
-        return {"num_updates": self.num_updates, "shadow": [value.cpu() for value in self.shadow]}
+        pairs = zip(self.parameters, self.shadow, strict=True)
+        shadow = [to_file_order(parameter, value).cpu() for parameter, value in pairs]
+        return {"num_updates": self.num_updates, "shadow": shadow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict``. ValueError if the number of weights differs."""
@@ -90,5 +94,7 @@ class EMA:
                 f"{len(self.shadow)}; use the --ema_decay with which it was trained"
             )
         self.num_updates = state["num_updates"]
-        for own, saved in zip(self.shadow, state["shadow"], strict=True):
-            own.copy_(saved)
+        for parameter, own, saved in zip(
+            self.parameters, self.shadow, state["shadow"], strict=True
+        ):
+            own.copy_(from_file_order(parameter, saved))

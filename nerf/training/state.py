@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from nerf.column_order import keep_file_order
 from nerf.training import checkpoint, checkpoint_choice
 from nerf.training.checkpoint_choice import Ranking, describe_best, write_best
 from nerf.training.ema import EMA
@@ -40,6 +41,9 @@ class TrainState(Generic[R]):
     weights_only: bool = False
     clock: Clock = field(default_factory=Clock)
     saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        keep_file_order(self.optimizer)
 
     def restore(self, run: RunFolder, rays_per_step: int = 0) -> dict[str, Any]:
         """Restore the attempt's checkpoint and return its content; {} if it has none.
