@@ -231,6 +231,7 @@ def make_lora(
         lrate=args.lrate_lora,
         camera_dropout=args.camera_dropout,
         views=args.lora_views,
+        cfg=args.lora_cfg,
     )
     if args.lora_file:
         load_lora(Path(args.lora_file), network.lora)

@@ -7,7 +7,7 @@ without view words: it knows the view from the camera.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from guidance.attention import fast_attention
 from guidance.lora import LoRA
-from guidance.sds import GuidanceNoise, add_noise, per_view, to_epsilon
+from guidance.sds import GuidanceNoise, add_noise, guide, per_view, to_epsilon
 from guidance.stable_diffusion import StableDiffusion
 
 CAMERA = 16  # entries of a 4 x 4 camera-to-world matrix
@@ -44,18 +44,13 @@ class CameraEmbedding(nn.Module):
 
 
 @contextmanager
-def unet_class_embedding(unet: Any, embedding: nn.Module | None) -> Iterator[None]:
-    """Set ``class_embedding`` of a diffusers U-Net inside the block; restore it afterwards."""
+def unet_class_embedding(unet: Any, embedding: nn.Module | None) -> Iterator[Any]:
+    """The U-Net with this ``class_embedding`` inside the block; it is restored afterwards."""
     before, unet.class_embedding = unet.class_embedding, embedding
     try:
-        yield
+        yield unet
     finally:
         unet.class_embedding = before
-
-
-def disable_unet_class_embedding(unet: Any) -> AbstractContextManager[None]:
-    """Run the U-Net without a camera inside the block, as it was pretrained."""
-    return unet_class_embedding(unet, None)
 
 
 def flat_cameras(c2w: Tensor) -> Tensor:
@@ -70,8 +65,9 @@ class LoRAScoreNetwork(nn.Module):
     base: the ``StableDiffusion`` that guides the scene, or another one with the same latents.
     text [1, L, D]: the prompt's embedding by ``base``. rank: of the adapters. lrate: of the AdamW
     in ``optimizer``. camera_dropout: the fraction of training cameras that are replaced by zeros.
-    views: the number of views of a step to train on; 0: all. The U-Net belongs to ``base`` and is
-    not part of this module's parameters and state.
+    views: the number of views of a step to train on; 0: all. cfg: guidance scale of the network's
+    own prediction; 1: none. The U-Net belongs to ``base`` and is not part of this module's
+    parameters and state.
     """
 
     steps: Tensor  # [] optimizer steps taken
@@ -85,6 +81,7 @@ class LoRAScoreNetwork(nn.Module):
         lrate: float,
         camera_dropout: float,
         views: int = 0,
+        cfg: float = 1.0,
     ):
         super().__init__()
         # The adapters' initial values come from torch's global seed on the CPU, on every device.
@@ -92,7 +89,7 @@ class LoRAScoreNetwork(nn.Module):
         self.lora = LoRA(unet, rank).to(base.device)
         self.camera = CameraEmbedding(unet.time_embedding.linear_2.out_features).to(base.device)
         self.camera.dtype = base.dtype
-        self.camera_dropout, self.views = camera_dropout, views
+        self.camera_dropout, self.views, self.cfg = camera_dropout, views, cfg
         self.base, self._text = base, text
         # Fused, it leaves out an update on the device, see ``train_step``.
         fused = base.device.type == "cuda"
@@ -109,18 +106,26 @@ class LoRAScoreNetwork(nn.Module):
         with (
             torch.autocast(base.device.type, enabled=False),
             self.lora.switched(),
-            unet_class_embedding(base.unet, self.camera),
+            unet_class_embedding(base.unet, self.camera) as unet,
             fast_attention(base.device),
         ):
-            output = base.unet(
-                noisy.to(base.dtype), t, encoder_hidden_states=text, class_labels=camera
-            )
+            output = unet(noisy.to(base.dtype), t, encoder_hidden_states=text, class_labels=camera)
             return output.sample.float()
 
     @torch.no_grad()
     def epsilon(self, noisy: Tensor, t: Tensor, c2w: Tensor) -> Tensor:
-        """epsilon_phi(x_t, t, c2w): noisy [V, C, h, w], t [V], c2w [V, 3, 4] -> [V, C, h, w]."""
-        output = self._output(noisy, t, flat_cameras(c2w))
+        """epsilon_phi(x_t, t, c2w): noisy [V, C, h, w], t [V], c2w [V, 3, 4] -> [V, C, h, w].
+
+        With guidance (``cfg``) u + cfg (c - u), where u is the prediction for the zero camera that
+        ``camera_dropout`` trains, as in threestudio.
+        """
+        cameras = flat_cameras(c2w)
+        if self.cfg == 1.0:
+            output = self._output(noisy, t, cameras)
+        else:
+            both = torch.cat([torch.zeros_like(cameras), cameras])
+            outputs = self._output(noisy.repeat(2, 1, 1, 1), t.repeat(2), both)
+            output = guide(*outputs.chunk(2), self.cfg)
         return to_epsilon(output, noisy, self.base.alphas_cumprod[t], self.base.prediction_type)
 
     def epsilon_at(self, c2w: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,23 +1,20 @@
 """guidance/lora and guidance/vsd: adapters that start at zero, a frozen U-Net, training."""
 
+import csv
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, run_main
 from safetensors.torch import load_file, save_file
 from tiny_models import SIDE, draw
 
+import run_dreamfusion
 from guidance import sample, sds, stable_diffusion
 from guidance.lora import LoRA, attention_layers, load_lora, lora_and_scale, save_lora
 from guidance.stable_diffusion import StableDiffusion
-from guidance.vsd import (
-    LoRAScoreNetwork,
-    disable_unet_class_embedding,
-    flat_cameras,
-    unet_class_embedding,
-)
+from guidance.vsd import LoRAScoreNetwork, flat_cameras, unet_class_embedding
 from nerf.training.distributed import World
 
 WORLD = World(0, 1, CPU)
@@ -125,8 +122,8 @@ def test_the_class_embedding_is_restored_after_an_exception(model):
         assert model.unet.class_embedding is other
         raise RuntimeError
     assert model.unet.class_embedding is own
-    with disable_unet_class_embedding(model.unet):
-        assert model.unet.class_embedding is None
+    with unet_class_embedding(model.unet, None) as unet:
+        assert unet is model.unet and unet.class_embedding is None
     assert model.unet.class_embedding is own
 
 
@@ -205,6 +202,47 @@ def test_vsd_starts_as_csd(model):
             model, images, conditions, noise, recipe, network.epsilon_at(cameras())
         )
     torch.testing.assert_close(found["vsd"].gradient, found["csd"].gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["sd_folder", "sd2_folder"])
+def test_the_prediction_is_guided_away_from_the_one_without_a_camera(folder, request):
+    """u + s (c - u) of epsilons, each predicted alone; s = 1 is the prediction itself, bit for bit.
+
+    For epsilon prediction and for v-prediction.
+    """
+    model = StableDiffusion(request.getfixturevalue(folder), CPU)
+    (x, t), c2w = noisy(), cameras()
+    plain, guided = make_lora_score(model), make_lora_score(model, cfg=2.5)
+    train(plain)
+    guided.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        conditional, unconditional = (
+            sds.to_epsilon(
+                plain._output(x, t, camera), x, model.alphas_cumprod[t], model.prediction_type
+            )
+            for camera in (flat_cameras(c2w), torch.zeros(2, 16))
+        )
+    assert torch.equal(plain.epsilon(x, t, c2w), conditional)
+    assert not torch.allclose(conditional, unconditional, atol=1e-5)
+    wanted = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(guided.epsilon(x, t, c2w), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_script_guides_the_lora_score_network(sd_folder, tiny_dream, tmp_path):
+    """By --lora_cfg; of a step's gradient it changes nothing before the network was trained."""
+    flags = [*tiny_dream, "--guidance", "vsd", "--sd_model", sd_folder, "--prompt", "a red cube"]
+    flags += ["--space", "2d", "--lrate_lora", "0.1", "--N_iters", "2", "--i_print", "1"]
+    loss = {}
+    for cfg in ("none", "1", "3"):
+        more = [] if cfg == "none" else ["--lora_cfg", cfg]
+        done = run_main(run_dreamfusion.main, *flags, "--expname", cfg, *more)
+        assert done.returncode == 0, done.stderr
+        table = csv.DictReader((tmp_path / cfg / "metrics.csv").open())
+        loss[cfg] = [float(row["sds"]) for row in table]
+    assert loss["none"] == loss["1"]
+    assert max(loss["1"][0], loss["3"][0]) < 1e-9 < abs(loss["1"][1] - loss["3"][1])
+    done = run_main(run_dreamfusion.main, *flags, "--lora_cfg", "3", "--camera_dropout", "0")
+    assert done.returncode == 2 and "--camera_dropout above 0" in done.stderr
 
 
 def test_the_base_may_be_another_model(model, sd2_folder):

@@ -142,7 +142,7 @@ def add_vsd_flags(parser: Parser) -> None:
     flag("camera_dropout", unit_interval, 0.1,
         "part of the views on which the LoRA score network trains without a camera, 0 to 1")
     flag("lora_cfg", number, 1.0,
-        "guidance scale of the LoRA score network's prediction, from the one without a camera; 1: none")
+        "guidance scale of the LoRA score network's own prediction, by the camera; 1: none")
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -370,7 +370,7 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
             for name in ("lora_model", "lora_file")
         ),
         (args.guidance == "vsd" and args.lora_cfg != 1 and args.camera_dropout == 0,
-         f"--lora_cfg {args.lora_cfg:g} needs predictions without a camera: --camera_dropout above 0"),
+         f"--lora_cfg {args.lora_cfg:g} needs training without a camera: --camera_dropout above 0"),
     ])  # fmt: skip
 
 

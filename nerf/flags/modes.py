@@ -15,7 +15,7 @@ OF_MLP = ("netdepth", "netwidth", "multires", "activation")
 OF_GRIDS = ("grid_res", "lrate_grid")
 OF_TRI_PLANES = ("smooth_planes", "lambda_tv")
 OBJECT = ("field", "bound", "blob_scale", "blob_std", "density_scale", "march_steps", "occ_res")
-VSD = ("lora_rank", "lrate_lora", "lora_views", "camera_dropout")
+VSD = ("lora_rank", "lrate_lora", "lora_views", "camera_dropout", "lora_cfg")
 MODEL = ("sd_model", "sd_lora", "guidance_dtype", "scheduler", "negative_prompt", "view_text")
 # Those that something depends on. The others have no effect, and stay what they are.
 SWITCHED_OFF = ("smooth_planes", "lambda_tv", "mesh", "i_video")
