@@ -329,6 +329,31 @@ def test_a_browser_shows_the_object_and_its_buttons_work(browser, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
+def test_a_browser_elsewhere_needs_the_token_and_its_page_keeps_it(browser, monkeypatch, tmp_path):
+    """The cookie of the page reaches the websocket; another origin's page gets nothing."""
+    from nerf.outputs import viewer_guard
+
+    monkeypatch.setattr(viewer_guard, "_peer", lambda connection: "10.0.0.7")
+    said = []
+    with viewer.Viewer(None, tmp_path, "127.0.0.1", free_port(), said.append) as window:
+        printed = said[0].removeprefix("viewer: ")
+        place = printed.partition("/?")[0]
+        browser.get(place)
+        assert "with its token" in browser.page_source
+        browser.get(printed)
+        wait_for(window._clients, 30)
+        browser.get(place)  # later visits need no token
+        wait_for(lambda: any(number > 0 for number, _ in window._clients()), 30)
+        browser.get("data:text/html,<title>elsewhere</title>")
+        wait_for(lambda: not window._clients(), 30)
+        protocol = f"viser-v{pytest.importorskip('viser').__version__}"
+        socket_of = f"new WebSocket('{place.replace('http', 'ws')}', ['{protocol}'])"
+        browser.execute_script(f"window.s = {socket_of}; s.onclose = () => document.title = 'no'")
+        wait_for(lambda: browser.title == "no", 30)
+        assert not window._clients()
+
+
 def is_orange(picture):
     red, green, blue = np.moveaxis(picture, -1, 0)
     return (red > 0.6) & (red - blue > 0.3) & (green < red)
