@@ -30,6 +30,7 @@ from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center
 from nerf import build, build_optimizer, build_run
+from nerf.build_start import check_object, find_start, start_from
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
 from nerf.flags.checkpoints import reading_flags
@@ -53,7 +54,7 @@ from nerf.text3d.orbit import OrbitCameras, random_orbit_cameras
 from nerf.text3d.particles import members_of
 from nerf.text3d.shading import Lighting, draw_lighting
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
-from nerf.training.checkpoint_choice import archive_checkpoints, find_checkpoint, newest_checkpoint
+from nerf.training.checkpoint_choice import archive_checkpoints, find_checkpoint
 from nerf.training.ema import EMA
 from nerf.training.logged import added, by_group, read_means
 from nerf.training.monitor import Monitor
@@ -160,7 +161,7 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
     """Go on from the attempt's checkpoint, if there is one, and log what has changed since."""
     if state.attempt.saved is None:
         if args.init_from:
-            start_from(args, run, state)
+            start_from(args, run.log, state)
         if args.ft_weights:
             state.start_from_weights(args.ft_weights, args.ft_ignore or [], run.log)
         return
@@ -172,39 +173,6 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
         run.log(f"resumed from {path} at step {state.step}")
     else:
         run.log(f"{path} has all {state.step} updates; to train on, set --N_iters to more")
-
-
-def find_start(args, log) -> checkpoint.SavedState:
-    """The checkpoint of ``--init_from``, a file or the newest of a run folder."""
-    path = Path(args.init_from)
-    found = newest_checkpoint(path, log) if path.is_dir() else None
-    if path.is_dir() and found is None:
-        raise ValueError(f"--init_from {path}: there is no checkpoint in it")
-    path, saved = found or (path, checkpoint.load_checkpoint(path))
-    check_object(f"--init_from {path}", saved)
-    if changes := dream_flags.shape_changes(saved["args"], args):
-        raise ValueError(
-            f"--init_from {path}: its object was made with other flags "
-            f"({'; '.join(changes)}); start from it with those"
-        )
-    return path, saved
-
-
-def start_from(args, run, state: TrainState) -> None:
-    """``--init_from``: another run's object, as its pictures show it; all else is new."""
-    path, saved = find_start(args, run.log)
-    averaged = EMA(state.renderer, saved["args"].get("ema_decay", 0.0))
-    checkpoint.restore(path, saved, run.log, state.renderer, ema=averaged)
-    averaged.keep()
-    state.ema.reset()
-    run.log(f"starting from the object of {path}")
-
-
-def check_object(name: str, saved) -> None:
-    """ValueError if a checkpoint is not of this script."""
-    if "guidance" not in (saved.get("args") or {}):
-        program = "run_nerf.py" if "N_rand" in (saved.get("args") or {}) else "another program"
-        raise ValueError(f"{name}: a checkpoint of {program}; give one of run_dreamfusion.py")
 
 
 def check_same_run(args, saved, model: str) -> None:

@@ -177,7 +177,9 @@ def add_output_flags(parser: Parser) -> None:
     flag, switch = section.flag, section.switch
     switch("render_only", "render the turntable of a finished run; no training")
     switch("mesh", "write mesh.glb into the run folder at the end of training")
-    flag("init_from", "PATH", None, "run folder or checkpoint whose object a new run starts from")
+    flag("init_from", "PATH", None,
+        "run folder or checkpoint whose object a new run starts from; tri-planes of another "
+        "--grid_res are resampled, a field of another kind or size is fitted")
     flag("eval_res", positive_int, 128,
         "pixels per side of the turntable; previews are at most as large")
     flag("eval_background", ("white", "black", "learned"), "white",
@@ -374,14 +376,22 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     ])  # fmt: skip
 
 
-def shape_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Why an object made with the flags ``saved`` does not fit into this run, for --init_from."""
-    names = ["space", "n_particles", "field", "occ_res"]
-    names += (
-        ["netdepth", "netwidth", "multires", "i_embed"] if args.field == "mlp" else ["grid_res"]
-    )
+def object_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Why an object made with the flags ``saved`` cannot become this run's, for --init_from."""
+    names = ["space", "n_particles"]
     if args.background == "learned":  # a network, which an object of another one does not have
         names.append("background")
+    return common.structural_changes(saved, args, names)
+
+
+def field_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Flags by which the weights of a run with the flags ``saved`` do not fit into this one's."""
+    names = ["field", "occ_res"]
+    names += (
+        ["netdepth", "netwidth", "multires", "i_embed", "activation"]
+        if args.field == "mlp"
+        else ["grid_res"]
+    )
     return common.structural_changes(saved, args, names)
 
 

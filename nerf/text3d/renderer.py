@@ -122,8 +122,11 @@ class ObjectRenderer(nn.Module):
 
     def _activate(self, raw: Tensor, unit: Tensor) -> Tensor:
         """Density [N] from the field's output [N] and the blob at unit points [N, 3]."""
-        blob = self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
-        return self.density_scale * F.softplus(raw + blob)
+        return self.density_scale * F.softplus(raw + self.blob(unit))
+
+    def blob(self, unit: Tensor) -> Tensor:
+        """What is added to the field's raw density at unit points [N, 3]: [N], the first blob."""
+        return self.blob_scale * (1.0 - unit.norm(dim=-1) * (self.bound / self.blob_std))
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
         """Update the occupancy grid, every ``UPDATE_EVERY`` steps; equal on all ranks."""
