@@ -29,7 +29,7 @@ from guidance.attention import attention_sheet, picked_tokens
 from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center
-from nerf import build, build_optimizer, build_run
+from nerf import build, build_optimizer, build_run, build_schedules
 from nerf.build_start import check_object, find_start, start_from
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
@@ -149,9 +149,7 @@ def prepare(args, world, attempt: Attempt) -> TrainState:
     # train on: each draws the same global batch, see rng.step_generator, and keeps its shard.
     rng.seed_everything(attempt.weights_seed)
     renderer = build.object_renderer(args, world.device).to(world.device)
-    groups = build_optimizer.parameter_groups(renderer, args)
-    fused = world.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=(0.9, 0.99), eps=1e-15, fused=fused)
+    optimizer = build_optimizer.make_optimizer(renderer, args, world.device)
     scaler = system.grad_scaler(world.device, args.amp)
     ema = EMA(renderer, args.ema_decay)
     return TrainState(renderer, optimizer, scaler, ema, attempt, **build_run.saving(args))
@@ -193,9 +191,9 @@ def make_outputs(args, world, run, renderer, ema, stop=None) -> ObjectOutputs:
     """Where previews, turntables and meshes of this run come from."""
     return ObjectOutputs(
         run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
-        elevation_deg=args.eval_elevation, radius=sum(args.radius_range) / 2,
-        fov_deg=sum(args.fov_range) / 2, bound=args.bound, flat=args.space == "2d",
-        stop=stop,
+        elevation_deg=args.eval_elevation, bound=args.bound, flat=args.space == "2d", stop=stop,
+        radius=sum(build_schedules.pair_at(args.radius_range, args.N_iters)) / 2,
+        fov_deg=sum(build_schedules.pair_at(args.fov_range, args.N_iters)) / 2,
     )  # fmt: skip
 
 
@@ -281,10 +279,8 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
         while state.step < args.N_iters:
             # ---- one update. Every random number comes from (seed, step), not from a running
             # generator: a resumed run draws what an unbroken one draws, on any number of ranks.
-            lr = build_optimizer.learning_rate(state.step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
-            now = build.scheduled_flags(args, state.step)  # flags that change with the step
+            build_optimizer.set_learning_rates(optimizer, state.step, args)
+            now = build_schedules.scheduled_flags(args, state.step)  # flags that change by step
             generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
             renderer.begin_step(state.step, generator)  # updates the occupancy grid
             inputs = draw_inputs(args, now, guide.prior, state.step, generator)  # for all ranks
@@ -311,6 +307,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 opacity, views_left_out, *room_used = verdict.more
                 renderer.end_step(room_used)
             if guide.lora is not None:  # VSD: the LoRA learns what the renders look like by now
+                guide.lora.set_schedule(now["lrate_lora"], now["camera_dropout"])
                 values["lora_loss"] = guide.lora.train_step(
                     stats.distilled.latents, inputs.cameras.c2w, inputs.noise, world
                 )
@@ -384,13 +381,13 @@ class StepInputs(NamedTuple):
 def draw_inputs(args, now, prior, step: int, generator: torch.Generator) -> StepInputs:
     """Cameras, lighting and noise for all ``--batch_views``, over all ranks."""
     size, num_views = now["train_res"], args.batch_views
-    ranges = build.orbit_ranges(args)
+    ranges = build_schedules.orbit_ranges(args, step)
     if args.view_spread < 1:
         ranges = ranges._replace(settle=partial(pull_to_view_center, fraction=args.view_spread))
     host = rng.host_generator(generator)  # the host chooses view words by the cameras' angles
     cameras = random_orbit_cameras(num_views, ranges, host)
     # Albedo alone at first: shading needs normals, and those of the first fog mean nothing.
-    settings, lit = build.lighting_settings(args), step >= args.albedo_steps
+    settings, lit = build_schedules.lighting_settings(args, step), step >= args.albedo_steps
     lighting = draw_lighting(cameras.c2w[:, :, 3], settings, host, lit=lit)
     is_lit, device = lighting.is_lit, generator.device
     cameras, lighting = cameras.on(device), lighting.on(device)
@@ -502,6 +499,7 @@ def log_step(args, run, progress, world, state, stats: StepStats, now, values) -
     values |= by_group(optimizer, build_optimizer.GROUPS, grad_norm, args.grad_clip)
     names = [name for name in SHAPE_LOSSES if highest(getattr(args, f"lambda_{name}"))]
     values |= {f"loss_{name}": stats.terms.get(name, 0.0) for name in names}
+    values |= build_schedules.scheduled_columns(args, state.step - 1)  # of the update just made
     values = read_means(world, values)
     run.scalars(state.step, values)
     build_run.record_logged(args, state, values)
@@ -526,7 +524,7 @@ def foretell(args, run, state: TrainState, progress: Progress, outputs: ObjectOu
         int(args.mesh and not outputs.flat),
         forecast.occasions(args.N_iters, args.i_video, at_end=True) * (not outputs.flat),
     )
-    size = min(args.eval_res, 2 * build.scheduled_flags(args, args.N_iters)["train_res"])
+    size = min(args.eval_res, 2 * build_schedules.scheduled_flags(args, args.N_iters)["train_res"])
     pictures = forecast.rehearse_object(outputs, size, args.video_frames, args.mesh_res**3)
     memory = forecast.memory_of_run(state, outputs.world.device)
     updates = min(updates, args.max_minutes * 60 or math.inf)
@@ -540,7 +538,7 @@ def preview(args, outputs: ObjectOutputs, step: int) -> float:
 
     Returns how many seconds the turntable will take at the same speed.
     """
-    size = min(args.eval_res, 2 * build.scheduled_flags(args, step)["train_res"])
+    size = min(args.eval_res, 2 * build_schedules.scheduled_flags(args, step)["train_res"])
     start, num_views = time.perf_counter(), 4
     write_preview(outputs, step, num_views, size)
     seconds_per_pixel = (time.perf_counter() - start) / (num_views * size**2)

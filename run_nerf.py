@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nerf import build, build_optimizer, build_run
+from nerf import build, build_optimizer, build_run, build_schedules
 from nerf.build import load_scene
 from nerf.coarse_to_fine import refine
 from nerf.datasets.identity import scene_difference
@@ -139,10 +139,7 @@ def prepare(args, world, run, scene, attempt: Attempt) -> TrainState:
     rng.seed_everything(attempt.weights_seed)
     saved = attempt.saved[1] if attempt.saved else None
     renderer = build.build_renderer(args, scene, run.log, saved).to(world.device)
-    betas, eps = ((0.9, 0.99), 1e-15) if args.occ_grid else ((0.9, 0.999), 1e-8)
-    groups = build_optimizer.parameter_groups(renderer, args)
-    fused = world.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(groups, lr=args.lrate, betas=betas, eps=eps, fused=fused)
+    optimizer = build_optimizer.make_optimizer(renderer, args, world.device)
     scaler = system.grad_scaler(world.device, args.amp)
     ema = EMA(renderer, args.ema_decay)
     return TrainState(renderer, optimizer, scaler, ema, attempt, **build_run.saving(args))
@@ -271,6 +268,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     progress.rendering = rendering_seconds()
     scene_record = build_run.scene_record(args, scene, attempt.saved[1] if attempt.saved else {})
     content = {"args": vars(args), "scene": scene_record}  # of checkpoints, besides state
+    if scene.stored is not None:  # a mapped file that is cut off while it is in use
+        scene.stored.before_lost = partial(state.save, run, args.keep_ckpts, **content)
 
     while state.step < args.N_iters:
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
@@ -280,9 +279,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             graphs = build_run.make_graphs(args, world, run.log, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
-        lr = build_optimizer.learning_rate(state.step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]  # 1 for networks, more for features on grids
+        build_optimizer.set_learning_rates(optimizer, state.step, args)
+        build_schedules.set_scheduled(args, renderer, state.step, recorded=graphs.enabled)
         generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
         renderer.begin_step(state.step, generator)  # updates an occupancy grid, if there is one
         num_rays = renderer.rays_per_step(args.N_rand, world.size)  # over all ranks
@@ -460,6 +458,7 @@ def log_step(args, run, progress, monitor, state, stats, verdict) -> None:
         "samples_per_second": progress.samples_per_second,
         **by_group(optimizer, build_optimizer.GROUPS, verdict.grad_norm, args.grad_clip),
         **{f"loss_{name}": stats.terms.get(name, 0.0) for name in build_run.loss_terms(args)},
+        **build_schedules.scheduled_columns(args, state.step - 1),  # of the update just made
     }
     values = read_means(world, values)
     values["psnr"] = psnr_from_mse(values["psnr"])

@@ -228,8 +228,8 @@ def make_lora(
         base,
         base.embed([args.prompt]),
         rank=args.lora_rank,
-        lrate=args.lrate_lora,
-        camera_dropout=args.camera_dropout,
+        lrate=1e-4,  # of no update: ``set_schedule``
+        camera_dropout=0.1,
         views=args.lora_views,
         cfg=args.lora_cfg,
     )

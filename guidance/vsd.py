@@ -173,6 +173,12 @@ class LoRAScoreNetwork(nn.Module):
         """The learning rate."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def set_schedule(self, lrate: float, camera_dropout: float) -> None:
+        """Train the next step with these."""
+        self.camera_dropout = camera_dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = lrate
+
     def state(self) -> dict[str, Any]:
         """The state dicts of the weights, the optimizer and the scaler, for the checkpoint."""
         return {

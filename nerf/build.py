@@ -1,4 +1,4 @@
-"""Modules, optimizer groups and schedules from flags: the one file that knows both."""
+"""Modules from flags, which know nothing of these."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -14,20 +14,17 @@ from nerf.datasets.scene import Scene
 from nerf.encodings import ENCODINGS, HashGrid, TriPlane
 from nerf.field import FeatureField, Field, NeRFField
 from nerf.flags import nerf as nerf_flags
-from nerf.flags.dreamfusion import SCHEDULES, STRUCTURAL
-from nerf.flags.modes import SHAPE_LOSSES
+from nerf.flags.dreamfusion import STRUCTURAL
 from nerf.occupancy import Box, OccupancyGrid
 from nerf.occupancy_renderer import OccupancyRenderer
 from nerf.rays import Rays
 from nerf.renderer import NeRFRenderer
 from nerf.scene_bounds import carve, hull_scene, scene_space
-from nerf.text3d.orbit import OrbitRanges
 from nerf.text3d.particles import Particles
 from nerf.text3d.renderer import ObjectRenderer, PixelImages
-from nerf.text3d.shading import LightingSettings
 from nerf.training.dead_start import start_as_fog
 from nerf.training.monitor import READ_EVERY
-from nerf.training.schedules import highest, scheduled, stepped
+from nerf.training.schedules import highest, stepped, value_at
 
 Log = Callable[[str], None]
 SceneRenderer = NeRFRenderer | OccupancyRenderer
@@ -95,7 +92,7 @@ def build_renderer(
         num_importance=args.N_importance,
         background=float(args.white_bkgd),
         perturb=args.perturb > 0,
-        raw_noise_std=args.raw_noise_std,
+        raw_noise_std=value_at(args.raw_noise_std, 0),
         lindisp=args.lindisp,
         static_shapes=has_static_shapes(args, device),
     )
@@ -145,12 +142,12 @@ def _occupancy_renderer(
         space,
         background=float(args.white_bkgd),
         random_background=args.random_bg and has_alpha,
-        target_samples=args.target_samples,
+        target_samples=stepped(args.target_samples, 0),
         composite=args.composite,
         early_stop=args.early_stop,
         near_scaling=args.near_scaling,
-        lambda_tv=args.lambda_tv,
-        lambda_l1=args.lambda_l1,
+        lambda_tv=value_at(args.lambda_tv, 0),
+        lambda_l1=value_at(args.lambda_l1, 0),
         resample=args.resample,
         static_shapes=has_static_shapes(args, scene.c2w.device),
     )
@@ -257,39 +254,6 @@ def _one_object(args: argparse.Namespace, static_shapes: bool) -> ObjectRenderer
         learned_background=args.background == "learned",
         static_shapes=static_shapes,
     )
-
-
-def orbit_ranges(args: argparse.Namespace) -> OrbitRanges:
-    """The ranges of random cameras."""
-    return OrbitRanges(
-        azimuth_deg=tuple(args.azimuth_range),
-        elevation_deg=tuple(args.elevation_range),
-        radius=tuple(args.radius_range),
-        fov_deg=tuple(args.fov_range),
-        sphere_rate=args.sphere_rate,
-        jitter_position=args.jitter_pos,
-        jitter_target=args.jitter_target,
-        jitter_up=args.jitter_up,
-    )
-
-
-def lighting_settings(args: argparse.Namespace) -> LightingSettings:
-    """The settings of random lighting."""
-    return LightingSettings(
-        ambient=args.ambient,
-        p_diffuse=args.p_diffuse,
-        p_textureless=args.p_textureless,
-        background=args.background,
-        p_random=args.p_random_bg,
-    )
-
-
-def scheduled_flags(args: argparse.Namespace, step: int) -> dict[str, Any]:
-    """The values at ``step`` of all flags that are schedules; train_res is a whole number."""
-    now: dict[str, Any] = {name: scheduled(getattr(args, name), step) for name in SCHEDULES}
-    if args.space == "2d":
-        now |= dict.fromkeys(SHAPE_LOSSES, 0.0)
-    return now | {"train_res": stepped(args.train_res, step)}
 
 
 def adopt_saved_flags(args: argparse.Namespace, saved: dict[str, Any], log: Log) -> None:

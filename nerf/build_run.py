@@ -29,6 +29,7 @@ from nerf.training.distributed import World
 from nerf.training.ema import EMA
 from nerf.training.graph import FunctionGraphs, StepGraphs
 from nerf.training.run_folder import RunFolder
+from nerf.training.schedules import highest
 from nerf.training.state import TrainState
 
 Log = Callable[[str], None]
@@ -103,7 +104,8 @@ def compile_if_set(
 def loss_terms(args: argparse.Namespace) -> tuple[str, ...]:
     """The terms of run_nerf.py's loss that these flags may switch on, for the log."""
     colors = ("coarse", "fine") if args.N_importance and not args.occ_grid else ("color",)
-    return colors + tuple(name for name in ("l1", "tv") if getattr(args, f"lambda_{name}"))
+    names = ("l1", "tv") if args.occ_grid else ()
+    return colors + tuple(name for name in names if highest(getattr(args, f"lambda_{name}")))
 
 
 def make_graphs(

@@ -14,7 +14,7 @@ from nerf.encodings import TriPlane
 from nerf.field import BUCKET, Field, density_packed, query_packed
 from nerf.occupancy import Box, OccupancyGrid, Samples, Space
 from nerf.rays import Rays
-from nerf.renderer import LoadStateDict, RayNoise, Rendered
+from nerf.renderer import LoadStateDict, RayNoise, Rendered, is_on
 from nerf.volume import PACKED_WEIGHTS, importance_resample_packed, scale_gradient, sum_per_ray
 
 UPDATE_EVERY = 16  # steps between updates of the occupancy grid
@@ -33,11 +33,6 @@ RAY_COUNTS = (
 )
 SPARE_ROOM = 1.125
 MARCHED_PER_SAMPLE, MARCHED_PER_RESAMPLE = 2, 4
-
-
-def is_on(weight: Tensor | float) -> bool:
-    """Whether a weight may be above 0: one on the device, which may change, is never read."""
-    return isinstance(weight, Tensor) or weight > 0
 
 
 def density_of(raw: Tensor) -> Tensor:
@@ -100,9 +95,9 @@ class OccupancyRenderer(nn.Module):
             return None
         return -int(-SPARE_ROOM * self.target_samples / self._num_ranks // BUCKET) * BUCKET
 
-    def graph_kind(self) -> bool:
-        """Whether samples are resampled: what a step depends on besides its tensors' shapes."""
-        return self.resamples
+    def graph_kind(self) -> tuple[bool, int]:
+        """Whether samples are resampled, and the room for them, which is no tensor's shape."""
+        return self.resamples, self.target_samples
 
     @property
     def fields(self) -> list[Field]:

@@ -18,6 +18,11 @@ SKIP_BELOW = 0.6
 LoadStateDict = Callable[[nn.Module, dict[str, Any], str], None]
 
 
+def is_on(weight: Tensor | float) -> bool:
+    """Whether a weight may be above 0: one on the device, which may change, is never read."""
+    return isinstance(weight, Tensor) or weight > 0
+
+
 class Rendered(NamedTuple):
     """Colors, opacity and depth of rays, rendered from one field."""
 
@@ -143,7 +148,7 @@ class NeRFRenderer(nn.Module):
         num_importance: int,
         background: float = 0.0,
         perturb: bool = True,
-        raw_noise_std: float = 0.0,
+        raw_noise_std: Tensor | float = 0.0,
         lindisp: bool = False,
         static_shapes: bool = False,
     ):
@@ -194,7 +199,7 @@ class NeRFRenderer(nn.Module):
                 return None
             return function(num_rays, count, generator=generator, device=generator.device)
 
-        noisy = self.raw_noise_std > 0
+        noisy = is_on(self.raw_noise_std)
         total = self.samples_per_ray
         return RayNoise(
             jitter=draw(torch.rand, self.num_samples, self.perturb),

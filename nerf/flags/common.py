@@ -15,21 +15,18 @@ from nerf.encodings import ENCODINGS
 from nerf.flags import mistakes
 from nerf.flags.checkpoints import add_checkpoint_flags, checkpoint_problems, reading_flags
 from nerf.flags.config_file import as_config as as_config  # part of this module's interface
+from nerf.flags.optimization import add_optimization_flags
 from nerf.flags.parser import Parser, Section, add_help_flags
 from nerf.flags.types import (
     checkpoints_kept,
     decay,
     frequencies,
     grid_resolution,
-    learning_rate,
     non_negative,
     non_negative_int,
     positive_int,
     seed,
 )
-
-# For the sentence of a section with schedules.
-SCHEDULE = "SCHEDULE is a number, or step:value,step:value with straight lines between."
 
 # fmt: off
 
@@ -70,39 +67,6 @@ def add_run_flags(
     add_optimization_flags(parser)
     add_saving_flags(parser, images, videos)
     add_checkpoint_flags(parser, measures=measures)
-
-
-def add_optimization_flags(parser: Parser) -> None:
-    """Flags of the optimizer."""
-    section = parser.section(
-        "optimization", "Learning rates, precision and averaging of the weights."
-    )
-    flag = section.flag
-    flag("lrate", learning_rate, 5e-4, "learning rate of Adam at the start")
-    flag("lrate_decay", positive_int, 250,
-        "--lr_schedule exp: thousands of updates in which the learning rate falls to a tenth")
-    flag("lr_schedule", ("exp", "cosine"), "exp",
-        "exp: exponential decay by --lrate_decay; cosine: half a cosine, down to 0.02 of --lrate "
-        "at --N_iters")
-    flag("lrate_grid", non_negative, 8e-2,
-        "learning rate of the features on grids (--field triplane or hashgrid)")
-    flag("lrate_warmup", non_negative_int, 0,
-        "number of first updates in which the learning rate rises linearly; 0: none")
-    flag("amp", ("off", "bf16", "fp16"), "off",
-        "half precision in the networks; fp16: with gradient scaling")
-    flag("tf32", ("on", "off"), "on",
-        "NVIDIA GPUs: float32 matrix products in TF32, several times as fast, with 10 bits after "
-        "the point; off: exact float32, as in nerf-pytorch")
-    flag("static_shapes", ("auto", "on", "off"), "auto",
-        "train with tensors of constant shape and never wait for the GPU; auto: on a GPU")
-    flag("cuda_graph", ("auto", "off"), "auto",
-        "auto: record a step's forward and backward as CUDA graphs, where shapes are constant and "
-        "one process trains; off: launch each kernel from Python")
-    flag("ema_decay", decay, 0.0,
-        "render and measure with an exponential moving average of the weights; decay per update, "
-        "e.g. 0.999; 0: no average")
-    flag("grad_clip", non_negative, 0.0,
-        "largest norm of the gradient of all weights together; 0: no limit")
 
 
 def add_saving_flags(parser: Parser, images: str, videos: str) -> None:

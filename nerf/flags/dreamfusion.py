@@ -1,6 +1,6 @@
 """Flags of run_dreamfusion.py.
 
-Schedules are numbers or step:value,step:value (linear between). Sources of a flag as in
+Schedules: ``nerf.training.schedules``. Sources of a flag as in
 ``nerf.flags.common``.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 from nerf.flags import by_device, common
 from nerf.flags.checkpoints import reading_flags
 from nerf.flags.common import (
-    SCHEDULE,
     add_export_flags,
     add_grid_flags,
     add_network_flags,
@@ -24,15 +23,16 @@ from nerf.flags.common import (
     refuse_first,
 )
 from nerf.flags.modes import leave_out
-from nerf.flags.object import add_camera_flags, add_light_flags, add_loss_flags, add_object_flags
-from nerf.flags.parser import Parser
-from nerf.flags.types import (
-    non_negative_int,
-    number,
-    positive_float,
-    positive_int,
-    unit_interval,
+from nerf.flags.object import (
+    add_camera_flags,
+    add_light_flags,
+    add_loss_flags,
+    add_object_flags,
+    check_camera_flags,
 )
+from nerf.flags.optimization import SCHEDULE
+from nerf.flags.parser import Parser
+from nerf.flags.types import non_negative_int, number, positive_int, rate_schedule, unit_schedule
 from nerf.media import MESH_FORMATS
 from nerf.training.schedules import highest, parse_schedule, schedule, scheduled
 
@@ -136,10 +136,10 @@ def add_vsd_flags(parser: Parser) -> None:
         "folder or hub id of another model for the LoRA score network; not given: --sd_model")
     flag("lora_file", "FILE", None,
         "LoRA that the score network starts from (lora.safetensors of a run)")
-    flag("lrate_lora", positive_float, 1e-4, "learning rate of the LoRA score network")
+    flag("lrate_lora", rate_schedule, 1e-4, "learning rate of the LoRA score network")
     flag("lora_views", non_negative_int, 0,
         "views of an update, per process, that the LoRA score network trains on; 0: all")
-    flag("camera_dropout", unit_interval, 0.1,
+    flag("camera_dropout", unit_schedule, 0.1,
         "part of the views on which the LoRA score network trains without a camera, 0 to 1")
     flag("lora_cfg", number, 1.0,
         "guidance scale of the LoRA score network's own prediction, by the camera; 1: none")
@@ -282,7 +282,7 @@ def run_names(args: argparse.Namespace, prompts: list[str]) -> list[str]:
 def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
     """Raise ValueError on flags that contradict one another or cannot work."""
     modes = [*reading_flags(args), *(["--init_from"] * bool(args.init_from))]
-    sizes = parse_schedule(args.train_res)[1]
+    _, sizes, shapes = parse_schedule(args.train_res)
     check_export_name("export", args.export, MESH_FORMATS)
     refuse_first([
         (len(modes) > 1, f"{' and '.join(modes)} exclude one another; use one at a time"),
@@ -311,32 +311,12 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
          "--space 2d makes --batch_views pictures; leave out --n_particles"),
         (min(sizes) < 8 or any(size % 1 for size in sizes),
          f"--train_res {args.train_res}; expected whole numbers, at least 8 pixels"),
+        (not set(shapes) <= {"linear", "step"},
+         f"--train_res {args.train_res}; expected no exp and cosine: sizes jump"),
     ])  # fmt: skip
     check_camera_flags(args)
     check_guidance_flags(args)
     check_run_flags(args)
-
-
-def check_camera_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError on places where no camera can stand."""
-    ranges = {
-        name: getattr(args, f"{name}_range") for name in ("azimuth", "elevation", "radius", "fov")
-    }
-    refuse_first(
-        (not low <= high, f"--{name}_range {low:g} {high:g}; expected two numbers, smaller first")
-        for name, (low, high) in ranges.items()
-    )
-    elevations, radii, fovs = (f"{low:g} {high:g}" for low, high in list(ranges.values())[1:])
-    refuse_first([
-        (not -90 <= min(args.elevation_range) <= max(args.elevation_range) <= 90,
-         f"--elevation_range {elevations}; expected degrees from -90 to 90"),
-        (not 1e-6 < min(args.radius_range) <= max(args.radius_range) < 1e6,
-         f"--radius_range {radii}; expected distances above 0 (to 1e6)"),
-        (not 0 < min(args.fov_range) <= max(args.fov_range) < 180,
-         f"--fov_range {fovs}; expected degrees above 0, below 180"),
-        (not -90 <= args.eval_elevation <= 90,
-         f"--eval_elevation {args.eval_elevation:g}; expected degrees from -90 to 90"),
-    ])  # fmt: skip
 
 
 def check_guidance_flags(args: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ from nerf import __version__
 
 WIDTH = 100  # columns
 COLUMN = 26  # where help texts begin
-METAVARS = {int: "N", float: "X", str: "SCHEDULE"}  # by the type that the flag's text becomes
+# By the type that the flag's text becomes.
+METAVARS = {int: "N", float: "X", str: "SCHEDULE", int | str: "SCHEDULE", float | str: "SCHEDULE"}
 SOURCES = """\
 A flag is taken from the first of: the command line, the environment (NERF_N_ITERS=500), the
 --config file (N_iters = 500), its default. --X switches X on, --no-X off (in a file: X = False)."""

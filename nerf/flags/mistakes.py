@@ -174,7 +174,7 @@ def check_item(parser: Any, action: argparse.Action | None, key: str, value: Any
         return None if known else f"{where} = {value}: expected True or False"
     if isinstance(action.nargs, int):
         fits = isinstance(value, list) and len(value) == action.nargs
-        example = f"[{', '.join(map(str, action.default))}]"
+        example = f"[{', '.join(map(str, action.default or action.metavar or ()))}]"
         return None if fits else f"{where} = {value}: expected {action.nargs} values: {example}"
     if isinstance(value, list) and action.nargs != "+":
         return f"{where} = {value}: expected one value, not a list"
@@ -211,7 +211,8 @@ def explain(parser: Any, error: argparse.ArgumentError) -> str:
     place = parser.words.index(typed[-1])
     following = [word for word in parser.words[place + 1 : place + 2] if word[:1] == "-"]
     if isinstance(action.nargs, int):
-        example = " ".join(f"{number:g}" for number in action.default)
+        values = action.default or action.metavar or ()
+        example = " ".join(f"{n:g}" if isinstance(n, float) else str(n) for n in values)
         return f"{flag}: expected {action.nargs} numbers: {flag} {example}"
     if following and following[0] not in parser._option_string_actions:
         return f"{flag}: expected a value; one that starts with - is written {flag}={following[0]}"

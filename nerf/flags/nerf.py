@@ -17,6 +17,7 @@ from nerf.flags.common import (
     check_run_flags,
     refuse_first,
 )
+from nerf.flags.optimization import SCHEDULE
 from nerf.flags.parser import Parser, Section
 from nerf.flags.types import (
     fraction,
@@ -25,14 +26,17 @@ from nerf.flags.types import (
     hashmap_size,
     non_negative,
     non_negative_int,
+    non_negative_schedule,
     positive_float,
     positive_int,
     reduction,
     render_reduction,
     rising_steps,
+    whole_schedule,
 )
 from nerf.losses import PIXEL_LOSSES
 from nerf.media import MESH_FORMATS
+from nerf.training.schedules import highest
 from nerf.volume import PACKED_WEIGHTS
 
 # A checkpoint fits a run only where these agree. The rest may change on resume, and is reported.
@@ -122,7 +126,8 @@ def add_field_flags(parser: Parser) -> None:
 def add_sampling_flags(parser: Parser) -> None:
     """Flags of sampling along rays without an occupancy grid, and of memory."""
     section = parser.section(
-        "sampling", "Samples along rays without --occ_grid, and how much is computed together."
+        "sampling",
+        f"Samples along rays without --occ_grid, and how much is computed together. {SCHEDULE}"
     )
     flag, switch = section.flag, section.switch
     flag("N_samples", positive_int, 64, "coarse samples per ray")
@@ -131,7 +136,7 @@ def add_sampling_flags(parser: Parser) -> None:
     flag("perturb", non_negative, 1.0,
         "above 0: training samples at random places of their intervals; 0: fixed places")
     switch("lindisp", "space coarse samples evenly in 1 / depth; off: in depth")
-    flag("raw_noise_std", non_negative, 0.0,
+    flag("raw_noise_std", non_negative_schedule, 0.0,
         "standard deviation of the noise on raw training densities; none with --occ_grid")
     flag("chunk", positive_int, 1024 * 32, "most rays rendered together; fewer need less memory")
     flag("netchunk", positive_int, 1024 * 64,
@@ -141,15 +146,17 @@ def add_sampling_flags(parser: Parser) -> None:
 def add_fast_flags(parser: Parser) -> None:
     """Flags of the fast path: one field with an occupancy grid."""
     section = parser.section(
-        "fast", "The fast path: one field, sampled through the grid of section occupancy."
+        "fast",
+        f"The fast path: one field, sampled through the grid of section occupancy. {SCHEDULE}"
     )
     flag, switch = section.flag, section.switch
     switch("fast",
         "the fast path with recommended flags, each weaker than a flag that you type; on the "
         "command line only")
     switch("occ_grid", "one field, sampled only in occupied cells of a grid")
-    flag("target_samples", positive_int, 8192,
-        "samples per update with --occ_grid; the number of rays follows (not --N_rand)")
+    flag("target_samples", whole_schedule, 8192,
+        "samples per update with --occ_grid; the number of rays follows (not --N_rand); jumps at "
+        "the steps of a schedule")
     flag("scene_bound", non_negative, 0.0,
         "half side of the scene's cube, in scene units; 0: from the cameras")
     switch("contract", "unbounded scene: contract all beyond radius 1 into radius 2")
@@ -190,9 +197,9 @@ def add_loss_flags(section: Section) -> None:
     flag("resample", non_negative_int, 0,
         "importance resampling: N samples per ray from the weights of a first no-grad pass; "
         "0: off")
-    flag("lambda_tv", non_negative, 0.0,
+    flag("lambda_tv", non_negative_schedule, 0.0,
         "weight of the total variation of tri-planes (smoother), e.g. 0.03; 0: off")
-    flag("lambda_l1", non_negative, 0.0,
+    flag("lambda_l1", non_negative_schedule, 0.0,
         "weight of the opacities of a ray's samples, summed (less fog, thinner surfaces), e.g. "
         "1e-4; 0: off")
 
@@ -344,7 +351,7 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
          f"--N_samples {args.N_samples} is too few for importance sampling; use 3 or more"),
         (args.field != "mlp" and not args.occ_grid,
          f"--field {args.field} needs --occ_grid (or use --fast for both)"),
-        (args.lambda_tv and args.field != "triplane",
+        (highest(args.lambda_tv) and args.field != "triplane",
          f"--lambda_tv is for --field triplane, not {args.field}; leave it out"),
         (args.grid_steps != "0" and args.field != "triplane",
          f"--grid_steps is for --field triplane, not {args.field}; leave it out"),

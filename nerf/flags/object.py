@@ -1,20 +1,23 @@
 """Flags of an object from text: its space and shape, its cameras, its light, its losses."""
 
+import argparse
 from typing import Any
 
 from nerf.field import ACTIVATIONS
-from nerf.flags.common import SCHEDULE
+from nerf.flags.common import refuse_first
+from nerf.flags.optimization import SCHEDULE
 from nerf.flags.parser import Parser
 from nerf.flags.types import (
     fraction,
     non_negative,
     non_negative_int,
-    number,
+    non_negative_schedule,
+    number_schedule,
     positive_float,
     positive_int,
-    unit_interval,
+    unit_schedule,
 )
-from nerf.training.schedules import schedule
+from nerf.training.schedules import schedule, steps_of, value_at, values_of
 
 # fmt: off
 
@@ -44,35 +47,40 @@ def add_camera_flags(parser: Parser) -> None:
     flag("train_res", schedule, "64",
         "pixels per side of training renders, 8 or more; jumps at the steps of a schedule")
     pair: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}
-    flag("azimuth_range", number, [-180.0, 180.0], "azimuths in degrees", **pair)
-    flag("elevation_range", number, [-10.0, 90.0], "elevations in degrees, -90 to 90", **pair)
-    flag("radius_range", number, [1.0, 1.5], "distances from the origin, in scene units", **pair)
-    flag("fov_range", number, [40.0, 70.0], "fields of view in degrees, above 0, below 180", **pair)
-    flag("sphere_rate", unit_interval, 0.5,
+    flag("azimuth_range", number_schedule, [-180.0, 180.0], "azimuths in degrees", **pair)
+    flag("elevation_range", number_schedule, [-10.0, 90.0],
+        "elevations in degrees, -90 to 90", **pair)
+    flag("radius_range", number_schedule, [1.0, 1.5],
+        "distances from the origin, in scene units", **pair)
+    flag("fov_range", number_schedule, [40.0, 70.0],
+        "fields of view in degrees, above 0, below 180", **pair)
+    flag("sphere_rate", unit_schedule, 0.5,
         "part of the elevations that are uniform by area; the others are uniform by angle")
     flag("view_spread", fraction, 1.0,
         "part, about its middle, of each fine view (8 directions, 4 heights) that cameras stand "
         "in; 1: all of it")
-    flag("jitter_pos", non_negative, 0.1,
+    flag("jitter_pos", non_negative_schedule, 0.1,
         "largest random shift of a camera along each axis, in scene units")
-    flag("jitter_target", non_negative, 0.2,
+    flag("jitter_target", non_negative_schedule, 0.2,
         "standard deviation of the point that a camera looks at, in scene units")
-    flag("jitter_up", non_negative, 0.02, "standard deviation of a camera's up direction")
+    flag("jitter_up", non_negative_schedule, 0.02, "standard deviation of a camera's up direction")
 
 
 def add_light_flags(parser: Parser) -> None:
     """Flags of light and background."""
-    section = parser.section("light", "Light on the object, and what is behind it, in training.")
+    section = parser.section(
+        "light", f"Light on the object, and what is behind it, in training. {SCHEDULE}"
+    )
     flag = section.flag
     flag("albedo_steps", non_negative_int, 1000, "number of first updates without light")
-    flag("p_diffuse", unit_interval, 0.75,
+    flag("p_diffuse", unit_schedule, 0.75,
         "part of the views that are lit after --albedo_steps, 0 to 1")
-    flag("p_textureless", unit_interval, 0.5,
+    flag("p_textureless", unit_schedule, 0.5,
         "part of the lit views that show the object white, 0 to 1")
-    flag("ambient", unit_interval, 0.1, "part of the light that is ambient on lit views, 0 to 1")
+    flag("ambient", unit_schedule, 0.1, "part of the light that is ambient on lit views, 0 to 1")
     flag("background", ("random", "learned", "white", "black"), "learned",
         "what is behind the object in training; random: a color per view")
-    flag("p_random_bg", unit_interval, 0.5,
+    flag("p_random_bg", unit_schedule, 0.5,
         "part of the views with a random color behind them whatever --background is, 0 to 1")
 
 
@@ -87,3 +95,32 @@ def add_loss_flags(parser: Parser) -> None:
     flag("lambda_spread", schedule, "0",
         "weight of the variance of depth along rays: thin surfaces")
     flag("lambda_tv", schedule, "0", "weight of the total variation of tri-planes: smooth features")
+
+
+# fmt: on
+def check_camera_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError on places where no camera can stand."""
+    ranges = {
+        name: getattr(args, f"{name}_range") for name in ("azimuth", "elevation", "radius", "fov")
+    }
+    texts = {
+        name: " ".join(end if isinstance(end, str) else f"{end:g}" for end in ends)
+        for name, ends in ranges.items()
+    }
+    refuse_first(
+        (any(value_at(low, step) > value_at(high, step) for step in steps_of(low, high)),
+         f"--{name}_range {texts[name]}; expected two numbers, smaller first")
+        for name, (low, high) in ranges.items()
+    )  # fmt: skip
+    all_values = {name: [*values_of(low), *values_of(high)] for name, (low, high) in ranges.items()}
+    elevations, radii, fovs = list(all_values.values())[1:]
+    refuse_first([
+        (not -90 <= min(elevations) <= max(elevations) <= 90,
+         f"--elevation_range {texts['elevation']}; expected degrees from -90 to 90"),
+        (not 1e-6 < min(radii) <= max(radii) < 1e6,
+         f"--radius_range {texts['radius']}; expected distances above 0 (to 1e6)"),
+        (not 0 < min(fovs) <= max(fovs) < 180,
+         f"--fov_range {texts['fov']}; expected degrees above 0, below 180"),
+        (not -90 <= args.eval_elevation <= 90,
+         f"--eval_elevation {args.eval_elevation:g}; expected degrees from -90 to 90"),
+    ])  # fmt: skip

@@ -1,12 +1,19 @@
 """Types of flags: text to a checked value, or an ArgumentTypeError that says what was expected.
 
 The parser puts the flag and the text before the message: "--N_rand abc: expected a whole number,
-1 or more". The return type also chooses the placeholder in the help: N, X or SCHEDULE.
+1 or more". The return type also chooses the placeholder in the help: N, X or SCHEDULE. A flag that
+may change during training holds a number, or a schedule's text (``nerf.training.schedules``).
 """
 
 import argparse
 import math
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
+
+from nerf.training.schedules import parse_schedule
+
+T = TypeVar("T")
 
 
 def _whole(text: str, expected: str, low: int, high: int | None = None) -> int:
@@ -132,3 +139,47 @@ def fraction(text: str) -> float:
 def decay(text: str) -> float:
     """A factor per step that forgets: from 0, below 1."""
     return _real(text, "a number from 0 to below 1", 0.0, 1.0, below=True)
+
+
+# ----------------------------------------------------------------------------- numbers or schedules
+
+
+def _or_schedule(kind: Callable[[str], T], text: str) -> T | str:
+    """``text`` as ``kind`` reads it, or itself if it is a schedule of what ``kind`` reads."""
+    if ":" not in text:
+        return kind(text)
+    try:
+        found = parse_schedule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    for value in found.values:
+        kind(f"{value:.15g}")
+    return text
+
+
+def whole_schedule(text: str) -> int | str:
+    """A whole number, 1 or more, or a schedule of such, which jumps at its steps."""
+    found = _or_schedule(positive_int, text)
+    if isinstance(found, str) and set(parse_schedule(found).shapes) > {"linear", "step"}:
+        raise argparse.ArgumentTypeError("expected no exp and cosine: whole numbers jump")
+    return found
+
+
+def number_schedule(text: str) -> float | str:
+    """Any finite number, or a schedule."""
+    return _or_schedule(number, text)
+
+
+def non_negative_schedule(text: str) -> float | str:
+    """0 or more, or a schedule."""
+    return _or_schedule(non_negative, text)
+
+
+def rate_schedule(text: str) -> float | str:
+    """A learning rate above 0, or a schedule."""
+    return _or_schedule(learning_rate, text)
+
+
+def unit_schedule(text: str) -> float | str:
+    """A number from 0 to 1, or a schedule."""
+    return _or_schedule(unit_interval, text)
