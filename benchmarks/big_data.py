@@ -26,6 +26,7 @@ from nerf import build
 from nerf.cameras import orbit_path
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import _write, as_tensor
+from nerf.datasets.stored_file import StoredFile
 from nerf.flags import nerf as nerf_flags
 from nerf.renderer import squared_error
 from nerf.training import rng
@@ -41,7 +42,7 @@ def make_store(path: Path, num_bytes: int) -> int:
     return count
 
 
-def scene_of(images: torch.Tensor, stored: bool) -> Scene:
+def scene_of(images: torch.Tensor, stored: StoredFile | None) -> Scene:
     """A scene of images [N, SIDE, SIDE, 3] whose cameras lie on a circle."""
     count = len(images)
     poses = torch.tensor(orbit_path(count), dtype=torch.float32)
@@ -85,9 +86,10 @@ def measure(scene: Scene, seconds: float, num_rays: int, start: int) -> dict:
 
 def work(store: Path, args) -> dict:
     """Medians for the mapped store and for one sixteenth of it in memory, measured in turn."""
-    mapped = as_tensor(np.load(store, mmap_mode="r", allow_pickle=False))
+    file = StoredFile(store)
+    mapped = as_tensor(file.map())
     few = mapped[: max(1, len(mapped) // 16)].clone()
-    scenes = {"memory": scene_of(few, False), "mmap": scene_of(mapped, True)}
+    scenes = {"memory": scene_of(few, None), "mmap": scene_of(mapped, file)}
     for scene in scenes.values():
         measure(scene, 1.0, args.rays, 0)
     found = {kind: [] for kind in scenes}

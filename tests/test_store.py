@@ -87,6 +87,88 @@ def test_a_damaged_or_unfinished_store_is_made_again(demo_copy):
     assert sum("writing it again" in line for line in said) == 3
 
 
+def test_a_store_that_is_not_of_these_pictures_is_made_again(demo_copy):
+    """Its shape, its channels, its first picture and rows all over it are compared."""
+    folder, said = demo_copy("blender"), []
+    whole = load(folder, "blender", "--data_store", "mmap").images.clone()
+    path = next(folder.glob(".pictures_*.npy"))
+    kept, (count, height, width, channels) = path.read_bytes(), whole.shape
+    start = len(kept) - 64 - whole.numel()
+
+    def changed(at: int, value: int | None = None) -> bytes:
+        return kept[:at] + bytes([kept[at] ^ 1 if value is None else value]) + kept[at + 1 :]
+
+    def shaped(*shape: int) -> bytes:
+        old, new = (str(s).encode() for s in ((count, height, width, channels), shape))
+        assert len(new) <= len(old)
+        return kept.replace(old, new.ljust(len(old)), 1)
+
+    wrong = {
+        "a color of the first picture": (changed(start), "first picture is another"),
+        "a color of the last row": (changed(len(kept) - 65), "checksum"),
+        "its checksum": (changed(len(kept) - 1), "checksum"),
+        "no checksum": (kept[:-64], "checksum"),
+        "sides": (shaped(count, height // 2, 2 * width, channels), "expected"),
+        "fewer": (shaped(count - 1, height, width, channels), "expected"),
+        "channels": (shaped(count, height, width, 3), "expected"),
+        "one channel": (shaped(count, height, width, 1), "expected"),
+        "more": (shaped(99, height, width, channels), "bytes; expected"),
+        "3 numbers": (shaped(count, height, width), "expected uint8"),
+        "another kind": (kept.replace(b"|u1", b"|i1", 1), "expected uint8"),
+        "another version": (changed(6, 3), "version"),
+        "no npy": (changed(0), "is no .npy file"),
+        "code": (kept.replace(b"False", b"a()  ", 1), "is no .npy file"),
+        "nothing": (b"", "is no .npy file"),
+    }
+    for what, (content, complaint) in wrong.items():
+        path.write_bytes(content)
+        said.clear()
+        again = load(folder, "blender", "--data_store", "mmap", warn=said.append)
+        assert torch.equal(again.images, whole), what
+        assert any(complaint in s and "writing it again" in s for s in said), (what, said)
+        assert path.read_bytes() == kept
+
+
+CUTTING = """
+import os, sys
+from pathlib import Path
+
+import run_nerf
+from nerf.training.state import TrainState
+
+advance, (folder, *flags) = TrainState.advance, sys.argv[1:]
+
+
+def advance_and_cut(self, num_rays):
+    advance(self, num_rays)
+    if self.step == 10:
+        [path] = Path(folder).glob(".pictures_*.npy")
+        os.truncate(path, path.stat().st_size // 2)
+
+
+TrainState.advance = advance_and_cut
+sys.exit(run_nerf.main(flags))
+"""
+
+
+@pytest.mark.parametrize("way", [[], ["--no_batching"]])
+def test_a_store_cut_off_while_training_is_one_line_and_the_step_is_saved(
+    demo_blender, tmp_path, way
+):
+    """Not SIGBUS; the same command goes on. Drawn in order, and from random places of a view."""
+    flags = [*TINY, "--datadir", str(demo_blender), "--basedir", str(tmp_path), *way]
+    flags += ["--store_dir", str(tmp_path / "store")]
+    script = tmp_path / "cutting.py"
+    script.write_text(CUTTING)
+    result = run_script([tmp_path / "store", *flags, "--N_iters", "400"], script=str(script))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result
+    [line] = [line for line in result.stderr.splitlines() if "while it was in use" in line]
+    assert "training is saved; run the same command again" in line
+    step = load_checkpoint(list_checkpoints(tmp_path / "tiny")[0])["global_step"]
+    assert 10 <= step < 400
+    assert run_nerf.main([*flags, "--N_iters", str(step + 2)]) == 0
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(demo_copy, tmp_path, monkeypatch, capsys):
     def full(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

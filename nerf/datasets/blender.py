@@ -30,6 +30,7 @@ from nerf.datasets.images import picture_sizes, read_images, why_unreadable
 from nerf.datasets.masks import DYNAMIC, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.stored_file import file_of
 from nerf.datasets.transforms import BOUND_KEYS, ngp_layout, undo_applied_transform
 
 NEAR, FAR = 2.0, 6.0
@@ -84,8 +85,8 @@ def _pictures(views: capture.Views, downscale: int, store: Store | None) -> dict
     """The Scene's images, stored, intrinsics and usable, for pictures of one size."""
     images = read_images(views.files, factor=downscale, store=store)
     height, width = images.shape[1:3]
-    stored = isinstance(images, np.memmap)
-    if stored:
+    stored = file_of(images)
+    if stored is not None:
         refuse_with_store(views.masks, views.files[0].parent)
     intrinsics = views.intrinsics[:, :4].copy()
     intrinsics *= (np.array([[height, width]]) / views.sizes)[:, [1, 0, 1, 0]]

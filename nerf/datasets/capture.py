@@ -28,6 +28,7 @@ from nerf.datasets.images import padded, read_sized, store_sized
 from nerf.datasets.masks import Masks, read_masks
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.stored_file import file_of
 
 FACING_DEG = 30.0  # largest angle to the mean viewing direction in a forward-facing capture
 NEAR, FAR = 0.05, 20.0  # of a capture without points, in units of the cameras' mean distance
@@ -85,7 +86,7 @@ def pictures_of(views: Views, factor: int, store: Store | None = None) -> dict[s
                 f"{row[3]:g}; expected finite numbers and focal lengths > 0"
             )
     images = store_sized(views.files, views.sizes, factor, store) if store is not None else None
-    stored = images is not None
+    stored = None if images is None else file_of(images)
     if images is not None:
         sizes = np.tile(images.shape[1:3], (len(images), 1))
     else:

@@ -15,6 +15,7 @@ from nerf.datasets.images import list_images, picture_sizes, read_images
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.stored_file import file_of
 
 FOLDERS = {"train": "train", "val": "validation", "test": "test"}
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -70,7 +71,7 @@ def load(
     render = c2w[numbers["test"]] if "test" in numbers else c2w
     return Scene(
         images=as_tensor(images),
-        stored=isinstance(images, np.memmap),
+        stored=file_of(images),
         c2w=torch.tensor(c2w, dtype=torch.float32),
         intrinsics=torch.tensor([focal, focal, 0.5 * width, 0.5 * height]).repeat(len(files), 1),
         splits=numbers,

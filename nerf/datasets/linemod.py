@@ -15,6 +15,7 @@ from nerf.datasets.images import inside, picture_sizes, read_images
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.stored_file import file_of
 
 
 def load(
@@ -67,7 +68,7 @@ def load(
     intrinsics = np.array([matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]) / downscale
     return Scene(
         images=as_tensor(images),
-        stored=isinstance(images, np.memmap),
+        stored=file_of(images),
         c2w=torch.tensor(np.stack(poses), dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32).repeat(len(files), 1),
         splits=numbers,

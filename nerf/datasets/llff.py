@@ -35,6 +35,7 @@ from nerf.datasets.llff_rows import files_of_rows
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store, as_tensor
+from nerf.datasets.stored_file import file_of
 
 # The nearest depth is scaled to 1 / 0.75, so that NDC's near plane at 1 lies in front of it.
 BOUND_FACTOR = 0.75
@@ -89,7 +90,7 @@ def load(
     intrinsics = _intrinsics(sizes, images.shape[1:3], names, f"{datadir}/poses_bounds.npy")
     return Scene(
         images=as_tensor(images),
-        stored=isinstance(images, np.memmap),
+        stored=file_of(images),
         c2w=torch.tensor(poses, dtype=torch.float32),
         intrinsics=torch.tensor(intrinsics, dtype=torch.float32),
         splits=_splits(poses, llffhold),

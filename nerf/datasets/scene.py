@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nerf.datasets.store import BlockOrder
+from nerf.datasets.stored_file import StoredFile
 from nerf.lenses import LENS
 from nerf.rays import Rays, pixels_to_rays, rays_to_ndc
 
@@ -37,7 +38,7 @@ class Scene:
     box: [2, 3] low and high corner of the scene as its files state it; None: not stated.
     to_world: float64 [4, 4] similarity from the scene's world coordinates (not NDC) to those of
     its files; None: they are the same.
-    stored: ``images`` is a memory-mapped file (``nerf.datasets.store``) and stays on the CPU.
+    stored: the file that ``images`` is mapped from (``nerf.datasets.store``); it stays on the CPU.
     """
 
     images: Tensor
@@ -55,7 +56,7 @@ class Scene:
     usable: Tensor | None = None
     box: Tensor | None = None
     to_world: Tensor | None = None
-    stored: bool = False
+    stored: StoredFile | None = None
     _train: Tensor = field(init=False, repr=False)
     _pools: dict[tuple[str, float], tuple[Tensor, list[int]]] = field(
         init=False, repr=False, default_factory=dict
@@ -189,6 +190,8 @@ class Scene:
     def picture(self, view: int) -> Tensor:
         """View ``view`` as float32 [H, W, 3], at its own size, over the background, on the CPU."""
         height, width = self.view_size(view)
+        if self.stored is not None:
+            self.stored.check()
         return self.over_background(self.images[view, :height, :width].cpu())
 
     def mask(self, view: int) -> Tensor | None:
@@ -209,7 +212,8 @@ class Scene:
 
     def pixels(self, views: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """uint8 [B, C] of pixels x, y [B] in views [B], on the scene's device."""
-        if self.stored:
+        if self.stored is not None:
+            self.stored.check()
             views, x, y = views.cpu(), x.cpu(), y.cpu()
         return self.images[views, y, x].to(self.c2w.device)
 
@@ -218,9 +222,10 @@ class Scene:
 
     def block_order(self, seed: int) -> BlockOrder | None:
         """The order for ``sample_rays`` from a mapped file; None if pictures are in memory."""
-        if not self.stored:
+        if self.stored is None:
             return None
-        return BlockOrder(self.images, self.splits["train"], seed, self.c2w.device)
+        train, device = self.splits["train"], self.c2w.device
+        return BlockOrder(self.images, train, seed, device, self.stored)
 
     def sample_rays(
         self,

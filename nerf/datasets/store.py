@@ -3,8 +3,10 @@
 The file is a plain .npy, uint8 [V, H, W, C]. Its name holds a digest of what it was made from
 (names, sizes and times of the picture files, and how they were reduced), so a store of other
 pictures is never used. It is written under a temporary name, flushed and renamed, so a half-written
-store is never used either. Rays are drawn from it block by block (``BlockOrder``), because reading
-single pixels from all over the file would read a page of 4096 bytes for each.
+store is never used either. When it is opened, its shape and channels, the whole first picture, and
+a checksum of rows from all over the file (``stored_file``) are compared. Rays are drawn from it
+block by block (``BlockOrder``), because reading single pixels from all over the file would read a
+page of 4096 bytes for each.
 """
 
 import fcntl
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nerf.datasets.stored_file import StoredFile
 from nerf.training.rng import step_generator
 
 BLOCK = 1024  # consecutive pixels that are read together: 3 to 4 KiB, about a page
@@ -57,15 +60,19 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 try:
-                    return _open(path)
-                except ValueError as error:
-                    self.warn(f"{path}: {error}; writing it again")
+                    stored = StoredFile(path)
+                    why = stored.why_other(len(paths), read(0))
+                except (OSError, ValueError) as error:
+                    why = str(error)
+                if why is None:
+                    return stored.map()
+                self.warn(f"{path}: {why}; writing it again")
             for old in self.folder.glob(".pictures_*.npy*"):
                 self.warn(f"{old}: holds other pictures or is unfinished; removed")
                 old.unlink()
             self.warn(f"writing {len(paths)} pictures to {path}")
             _write(path, len(paths), read)
-            return _open(path)
+            return StoredFile(path).map()
 
 
 def free_memory() -> int:
@@ -87,17 +94,6 @@ def _digest(paths: list[Path], how: dict) -> str:
             raise ValueError(f"{path}: no such picture; is the data folder complete?") from None
         rows.append([str(path), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps([rows, how], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _open(path: Path) -> np.ndarray:
-    """The mapped pictures. ValueError if the file is shorter than its header says, or another."""
-    try:
-        pictures = np.load(path, mmap_mode="r", allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(str(error)) from None
-    if pictures.dtype != np.uint8 or pictures.ndim != 4:
-        raise ValueError(f"holds {pictures.dtype} {pictures.shape}; expected uint8 [V, H, W, C]")
-    return pictures
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:
@@ -149,6 +145,8 @@ def _write(path: Path, count: int, read: Callable[[int], np.ndarray]) -> None:
                 file.write(np.ascontiguousarray(picture).data)
                 number += 1
             file.flush()
+            file.write(StoredFile(temporary).sample().encode())
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -167,11 +165,18 @@ class BlockOrder:
     number of pixels drawn so far is the whole state, so resuming needs nothing else.
 
     images: uint8 [V, H, W, C]. views: view numbers to draw from. device: of the returned tensors.
+    file: the store that images are mapped from; pixels are then read from it, not from the mapping.
     """
 
     def __init__(
-        self, images: Tensor, views: list[int], seed: int, device: torch.device | str
+        self,
+        images: Tensor,
+        views: list[int],
+        seed: int,
+        device: torch.device | str,
+        file: StoredFile | None = None,
     ) -> None:
+        self.file = file
         self.pixels = images.reshape(-1, images.shape[-1])  # shares memory: nothing is read
         self.per_view = images.shape[1] * images.shape[2]
         self.views, self.seed, self.device = torch.tensor(views), seed, device
@@ -233,7 +238,11 @@ class BlockOrder:
             numbers = torch.arange(int(length.sum()))
             numbers += (start - length.cumsum(0) + length).repeat_interleave(length)
             numbers = self.views[numbers // self.per_view] * self.per_view + numbers % self.per_view
-            colors = self.pixels[numbers]  # read block by block, shuffled only afterwards
+            # Read block by block, shuffled only afterwards.
+            if self.file is None:
+                colors = self.pixels[numbers]
+            else:
+                colors = torch.from_numpy(self.file.read_pixels(numbers.numpy()))
             generator = self._generator(shard, epoch, 1 + window)
             order = torch.randperm(len(numbers), generator=generator)
             found = numbers[order].to(self.device), colors[order].to(self.device)
