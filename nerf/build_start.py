@@ -91,6 +91,6 @@ def _take(new: ObjectRenderer, old: ObjectRenderer, seed: int, changes: str, log
     error = refit.fit(new, old, seed)
     log(
         f"another field ({changes}), fitted in {refit.STEPS} steps and "
-        f"{time.perf_counter() - start:.0f} s: in the object alpha differs by {error.alpha:.3f} "
-        f"and albedo by {error.albedo:.3f} on average"
+        f"{time.perf_counter() - start:.0f} s: in the object alpha differs by {error.alpha:.4f} "
+        f"and albedo by {error.albedo:.4f} on average"
     )

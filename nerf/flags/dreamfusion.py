@@ -367,11 +367,9 @@ def object_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]
 def field_changes(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """Flags by which the weights of a run with the flags ``saved`` do not fit into this one's."""
     names = ["field", "occ_res"]
-    names += (
-        ["netdepth", "netwidth", "multires", "i_embed", "activation"]
-        if args.field == "mlp"
-        else ["grid_res"]
-    )
+    if saved.get("field", args.field) == args.field:  # of another kind all else is another, too
+        mlp = ["netdepth", "netwidth", "multires", "i_embed", "activation"]
+        names += mlp if args.field == "mlp" else ["grid_res"]
     return common.structural_changes(saved, args, names)
 
 
