@@ -157,6 +157,42 @@ ranges = ((0.7, 0.98), (0.02, 0.3))
 show(torch.cat([dream(prior, conditions, scale=7.5, t_range=r)[-1:] for r in ranges]), "ranges")
 
 # %% [markdown]
+# ## 8. How a word reaches the picture: an attention processor of one's own
+# In *cross-attention* each pixel asks (`q`) which words concern it (`k`) and takes up what they say
+# (`v`): `softmax(q k^T) v`. diffusers calls any object that computes this. Here it is in plain
+# PyTorch, with one change: the weight of one word is multiplied. From left to right "white" counts
+# 0, 1 and 3 times. *In the project:* `guidance/attention.py` draws these weights (`--i_attn`), and
+# `guidance.sample --prompt_target` gives one prompt's to another (prompt-to-prompt).
+
+
+# %%
+class Reweighted:
+    """Attention in which the text's token ``token`` counts ``factor`` times (Hertz et al. 2022)."""
+
+    def __init__(self, token, factor):
+        self.token, self.factor = token, factor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
+        is_cross = encoder_hidden_states is not None
+        words = encoder_hidden_states if is_cross else hidden_states
+        inputs = ((attn.to_q, hidden_states), (attn.to_k, words), (attn.to_v, words))
+        q, k, v = (attn.head_to_batch_dim(layer(x)) for layer, x in inputs)
+        weights = torch.softmax(q @ k.transpose(1, 2) * attn.scale, dim=-1)  # [rows, pixels, words]
+        if is_cross:  # the second half of the rows has the text, the first half has none
+            weights[len(weights) // 2 :, :, self.token] *= self.factor
+        return attn.to_out[0](attn.batch_to_head_dim(weights @ v))
+
+
+STEM = "a red mushroom with a white stem"
+white = prior.tokens(STEM).index("white") + 1  # after the start token
+looks, own = [], dict(prior.unet.attn_processors)
+for factor in (0.0, 1.0, 3.0):
+    prior.unet.set_attn_processor(Reweighted(white, factor))
+    looks.append(sample(prior, [STEM], scale=5.0, steps=12, seed=1))
+prior.unet.set_attn_processor(own)
+show(torch.cat(looks), "reweighted")
+
+# %% [markdown]
 # From here to 3-D is one step: instead of pixels, optimize a field whose *rendering* from a random
 # camera is the picture, and tell the model from where it looks ("a red cone, back view").
 # `python run_dreamfusion.py --space 2d` is this notebook with every flag; without it, it is 3-D.

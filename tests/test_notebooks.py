@@ -5,13 +5,14 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from helpers import REPOSITORY, run_script
 from PIL import Image
 
 SOURCES = sorted((REPOSITORY / "notebooks").glob("*.py"))
 NAMES = [source.stem for source in SOURCES]
-PICTURES = {"nerf_step_by_step": 4, "sds_in_2d": 8}  # that each notebook shows
+PICTURES = {"nerf_step_by_step": 4, "sds_in_2d": 9}  # that each notebook shows
 
 
 def stored_outputs(source) -> list[dict]:
@@ -100,7 +101,10 @@ def test_the_stored_nerf_is_recognizable():
 def test_score_distillation_in_two_dimensions_runs(run, tmp_path):
     printed = run(SOURCES[1])
     assert "mean distance from mu" in printed
-    assert len(list(tmp_path.iterdir())) == 8
+    assert len(list(tmp_path.iterdir())) == 9
+    stem = np.asarray(Image.open(tmp_path / "reweighted.png")).astype(float)
+    middle = stem[68:100, 56:72].min(-1), stem[68:100, 128 + 56 : 128 + 72].min(-1)
+    assert middle[1].max() > middle[0].max() + 30  # the stem is white where the word counts
 
 
 def test_the_stored_score_distillation_finds_mu():
