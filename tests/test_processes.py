@@ -1,6 +1,7 @@
 """Several processes as one: gradients, weights, metrics, frames, failures. gloo ranks on a CPU."""
 
 import ast
+import csv
 import json
 import re
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     DREAM_TINY,
+    FAST_TINY,
     NERF_TINY,
     REPOSITORY,
     newest,
@@ -265,3 +267,40 @@ def test_a_rank_that_fails_ends_all_soon_and_its_reason_is_seen(data, tmp_path):
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "this rank's disk is gone" in done.stderr
     assert not list((tmp_path / "run").glob("*.tar"))
+
+
+ON_ONE_RANK = ("second", "memory")  # parts of the names of columns that the machine decides
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "fast", "dream"])
+def test_every_logged_number_is_over_all_ranks(data, sd_folder, tmp_path, kind):
+    """metrics.csv of two processes is that of one: losses, samples, VSD's network and all."""
+    if kind == "dream":
+        flags = [*DREAM_TINY, "--guidance", "vsd", "--sd_model", sd_folder, "--train_res", 16]
+        flags += ["--field", "triplane", "--grid_res", 16, "--lambda_tv", 0.1, "--batch_views", 4]
+        flags += ["--lambda_opacity", "0:0,3:0.1", "--lambda_orient", 1, "--camera_dropout", 0.5]
+        flags += ["--lrate", 1e-4, "--lrate_grid", 1e-4]
+    else:
+        flags = [*(FAST_TINY if kind == "fast" else []), *TINY, "--datadir", data]
+        more = ["--lambda_tv", 0.01, "--lambda_l1", 0.01, "--grad_clip", 1e-3]
+        flags += more if kind == "fast" else ["--raw_noise_std", "0:0,3:1"]
+    script = "run_dreamfusion.py" if kind == "dream" else "run_nerf.py"
+    tables = []
+    for ranks in (1, 2):
+        place = ["--basedir", tmp_path, "--expname", str(ranks), "--N_iters", 5, "--i_print", 1]
+        done = run_script([*flags, *place], script=script, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        with open(tmp_path / str(ranks) / "metrics.csv") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert len(tables[0]) == len(tables[1]) == 5
+    wanted = {
+        "vanilla": "loss psnr lr grad_norm loss_coarse loss_fine raw_noise_std",
+        "fast": "loss_color loss_l1 loss_tv lr_grid grad_norm_grid grad_norm_networks rays",
+        "dream": "sds loss lora_loss lr_lora opacity samples loss_tv loss_opacity loss_orient t",
+    }[kind]
+    assert set(wanted.split()) <= tables[0][0].keys() == tables[1][0].keys()
+    for one, two in zip(*tables, strict=True):
+        for name in one:
+            if not any(part in name for part in ON_ONE_RANK):
+                expected = pytest.approx(float(one[name]), rel=1e-3, abs=1e-9)
+                assert float(two[name]) == expected, (name, one["step"])

@@ -160,7 +160,7 @@ def _or_schedule(kind: Callable[[str], T], text: str) -> T | str:
 def whole_schedule(text: str) -> int | str:
     """A whole number, 1 or more, or a schedule of such, which jumps at its steps."""
     found = _or_schedule(positive_int, text)
-    if isinstance(found, str) and set(parse_schedule(found).shapes) > {"linear", "step"}:
+    if isinstance(found, str) and not set(parse_schedule(found).shapes) <= {"linear", "step"}:
         raise argparse.ArgumentTypeError("expected no exp and cosine: whole numbers jump")
     return found
 
