@@ -24,16 +24,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from guidance import sds
-from guidance.attention import attention_sheet, picked_tokens
+from guidance import sds, sheets
+from guidance.attention import picked_tokens
 from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
 from guidance.lora import save_lora
-from guidance.prompts import pull_to_view_center
+from guidance.prompts import pull_to_view_center, view_word
 from nerf import build, build_optimizer, build_run, build_schedules
 from nerf.build_start import check_object, find_start, start_from
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
 from nerf.flags.checkpoints import reading_flags
+from nerf.media import labeled_grid
 from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
 from nerf.outputs.object import (
@@ -192,6 +193,7 @@ def make_outputs(args, world, run, renderer, ema, stop=None) -> ObjectOutputs:
     return ObjectOutputs(
         run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
         elevation_deg=args.eval_elevation, bound=args.bound, flat=args.space == "2d", stop=stop,
+        save_raw=args.save_raw, view_word=view_word,
         radius=sum(build_schedules.pair_at(args.radius_range, args.N_iters)) / 2,
         fov_deg=sum(build_schedules.pair_at(args.fov_range, args.N_iters)) / 2,
     )  # fmt: skip
@@ -340,7 +342,10 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                     progress.rendering = preview(args, outputs, state.step)
             if every(state.step, args.i_attn):
                 with state.clock.paused(), run.guard("attention maps"):
-                    write_attention(args, run, guide.prior, inputs, stats, state.step)
+                    write_attention(args, run, guide, inputs, stats, state.step)
+            if every(state.step, args.i_guidance):
+                with state.clock.paused(), run.guard("pictures of the guidance"):
+                    write_guidance(args, run, guide, inputs, stats, now, state.step)
             if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
                 with state.clock.paused():
                     content = {"args": vars(args), **guide.checkpoint_state()}
@@ -546,18 +551,40 @@ def preview(args, outputs: ObjectOutputs, step: int) -> float:
     return seconds_per_pixel * pixels / outputs.world.size
 
 
-def write_attention(args, run, prior, inputs: StepInputs, stats: StepStats, step: int) -> None:
+def write_attention(args, run, guide: Guide, inputs: StepInputs, stats: StepStats, step) -> None:
     """attentions/STEP.png: each view, and where in it each word of the prompt attends to."""
     if not run.is_main:
         return
+    prior, cameras = guide.prior, inputs.cameras
     words = prior.tokens(args.prompt)
     positions = picked_tokens(words, args.attn_tokens)
     latents, t = stats.distilled.latents, stats.distilled.t
     noisy = sds.add_noise(latents, inputs.noise.epsilon, prior.alphas_cumprod[t])
     maps = prior.attention(noisy, t, stats.text)
     maps = maps[:, [position + 1 for position in positions]]  # the first token starts the text
-    sheet = attention_sheet(stats.images, maps, [words[position] for position in positions])
-    run.picture(step, "attention", sheet)
+    named = ["render", *(words[position] for position in positions)]
+    views = sheets.view_names(cameras.azimuth_deg, cameras.elevation_deg)
+    rows = sheets.attention_rows(stats.images, maps)
+    run.picture(step, "attention", labeled_grid(rows, views, named, f"step {step}"))
+
+
+def write_guidance(
+    args, run, guide: Guide, inputs: StepInputs, stats: StepStats, now, step: int
+) -> None:
+    """guidances/STEP.png: each view as the model is shown it, noisy, and as it predicts it."""
+    if not run.is_main:
+        return
+    size, cameras, distilled = now["train_res"], inputs.cameras, stats.distilled
+    shown = sds.resized(stats.images, guidance_size(args, guide.prior, size))
+    conditions = guide.conditions(cameras, size, inputs.lighting.background)
+    recipe = make_recipe(args, now, progress=min(1.0, (step - 1) / args.N_iters))
+    rows = sheets.guidance_rows(
+        guide.prior, shown, distilled.latents, distilled.t, inputs.noise.epsilon, conditions, recipe
+    )
+    angles = cameras.azimuth_deg, cameras.elevation_deg
+    views = sheets.view_names(*angles, conditions.words, distilled.t)
+    title = f"step {step}, guidance scale {recipe.scale:g}"
+    run.picture(step, "guidance", labeled_grid(rows, views, sheets.GUIDANCE_COLUMNS, title))
 
 
 def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -148,27 +146,3 @@ def picked_tokens(words: list[str], wanted: str | None) -> list[int]:
             )
         places += found
     return places
-
-
-def attention_sheet(images: Tensor, maps: Tensor, labels: list[str], side: int = 128) -> np.ndarray:
-    """An image with one row per view: the view, then each token's map over it; uint8 [H, W, 3].
-
-    images [V, 3, H, W] in [0, 1]; maps [V, K, s, s], each divided by its own maximum: bright means
-    much attention; labels: K words; side: pixels per cell.
-    """
-    from PIL import Image, ImageDraw
-
-    views = F.interpolate(images.float().cpu(), (side, side), mode="nearest")
-    maps = F.interpolate(maps.float().cpu(), (side, side), mode="bilinear", align_corners=False)
-    strength = (maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12))[:, :, None]
-    gray = views.mean(1, keepdim=True)[:, None]  # [V, 1, 1, side, side]
-    warm = views.new_tensor([1.0, 0.55, 0.1]).view(1, 1, 3, 1, 1)
-    cells = torch.cat([views[:, None], 0.35 * gray + 0.65 * strength * warm], dim=1)
-    rows = cells.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(len(views) * side, -1, 3)
-    sheet = np.zeros((len(views) * side + 16, rows.shape[1], 3), np.uint8)
-    sheet[16:] = (rows * 255).round().to(torch.uint8).numpy()
-    labeled = Image.fromarray(sheet)
-    draw = ImageDraw.Draw(labeled)
-    for number, label in enumerate(["render", *labels]):
-        draw.text((number * side + 3, 2), label, fill=(255, 255, 255))
-    return np.asarray(labeled)

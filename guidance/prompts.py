@@ -148,22 +148,21 @@ class ViewPrompts:
     def at(self, azimuth_deg: Tensor, elevation_deg: Tensor) -> Conditions:
         """The embeddings for V cameras: angles [V] on the CPU -> Conditions of [V, L, D] each."""
         views = list(zip(azimuth_deg.tolist(), elevation_deg.tolist(), strict=True))
-        words = [view_word(*view) for view in views]
-        text = cat(
-            [
-                self.texts[word if word in self.texts else fine_view_word(*view)]
-                for word, view in zip(words, views, strict=True)
-            ]
+        coarse = [view_word(*view) for view in views]
+        words = tuple(
+            word if word in self.texts else fine_view_word(*view)
+            for word, view in zip(coarse, views, strict=True)
         )
-        negative = cat([self.negatives[word] for word in words])
+        text = cat([self.texts[word] for word in words])
+        negative = cat([self.negatives[word] for word in coarse])
         if not self.coarse:
-            return Conditions(negative, text)
+            return Conditions(negative, text, words=words)
         rows = [self._perp_neg_prompts(*view) for view in views]
         others = tuple(cat([row[0][n] for row in rows]) for n in range(2))
         weights = torch.tensor([row[1] for row in rows], dtype=text.dtype)  # [V, 2]
         if text.is_cuda:  # without waiting for what the GPU is doing
             weights = weights.pin_memory().to(text.device, non_blocking=True)
-        return Conditions(negative, text, others, weights.unbind(1))
+        return Conditions(negative, text, others, weights.unbind(1), words)
 
     def _perp_neg_prompts(
         self, azimuth_deg: float, elevation_deg: float

@@ -53,6 +53,16 @@ class Conditions(NamedTuple):
     text: Tensor  # of the prompt
     others: tuple[Tensor, ...] = ()  # of the prompts that ``perp_neg`` pushes the views away from
     weights: tuple[Tensor, ...] = ()  # [V] for each of ``others``, 0 or negative
+    words: tuple[str, ...] = ()  # the view word of each view, if its prompt has one
+
+    def part(self, index: slice) -> "Conditions":
+        """Those of the views in ``index``."""
+        others, weights = (
+            tuple(member[index] for member in members) for members in (self.others, self.weights)
+        )
+        return Conditions(
+            self.negative[index], self.text[index], others, weights, self.words[index]
+        )
 
 
 class Scores(NamedTuple):

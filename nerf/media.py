@@ -1,6 +1,6 @@
 """Picture and video files, and scalar maps in color."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -8,6 +8,9 @@ import numpy as np
 
 from nerf.metrics import to_8bit
 
+# Of a labeled grid, in pixels: shortest side of a cell, height of a line of text, and margins
+MIN_CELL, LINE, GAP = 96, 14, 3
+GIF_SIDE = 480  # most pixels a side of a GIF
 MESH_FORMATS = (".glb", ".obj", ".ply")
 # Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in gray.
 _RAMP = np.array(
@@ -43,6 +46,48 @@ def nearness(depth: np.ndarray, near: float, far: float, ndc: bool) -> np.ndarra
     return np.where(hit, (1 / t - 1 / far) / (1 / near - 1 / far), 0.0)
 
 
+def labeled_grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str = "",
+) -> np.ndarray:
+    """Pictures in rows and columns on black, with their names in white, uint8 [H, W, 3].
+
+    rows: of pictures [h, w, 3] of one size, in [0, 1] or uint8; small ones are enlarged by whole
+    factors, without smoothing, until a name fits over them. A name may have several lines; title:
+    a line above all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    cells = [[each if each.dtype == np.uint8 else to_8bit(each) for each in row] for row in rows]
+    height, width = cells[0][0].shape[:2]
+    factor = -(-MIN_CELL // min(width, height))
+    height, width = factor * height, factor * width
+    font = ImageFont.load_default()
+    names = [name.encode("latin-1", "replace").decode("latin-1") for name in row_names]
+    longest = max(font.getlength(line) for name in names for line in name.split("\n"))
+    left = round(longest) + 2 * GAP
+    lines = max((name.count("\n") + 1 for name in column_names), default=0)
+    above = LINE * (bool(title) + lines)
+    sheet = np.zeros((above + len(cells) * height, left + len(cells[0]) * width, 3), np.uint8)
+    pixels = np.concatenate([np.concatenate(row, axis=1) for row in cells])
+    sheet[above:, left:] = pixels.repeat(factor, 0).repeat(factor, 1)
+    picture = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(picture)
+
+    def write(x: int, y: int, text: str) -> None:
+        text = text.encode("latin-1", "replace").decode("latin-1")
+        draw.multiline_text((x, y), text, fill=(255, 255, 255), font=font, spacing=3)
+
+    write(GAP, 2, title)
+    for number, name in enumerate(column_names):
+        write(left + number * width + GAP, LINE * bool(title) + 2, name)
+    for number, name in enumerate(names):
+        write(GAP, above + number * height + 2, name)
+    return np.asarray(picture)
+
+
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture [H, W, 3], in [0, 1] or uint8, as a PNG file; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +98,10 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 def write_video(
     path: Path, frames: Iterable[Path], fps: int = 30, warn: Callable[[str], None] = print
-) -> bool:
-    """Write picture files as an H.264 video; False, with a warning, if that is not possible.
+) -> Path | None:
+    """Write picture files as an H.264 video and return its path.
 
+    A GIF beside ``path`` where ffmpeg is missing; None, with a warning, if neither is possible.
     Frames are read one at a time. A frame of odd width or height loses its last column or row,
     because the format stores color at half resolution.
     """
@@ -64,8 +110,7 @@ def write_video(
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
-        warn(f"{path.name} is not written, only its frames: pip install imageio-ffmpeg")
-        return False
+        return write_gif(path.with_suffix(".gif"), frames, fps, warn)
     writer = None
     try:
         for file in frames:
@@ -73,7 +118,7 @@ def write_video(
             frame = np.ascontiguousarray(frame[: frame.shape[0] & ~1, : frame.shape[1] & ~1])
             if not frame.size:
                 warn(f"{path.name} is not written: its frames are one pixel wide or high")
-                return False
+                return None
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
                     str(path),
@@ -87,7 +132,7 @@ def write_video(
             writer.send(frame)
     except OSError as error:
         warn(f"{path.name} is not written ({error}); its frames are kept")
-        return False
+        return None
     finally:
         if writer is not None:
             try:
@@ -96,13 +141,47 @@ def write_video(
                 warn(f"{path.name} is incomplete ({error}); its frames are kept")
     if writer is None:
         warn(f"{path.name} is not written: there are no frames")
-    return writer is not None
+    return path if writer is not None else None
+
+
+def write_gif(
+    path: Path, frames: Iterable[Path], fps: int, warn: Callable[[str], None] = print
+) -> Path | None:
+    """Write picture files, at most GIF_SIDE a side, as a GIF that repeats, and return its path.
+
+    Instead of a video where ffmpeg is missing, which ``warn`` is told. Frames are read one at a
+    time. None, with a warning, if it cannot be written.
+    """
+    from PIL import Image
+
+    def read() -> Iterator[Image.Image]:
+        for file in frames:
+            with Image.open(file) as picture:
+                picture.thumbnail((GIF_SIDE, GIF_SIDE))
+                yield picture.convert("RGB")
+
+    pictures, unfinished = read(), path.with_name(f".{path.name}")
+    try:
+        first = next(pictures, None)
+        if first is None:
+            warn(f"{path.name} is not written: there are no frames")
+            return None
+        first.save(
+            unfinished, "GIF", save_all=True, append_images=pictures, loop=0, duration=1000 // fps
+        )
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        warn(f"{path.name} is not written ({error}); its frames are kept")
+        return None
+    warn(f"{path.name} instead of {path.stem}.mp4: ffmpeg is missing; pip install imageio-ffmpeg")
+    return path
 
 
 def write_videos(
     folder: Path, names: Iterable[str], num_frames: int, warn: Callable[[str], None] = print
 ) -> list[Path]:
-    """NAME.mp4 in ``folder`` for every name, from numbered pictures; returns the videos made.
+    """NAME.mp4 (or .gif) in ``folder`` for every name, from numbered pictures; returns those made.
 
     Frames: 000.png, 001.png, ... in ``folder`` for the name rgb, in ``folder``/NAME for others.
     """
@@ -110,6 +189,6 @@ def write_videos(
     for name in names:
         source = folder if name == "rgb" else folder / name
         frames = (source / f"{number:03d}.png" for number in range(num_frames))
-        if write_video(folder / f"{name}.mp4", frames, warn=warn):
-            made.append(folder / f"{name}.mp4")
+        if (video := write_video(folder / f"{name}.mp4", frames, warn=warn)) is not None:
+            made.append(video)
     return made

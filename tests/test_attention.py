@@ -6,7 +6,6 @@ from helpers import CPU
 from tiny_models import SIDE, draw
 
 from guidance.attention import (
-    attention_sheet,
     picked_tokens,
     recorded_attention,
     swap_attn_processors,
@@ -101,17 +100,3 @@ def test_a_maps_token_is_where_its_embedding_is(model):
     )
     moved = (first - other).abs().flatten(2).amax(-1)[0]
     assert moved[:3].max() < moved[3]  # start, a, red | cube: the text encoder looks back only
-
-
-def test_the_sheet_shows_views_and_maps():
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    maps = torch.zeros(2, 1, 4, 4)
-    maps[:, :, :2] = 1.0  # attention to the token in the upper half
-    sheet = attention_sheet(images, maps, ["cube"], side=32)
-    assert sheet.shape == (2 * 32 + 16, 2 * 32, 3) and sheet.dtype.name == "uint8"
-    torch.testing.assert_close(
-        torch.from_numpy(sheet[16:48:4, :32:4].copy()).float() / 255,
-        images[0].permute(1, 2, 0), atol=3e-3, rtol=0,
-    )  # fmt: skip
-    cell = sheet[16:48, 32:].astype(float)
-    assert cell[:10, :, 0].mean() > cell[-10:, :, 0].mean() + 80

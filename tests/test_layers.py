@@ -25,6 +25,7 @@ LEVELS = {
     "guidance.stable_diffusion": 1, "guidance.vsd": 1, "guidance.prompts": 1,
     "guidance.gaussian": 1,
     "guidance.prompt_to_prompt": 2, "guidance.samplers": 1,
+    "guidance.sheets": 2,
     "guidance.build": 3,
     "guidance.sample": 4,
 }  # fmt: skip

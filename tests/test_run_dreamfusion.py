@@ -23,6 +23,7 @@ from helpers import (
     torchrun,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_sd_folder
 
 import run_dreamfusion
@@ -30,6 +31,7 @@ from guidance import build as guidance_build
 from guidance.gaussian import RADIUS, RGB
 from guidance.lora import attention_layers
 from guidance.stable_diffusion import StableDiffusion
+from nerf.media import MIN_CELL
 from nerf.outputs import object as objects
 from nerf.training import monitor
 from nerf.training.checkpoint import list_checkpoints
@@ -64,7 +66,9 @@ def test_a_run_leaves_everything_the_readme_names(tiny_dream, tmp_path):
     turntable = run / "render_path_000010"
     for name in ("rgb", "lit", "normal", "depth", "opacity"):
         assert iio.imread(turntable / f"{name}.mp4").shape == (3, 16, 16, 3)
-    assert iio.imread(run / "previews" / "000010.png").shape == (4 * 16, 4 * 16, 3)
+    cell = MIN_CELL  # pictures of 16 pixels, enlarged to it
+    height, width, _ = iio.imread(run / "previews" / "000010.png").shape
+    assert 4 * cell < height < 5 * cell and 4 * cell < width < 5 * cell
     assert json.loads((run / "metrics.json").read_text())["prompt"] == "ball"
 
 
@@ -365,7 +369,7 @@ def test_particles_are_shown_and_exported_one_by_one(tiny_dream, sd_folder, tmp_
     run = tmp_path / "a_red_cube"
     assert (run / "mesh.glb").exists() and (run / "mesh_1.glb").exists()
     assert (run / "render_path_000002").is_dir() and (run / "render_path_1_000002").is_dir()
-    assert iio.imread(run / "previews" / "000002.png").shape == (8 * 16, 4 * 16, 3)
+    assert 8 * MIN_CELL < iio.imread(run / "previews" / "000002.png").shape[0] < 9 * MIN_CELL
     kept = torch.load(run / "000002.tar")
     one, other = (flat(e["network_fn_state_dict"]) for e in (kept, *kept["particles"]))
     assert not all(torch.equal(one[key], other[key]) for key in one)
@@ -374,11 +378,24 @@ def test_particles_are_shown_and_exported_one_by_one(tiny_dream, sd_folder, tmp_
     assert result.returncode == 2 and "n_particles: 2 -> 3" in result.stderr
 
 
-def test_where_each_word_is_looked_at(tiny_dream, sd_folder, tmp_path):
+def test_what_guidance_sees(tiny_dream, sd_folder, tmp_path):
+    """--i_attn, --i_guidance: rows are the two views; --save_raw: the numbers of the turntable."""
     flags = with_model(tiny_dream, sd_folder, *GUIDED, "--N_iters", 2, "--i_attn", 2)
-    assert dream(*flags, "--attn_tokens", "red,cube").returncode == 0
-    sheet = iio.imread(tmp_path / "a_red_cube" / "attentions" / "000002.png")
-    assert sheet.shape == (2 * 128 + 16, 3 * 128, 3)  # two views; the render and two words
+    wanted = ["--i_guidance", 2, "--attn_tokens", "red,cube", "--save_raw"]
+    done = dream(*flags, *wanted)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "a_red_cube"
+    height, width, _ = iio.imread(run / "attentions" / "000002.png").shape
+    assert 2 * 128 < height < 3 * 128 and 3 * 128 < width < 4 * 128  # the render and two words
+    height, width, _ = iio.imread(run / "guidances" / "000002.png").shape
+    assert 2 * 128 < height < 3 * 128 and 4 * 128 < width < 5 * 128
+    logged = EventAccumulator(str(run / "tb")).Reload().Tags()["images"]
+    assert {"attention", "guidance", "preview"} <= set(logged)
+    turntable = run / "render_path_000002"
+    depth, normal = (np.load(turntable / name / "001.npy") for name in ("depth", "normal"))
+    assert depth.shape == (16, 16) and normal.shape == (16, 16, 3) and depth.dtype == np.float32
+    shown = iio.imread(turntable / "normal" / "001.png") / 255.0
+    assert np.abs(shown - (normal + 1) / 2).max() < 0.51 / 255 and depth.max() < 10
     result = dream(*flags, "--attn_tokens", "cone", "--no_reload")
     assert result.returncode == 2 and "--attn_tokens cone: not in the prompt" in result.stderr
 

@@ -269,22 +269,30 @@ def frames(folder, height, width):
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 47), (3, 5)])
 def test_video_of_any_size_can_be_read_back(tmp_path, size):
-    assert write_video(tmp_path / "out.mp4", frames(tmp_path, *size), warn=pytest.fail) is True
+    path = tmp_path / "out.mp4"
+    assert write_video(path, frames(tmp_path, *size), warn=pytest.fail) == path
     video = iio.imread(tmp_path / "out.mp4", plugin="FFMPEG")
     assert video.shape == (len(COLORS), size[0] & ~1, size[1] & ~1, 3)
     # H.264 keeps flat colors to a few levels.
     np.testing.assert_allclose(video.mean((1, 2)), COLORS, rtol=0, atol=12)
 
 
-def test_video_without_ffmpeg_is_a_warning(tmp_path, monkeypatch):
+def test_without_ffmpeg_a_video_is_a_gif(tmp_path, monkeypatch):
     def absent():
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", absent)
     warnings = []
-    assert write_video(tmp_path / "out.mp4", frames(tmp_path, 8, 8), warn=warnings.append) is False
+    made = write_video(tmp_path / "out.mp4", frames(tmp_path, 8, 10), warn=warnings.append)
+    assert made == tmp_path / "out.gif" and not (tmp_path / "out.mp4").exists()
     assert len(warnings) == 1 and "imageio-ffmpeg" in warnings[0]
-    assert not (tmp_path / "out.mp4").exists()
+    shown = iio.imread(made)
+    assert shown.shape == (len(COLORS), 8, 10, 3)
+    np.testing.assert_allclose(shown.mean((1, 2)), COLORS, rtol=0, atol=2)
+    assert write_video(tmp_path / "none.mp4", [], warn=warnings.append) is None
+    missing = [tmp_path / "000.png", tmp_path / "absent.png"]
+    assert write_video(tmp_path / "cut.mp4", missing, warn=warnings.append) is None
+    assert "cut.gif is not written" in warnings[-1] and not list(tmp_path.glob("*cut*"))
 
 
 @pytest.mark.parametrize("pictures", ["one pixel", "missing", "none"])
@@ -295,7 +303,7 @@ def test_a_video_that_cannot_be_is_a_warning(tmp_path, pictures):
         "none": [],
     }[pictures]
     warnings = []
-    assert write_video(tmp_path / "out.mp4", files, warn=warnings.append) is False
+    assert write_video(tmp_path / "out.mp4", files, warn=warnings.append) is None
     assert len(warnings) == 1 and "out.mp4" in warnings[0]
     assert not (tmp_path / "out.mp4").exists()
 

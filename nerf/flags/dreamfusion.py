@@ -122,6 +122,8 @@ def add_guidance_flags(parser: Parser) -> None:
         "updates between pictures of where each word of the prompt attends; 0: never")
     flag("attn_tokens", "WORDS", None,
         "words of the prompt that --i_attn draws, with commas between; not given: all")
+    flag("i_guidance", non_negative_int, 0,
+        "updates between pictures of what the model sees, noisy, and predicts; 0: never")
 
 
 def add_vsd_flags(parser: Parser) -> None:
@@ -177,6 +179,7 @@ def add_output_flags(parser: Parser) -> None:
     flag, switch = section.flag, section.switch
     switch("render_only", "render the turntable of a finished run; no training")
     switch("mesh", "write mesh.glb into the run folder at the end of training")
+    switch("save_raw", "also write the turntable's depth and normals as .npy files, float32")
     flag("init_from", "PATH", None,
         "run folder or checkpoint whose object a new run starts from; tri-planes of another "
         "--grid_res are resampled, a field of another kind or size is fitted")

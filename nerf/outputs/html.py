@@ -87,16 +87,18 @@ def picture(path: Path, side: int, caption: str = "") -> str:
 
 
 def video(path: Path, caption: str) -> str:
-    """An embedded video, or its path if it is too large; "" if it is missing."""
+    """An embedded video or GIF, or its path if it is too large; "" if it is missing."""
     if not path.is_file():
         return ""
     if path.stat().st_size > MAX_VIDEO_BYTES:
         return f'<p class="note">{text(caption)}: {text(path)}, too large for this page</p>'
-    source = _data("video/mp4", path.read_bytes())
-    return (
-        f'<figure><video controls loop muted width="360" src="{source}"></video>'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
-    )
+    if path.suffix == ".gif":
+        source = _data("image/gif", path.read_bytes())
+        shown = f'<img width="360" src="{source}" alt="{text(caption)}">'
+    else:
+        source = _data("video/mp4", path.read_bytes())
+        shown = f'<video controls loop muted width="360" src="{source}"></video>'
+    return f"<figure>{shown}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def _data(kind: str, content: bytes) -> str:

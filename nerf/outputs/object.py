@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nerf.media import colorize, nearness, write_png, write_videos
+from nerf.media import colorize, labeled_grid, nearness, write_png, write_videos
 from nerf.metrics import to_8bit
 from nerf.outputs import mesh
 from nerf.outputs.render import clip_rays
@@ -36,6 +36,7 @@ BLOCK = 4096  # rays rendered together
 MIN_TOGETHER = 4  # frames, between signs of progress
 # Kinds of picture: rgb is the albedo alone; lit has light from the camera.
 MODES = ("rgb", "lit", "normal", "depth", "opacity")
+PREVIEW = ("rgb", "lit", "normal", "opacity")  # rows of a preview
 
 RenderRays = Callable[[Rays, Lighting], ObjectRendered]
 
@@ -56,6 +57,9 @@ class ObjectOutputs(NamedTuple):
     bound: float  # half a side of the objects' cube
     flat: bool = False  # pictures are optimized (--space 2d), not objects
     stop: system.StopSignal | None = None  # with a signal caught, turntables raise Interrupted
+    save_raw: bool = False  # turntables hold depth and normals as .npy files, too
+    # The view word of azimuth and elevation, written over previews
+    view_word: Callable[[float, float], str] = lambda azimuth, elevation: ""
 
     def cameras(self, num_views: int) -> OrbitCameras:
         """Cameras evenly around the object; the first one sees its front."""
@@ -180,24 +184,29 @@ def write_preview(outputs: ObjectOutputs, step: int, num_views: int, size: int) 
             assert isinstance(outputs.renderer, PixelImages)
             sheet = to_8bit(np.concatenate(outputs.renderer.pictures().cpu().numpy(), axis=1))
         else:
-            cameras, renderers = outputs.cameras(num_views), outputs.renderers()
-            sheets = [_preview_sheet(outputs, render, cameras, size) for _, render in renderers]
-            sheet = np.concatenate(sheets)
+            cameras = outputs.cameras(num_views)
+            sheet = _preview_sheet(outputs, cameras, size, step)
     outputs.run.picture(step, "preview", sheet)
 
 
 def _preview_sheet(
-    outputs: ObjectOutputs, render: RenderRays, cameras: OrbitCameras, size: int
+    outputs: ObjectOutputs, cameras: OrbitCameras, size: int, step: int
 ) -> np.ndarray:
-    """Rows of rgb, lit, normal and opacity with a column per camera, uint8."""
-    albedo = render_cameras(render, cameras, size, outputs.background)
-    lit = render_cameras(render, cameras, size, outputs.background, lit=True)
-    columns = [as_pictures(*pair, *outputs.depth_range) for pair in zip(albedo, lit, strict=True)]
-    rows = [
-        np.concatenate([column[name] for column in columns], axis=1)
-        for name in ("rgb", "lit", "normal", "opacity")
-    ]
-    return to_8bit(np.concatenate(rows, axis=0))
+    """Labeled rows of rgb, lit, normal and opacity of each object; a column per camera."""
+    rows, names = [], []
+    for ending, render in outputs.renderers():
+        albedo = render_cameras(render, cameras, size, outputs.background)
+        lit = render_cameras(render, cameras, size, outputs.background, lit=True)
+        pictures = [
+            as_pictures(*pair, *outputs.depth_range) for pair in zip(albedo, lit, strict=True)
+        ]
+        for name in PREVIEW:
+            rows.append([each[name] for each in pictures])
+            names.append(f"{name}{ending}")
+    angles = zip(cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist(), strict=True)
+    views = [f"azimuth {angle[0]:.0f}°\n{outputs.view_word(*angle)}" for angle in angles]
+    title = f"step {step}, elevation {outputs.elevation_deg:g}°, {outputs.ema.kind} weights"
+    return labeled_grid(rows, names, views, title)
 
 
 def path_cameras(outputs: ObjectOutputs, poses: np.ndarray, fov_deg: np.ndarray) -> OrbitCameras:
@@ -216,7 +225,9 @@ def write_turntable(
 ) -> None:
     """render_path_STEP/: frames of each of MODES, and their videos where ffmpeg is installed.
 
-    cameras: of ``path_cameras``, instead of a circle of num_frames. name: how the folder ends.
+    cameras: of ``path_cameras``, instead of a circle of num_frames. name: how the folder ends. With
+    ``outputs.save_raw`` also depth/NNN.npy [H, W] and normal/NNN.npy [H, W, 3], float32: mean z on
+    the camera's axis in scene units, 0 where a ray is empty, and normals in world axes.
     """
     cameras = cameras or outputs.cameras(num_frames)
     made = []
@@ -255,6 +266,9 @@ def _write_frames(
                     write_png(
                         (folder if name == "rgb" else folder / name) / f"{number:03d}.png", picture
                     )
+                if outputs.save_raw:
+                    np.save(folder / "depth" / f"{number:03d}.npy", pair[1].depth.numpy())
+                    np.save(folder / "normal" / f"{number:03d}.npy", pair[1].normal.numpy())
     if not world.is_main:
         return []
     return write_videos(folder, MODES, len(cameras.c2w), outputs.run.log)

@@ -210,7 +210,7 @@ def pictures_and_videos(run: Run) -> list[str]:
     """HTML of the newest camera path's videos, validation strip and preview."""
     parts: list[str] = []
     if run.path_folder is not None:
-        found = run.path_folder.glob("*.mp4")
+        found = [*run.path_folder.glob("*.mp4"), *run.path_folder.glob("*.gif")]
         for path in sorted(found, key=lambda path: (path.stem != "rgb", path.name)):
             parts.append(html.video(path, f"{run.path_folder.name}/{path.name}"))
     if parts:

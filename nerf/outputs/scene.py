@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nerf.datasets.scene import Scene
-from nerf.media import colorize, nearness, write_png, write_videos
+from nerf.media import colorize, labeled_grid, nearness, write_png, write_videos
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
 from nerf.outputs.depth import depth_errors, write_depth_unit
 from nerf.outputs.render import clip_rays, normals_from_points, render_view
@@ -334,7 +334,7 @@ def validation_psnr(outputs: SceneOutputs) -> float:
 
 
 def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
-    """rgb | target | error | depth | opacity of one small validation view, uint8 [H, 5 W, 3].
+    """rgb, target, error, depth and opacity of one small validation view, with names; uint8.
 
     The view changes with ``step``; the error is that of ``error_map``.
     """
@@ -347,4 +347,5 @@ def validation_strip(outputs: SceneOutputs, step: int) -> np.ndarray:
     target = target_picture(scene, view, factor)
     opacity = rendered.opacity.clamp(0, 1).numpy()[..., None].repeat(3, -1)
     panels = [picture, target, error_map(picture, target), outputs.depth_map(rendered), opacity]
-    return to_8bit(np.concatenate(panels, axis=1))
+    names = ["rendered", "target", "error x 4", "depth", "opacity"]
+    return labeled_grid([panels], [""], names, f"step {step}, view {scene.names[view]}")
