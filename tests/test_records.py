@@ -1,10 +1,14 @@
 """Records of text to 3D that tell what was made: names, args.json, lists of prompts, modes."""
 
+import csv
+
 import pytest
 from helpers import run_main
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_dreamfusion
 from nerf.flags import dreamfusion as dream_flags
+from nerf.outputs import report
 
 
 def dream(*arguments):
@@ -64,3 +68,32 @@ def test_a_config_of_tri_planes_serves_other_fields_too():
     dream_flags.check_dream_flags(args, 1)
     assert not args.smooth_planes and args.lambda_tv == "0"
     assert any("smooth_planes" in line and "lambda_tv" in line for line in args.left_out)
+
+
+def test_columns_stay_in_their_places_whatever_a_resumed_run_adds(tiny_dream, tmp_path):
+    """A loss that begins later has its column from the start; one added on resume, at the end."""
+    flags = [*tiny_dream, "--lambda_entropy", "0:0,4:0,6:1", "--i_print", 1]
+    assert dream(*flags, "--N_iters", 3).returncode == 0
+    table = tmp_path / "ball" / "metrics.csv"
+    first = table.read_text().splitlines()
+    assert dream(*flags, "--N_iters", 5).returncode == 0
+    assert dream(*flags, "--N_iters", 7, "--lambda_opacity", 0.1).returncode == 0
+    lines = table.read_text().splitlines()
+    assert lines[0] == first[0] + ",loss_opacity" and lines[1:4] == first[1:4]
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss_entropy"]) > 0 for row in rows] == [False] * 5 + [True] * 2
+    assert [float(row["lambda_entropy"]) for row in rows] == [0] * 5 + [0.5, 1.0]
+    assert [row["loss_opacity"] is not None for row in rows] == [False] * 5 + [True] * 2
+    # Without the flag the column stays, without values; no other moves.
+    assert dream(*flags, "--N_iters", 8).returncode == 0
+    with open(table) as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["loss_opacity"] == "" and float(last["lambda_entropy"]) == 1
+    assert report.Run(tmp_path / "ball").curves["loss_opacity"][0].tolist() == [6, 7]
+    events = EventAccumulator(str(tmp_path / "ball" / "tb")).Reload()
+    tags = events.Tags()
+    assert {"loss_entropy", "lambda_entropy", "sds"} <= set(tags["scalars"])
+    assert "preview" in tags["images"]
+    (text,) = events.Tensors("flags/text_summary")[-1].tensor_proto.string_val
+    assert b"| lambda_entropy | `0:0,4:0,6:1` |" in text
