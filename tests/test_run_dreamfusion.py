@@ -392,9 +392,9 @@ def test_what_guidance_sees(tiny_dream, sd_folder, tmp_path):
     logged = EventAccumulator(str(run / "tb")).Reload().Tags()["images"]
     assert {"attention", "guidance", "preview"} <= set(logged)
     turntable = run / "render_path_000002"
-    depth, normal = (np.load(turntable / name / "001.npy") for name in ("depth", "normal"))
+    depth, normal = (np.load(turntable / name / "000.npy") for name in ("depth", "normal"))
     assert depth.shape == (16, 16) and normal.shape == (16, 16, 3) and depth.dtype == np.float32
-    shown = iio.imread(turntable / "normal" / "001.png") / 255.0
+    shown = iio.imread(turntable / "normal" / "000.png") / 255.0
     assert np.abs(shown - (normal + 1) / 2).max() < 0.51 / 255 and depth.max() < 10
     result = dream(*flags, "--attn_tokens", "cone", "--no_reload")
     assert result.returncode == 2 and "--attn_tokens cone: not in the prompt" in result.stderr
