@@ -96,9 +96,10 @@ def flags_of_run(args, argv: list[str] | None):
     taken = f"the flags of {name}" if named else f"the run trained last, {name}"
     print(f"no --config{'' if named else ' or --expname'}: taking {taken}", file=sys.stderr)
     saved = Path(args.basedir) / name / "args.txt"
-    args = nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
-    args.ft_path = args.ft_weights = None  # where that run started; it has checkpoints of its own
-    return args
+    own = nerf_flags.parse([*(sys.argv[1:] if argv is None else argv), "--config", str(saved)])
+    # Not where that run started: it has checkpoints of its own.
+    own.ft_path, own.ft_weights, own.ft_ignore = args.ft_path, args.ft_weights, args.ft_ignore
+    return own
 
 
 def run_scene(args) -> int:

@@ -19,10 +19,13 @@ import numpy as np
 from nerf.media import write_png
 from nerf.training import logged
 from nerf.training.files import replace_file
-from nerf.training.provenance import describe_start
+from nerf.training.provenance import CODE, copy_unknown, describe_start
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+# What is written before the first update: of a start that was refused, nobody needs it.
+RECORDS = ("args.json", "args.txt", "config.txt", "cmd.txt", "world.json", CODE)
 
 
 class RunFolder:
@@ -71,7 +74,7 @@ class RunFolder:
         self.close()
         if error is not None and self._created and self.folder.is_dir():
             files = {path.name for path in self.folder.iterdir()}
-            if files <= {".lock", "log.txt"}:
+            if files <= {".lock", "log.txt", *(RECORDS if isinstance(error, ValueError) else [])}:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_lock(self) -> None:
@@ -164,7 +167,7 @@ class RunFolder:
         self.log(f"warning: {self.folder} was removed during the run; it is made again")
 
     def record(self, flags: dict[str, Any], as_config: str) -> None:
-        """Write args.json, args.txt, config.txt, and this start's entry in cmd.txt.
+        """Write args.json, args.txt, config.txt, this start's entry in cmd.txt, and code/.
 
         as_config: the flags as a config file.
         """
@@ -175,8 +178,11 @@ class RunFolder:
         (self.folder / "args.txt").write_text(as_config, encoding="utf-8")
         if flags.get("config"):
             shutil.copyfile(flags["config"], self.folder / "config.txt")
+        copies: list[str] = []
+        with self.guard(f"a copy of the program in {CODE}/"):
+            copies = copy_unknown(self.folder)
         with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
-            file.write(describe_start())
+            file.write(describe_start(copies))
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; {} if there is none, or on ranks other than 0."""
