@@ -145,7 +145,8 @@ def test_the_best_are_kept_beside_the_newest_and_named(trained):
     assert best(run) == {"file": "000010.tar", "step": 10, **score}
     said = [line for line in log.splitlines() if line.startswith("best so far")]
     assert said[-1] == "best so far: 000010.tar, 25 (PSNR of the val views)" and len(said) == 2
-    assert "000010.tar, 25 (PSNR of the val views)" in (run / "report.html").read_text()
+    row = "<td>best checkpoint</td><td>000010.tar, 25 (PSNR of the val views)</td>"
+    assert row in (run / "report.html").read_text()
     saved = newest(run)
     assert saved["best"] == {"step": 10, "psnr": 25.0}  # as before there were rankings
     assert saved["ranking"]["top"] == {"10": 25.0, "15": 22.0}

@@ -157,8 +157,8 @@ def evil_file(path: Path, canary: Path) -> None:
 
 
 FILE_FLAGS = {
-    "run_nerf": ["--ft_path"],
-    "run_dreamfusion": ["--ft_path", "--init_from", "--lora_file"],
+    "run_nerf": ["--ft_path", "--ft_weights"],
+    "run_dreamfusion": ["--ft_path", "--ft_weights", "--init_from", "--lora_file"],
 }
 
 

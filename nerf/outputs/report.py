@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nerf.outputs import html
+from nerf.training.checkpoint_choice import BEST, describe_best
 from nerf.training.files import replace_file
 
 MAX_VIEWS = 32  # shown, worst first
@@ -23,8 +24,8 @@ SIDE = 200  # pixels of a picture's longer side
 MAX_NOTES = 60  # lines of the log that are shown
 LOGGED = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)"  # a line of log.txt: time and message
 ROUTINE = (
-    r"step \d+/\d+ |step \d+: validation PSNR|(test view|frame) \d+/|test: PSNR|report: |video: |"
-    r"next: |mesh: |\d+ updates will take "
+    r"step \d+/\d+ |step \d+: validation |best so far: |(test view|val view|frame) \d+/|"
+    r"test: PSNR|report: |video: |next: |mesh: |\d+ updates will take "
 )
 # Folders of a test view's pictures inside render_test_STEP/, and their captions.
 PICTURES = {"": "rendered", "target": "target", "error": "error x 4", "depth": "depth"}
@@ -149,6 +150,8 @@ def measurements(run: Run) -> list[list[Any]]:
         width, height = run.metrics["resolution"]
         size = f"{run.metrics['num_views']} of {width}x{height}, {run.metrics['weights']} weights"
         rows.append([f"{run.metrics['split']} views", size])
+    if best := describe_best(_json(run.folder / BEST)):
+        rows.append(["best checkpoint", best])
     if "lpips" not in run.metrics and "psnr" in run.metrics:
         rows.append(["LPIPS", "left out: its package or weights are not installed"])
     step = run.metrics.get("step") or run.last_step

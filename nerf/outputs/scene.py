@@ -168,7 +168,7 @@ def measure_views(
     world, views = outputs.world, outputs.scene.splits[split]
     own_rows = []
     with world.raise_on_all_ranks():
-        for number in outputs.own_frames(len(views), "test view"):
+        for number in outputs.own_frames(len(views), f"{split} view"):
             view, start = views[number], time.perf_counter()
             rendered = outputs.render_dataset_view(scene, view)
             seconds = time.perf_counter() - start
