@@ -66,7 +66,7 @@ SMALLER = (
 )
 SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 FEWER_RAYS = "lower --chunk, --N_rand, --netwidth or --N_samples"
-REVIVE = "try another --seed, a lower --lrate, --fog_start, or the other --white_bkgd"
+REVIVE = "try another --seed, --alive_start, a lower --lrate, --fog_start, or the other --white_bkgd"
 
 
 def every(step: int, interval: int) -> bool:
@@ -115,7 +115,8 @@ def run_scene(args) -> int:
     run_folder: RunFolder = forecast.DryRun(folder, is_main=world.is_main)
     if not args.dry_run:
         run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
-    with explain_out_of_memory(SMALLER), run_folder as run:
+    run_folder.level = args.log_level
+    with explain_out_of_memory(SMALLER), run_folder as run, build_run.careful(args, run.log):
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run)
         world.barrier()  # a rank that leaves early can take the others' connections with it
@@ -249,18 +250,21 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     if viewer is not None:
         viewer.view = evaluation.free_view
     block = build_run.training_block(args, world, evaluation.outputs.block)
-    micro = MicroBatches(block, world, run.log, "rays", FEWER_RAYS)
+    micro = MicroBatches(block, world, run.warn, "rays", FEWER_RAYS)
     probe, probe_block = build_run.make_probe(
         args, world, scene, renderer, attempt.weights_seed, evaluation.outputs.block
     )
+    if args.alive_start and not args.ft_weights:
+        build_run.start_alive(state, probe, evaluation.outputs.block, run.log)
     order = scene.block_order(attempt.weights_seed)  # of the rays in a mapped file; else None
     graphs = build_run.make_graphs(args, world, run.log, renderer)
     monitor = Monitor(
         world, stop, state.clock, args.max_minutes, build.read_every(args, world.device)
     )
     progress = Progress(
-        args.N_iters, state, show=world.is_main, hint=faster_way(args),
-        machine=world.device.type.upper(), ceiling=ceiling, read_every=monitor.read_every,
+        args.N_iters, state, show=world.is_main and run.level != "warning",
+        hint=faster_way(args), machine=world.device.type.upper(), ceiling=ceiling,
+        read_every=monitor.read_every,
     )  # fmt: skip
     # Of test views and video, for the ETA; not known before the first validation.
     rendering_seconds = partial(
@@ -372,7 +376,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         evaluation.finish(state.step, video=args.i_video > 0)
     judged = state.step > progress.first_step and (verdict.dead or state.step >= WATCHED_STEPS)
     if judged and probe.is_flat(min(probe_block(num_rays), micro.size)):
-        run.log(f"the run is dead: {probe.diagnosis()}; {REVIVE}")
+        run.warn(f"the run is dead: {probe.diagnosis()}; {REVIVE}")
         return entry.NOTHING_LEARNED
     return 0
 

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import run_nerf
-from nerf import build
+from nerf import build, build_optimizer
 from nerf.flags import nerf as nerf_flags
 from nerf.renderer import NeRFRenderer
 from nerf.training import distributed, rng, system
+from nerf.training.dead_start import Probe, redraw_until_alive
 from nerf.training.recovery import Attempt
 
 FLAGS = (
@@ -151,6 +152,7 @@ STARTS = {
     "bias_0.5_white": Start(build=biases(0.5, 3.0)),
     "bias_1_white": Start(build=biases(1.0, 3.0)),
     "fog_start": Start("--fog_start"),
+    "alive_start": Start("--alive_start"),
     "bias_1_one_sided": Start(build=density_bias(1.0), step=one_sided(math.inf)),
     "bias_0.1_one_sided": Start(build=density_bias(0.1), step=one_sided(math.inf)),
 }
@@ -178,9 +180,11 @@ def measure(args: argparse.Namespace, scene: Any, start: Start, steps: int) -> d
     state = run_nerf.prepare(args, world, QUIET, scene, Attempt(args.seed))
     renderer, optimizer = state.renderer, state.optimizer
     start.build(renderer)
+    if args.alive_start:
+        probe = Probe.draw(scene.sample_rays, renderer, args.seed, world.device)
+        redraw_until_alive(renderer, probe, len(probe.target), args.seed)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = build.learning_rate(step, args)
+        build_optimizer.set_learning_rates(optimizer, step, args)
         generator = rng.step_generator(args.seed, step, world.device)
         renderer.begin_step(step, generator)
         start.step(renderer, step)

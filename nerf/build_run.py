@@ -5,8 +5,8 @@ own evaluation.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from nerf import build
 from nerf.build import SceneRenderer
+from nerf.build_shapes import debug_shapes
 from nerf.datasets.identity import own_test_views, same_test_views, scene_identity
 from nerf.datasets.scene import Scene
 from nerf.flags.checkpoints import reading_flags
@@ -24,10 +25,12 @@ from nerf.renderer import NeRFRenderer
 from nerf.training import system, weights
 from nerf.training.checkpoint import SavedState, finished_updates, list_checkpoints
 from nerf.training.checkpoint_choice import Ranking
-from nerf.training.dead_start import Probe
+from nerf.training.dead_start import MOST_DRAWS, Probe, redraw_until_alive
+from nerf.training.deterministic import deterministic
 from nerf.training.distributed import World
 from nerf.training.ema import EMA
 from nerf.training.graph import FunctionGraphs, StepGraphs
+from nerf.training.recovery import MicroBatches
 from nerf.training.run_folder import RunFolder
 from nerf.training.schedules import highest
 from nerf.training.state import TrainState
@@ -108,6 +111,26 @@ def loss_terms(args: argparse.Namespace) -> tuple[str, ...]:
     return colors + tuple(name for name in names if highest(getattr(args, f"lambda_{name}")))
 
 
+@contextmanager
+def careful(args: argparse.Namespace, log: Log, distillation: Any = None) -> Iterator[None]:
+    """``--deterministic`` and ``--debug_shapes``, inside the block. distillation: guidance.sds."""
+    with deterministic(args.deterministic, log):
+        with debug_shapes(args.debug_shapes, log, distillation):
+            yield
+
+
+def view_batches(args: argparse.Namespace, world: World, log: Log, advice: str) -> MicroBatches:
+    """The micro-batches of a step's views, of ``--views_at_once``.
+
+    advice: what to do where memory runs out; several processes cannot halve them by themselves.
+    """
+    own = args.batch_views // world.size
+    size = min(args.views_at_once or own, own)
+    if world.size > 1 and size > 1:
+        advice = f"try --views_at_once {size // 2}"
+    return MicroBatches(size, world, log, "views", advice)
+
+
 def make_graphs(
     args: argparse.Namespace, world: World, log: Log, renderer: SceneRenderer
 ) -> StepGraphs:
@@ -153,6 +176,19 @@ def make_probe(
 
     probe = Probe.draw(scene.sample_rays, renderer, seed, scene.c2w.device, context)
     return probe, lambda rays: max(1, rays // world.size // 2) if args.occ_grid else block
+
+
+def start_alive(state: TrainState[Any], probe: Probe, block: int, log: Log) -> None:
+    """``--alive_start``: draw the weights of a new vanilla network again until it has density."""
+    if state.step > 0 or state.attempt.saved or not isinstance(state.renderer, NeRFRenderer):
+        return
+    draws = redraw_until_alive(state.renderer, probe, block, state.attempt.weights_seed)
+    state.ema.reset()
+    if draws == MOST_DRAWS:
+        log(f"--alive_start: {draws} networks of this size have all begun without density")
+    elif draws:
+        times = "once" if draws == 1 else f"{draws} times"
+        log(f"new weights were drawn {times}: those before had hardly any density (--alive_start)")
 
 
 # Flags that decide which pictures a run renders and measures, and at which size; and those that

@@ -353,6 +353,49 @@ def test_the_last_restart_may_die_too_and_is_named(tiny, tmp_path, monkeypatch):
     assert run_nerf.main([*tiny, "--N_iters", "62", "--dead_restarts", "2"]) == 4
 
 
+def test_weights_are_drawn_again_until_a_network_has_density(tiny, tmp_path, monkeypatch):
+    def born(args, *rest):  # without density, the first time
+        renderer = built(args, *rest)
+        torch.nn.init.constant_(renderer.coarse.alpha_linear.bias, -100.0)
+        return renderer
+
+    built = build.build_renderer
+    monkeypatch.setattr(build, "build_renderer", born)
+    runs = {}
+    for name in ("one", "again", "plain"):
+        words = [*tiny, "--N_iters", "2", "--expname", name, "--ema_decay", "0.9"]
+        words += [] if name == "plain" else ["--alive_start"]
+        assert run_nerf.main(words) == 0, name
+        runs[name] = newest(tmp_path / name)
+        log = (tmp_path / name / "log.txt").read_text()
+        assert ("new weights were drawn" in log) == (name != "plain")
+    for state in ("network_fn_state_dict", "network_fine_state_dict"):
+        for key, value in runs["one"][state].items():
+            assert torch.equal(value, runs["again"][state][key])  # a function of the seed
+    assert runs["one"]["network_fn_state_dict"]["alpha_linear.bias"].abs() < 1
+    assert all(shadow.abs().max() < 2 for shadow in runs["one"]["ema_state_dict"]["shadow"])
+    words = [*tiny, "--N_iters", "3", "--expname", "one", "--ema_decay", "0.9", "--alive_start"]
+    assert run_nerf.main(words) == 0
+    log = (tmp_path / "one" / "log.txt").read_text()
+    assert log.count("new weights were drawn") == 1 and "resumed from" in log
+
+
+def test_a_network_that_is_born_alive_stays_as_it_is(tiny, tmp_path, monkeypatch):
+    def born(args, *rest):
+        renderer = built(args, *rest)
+        for field in renderer.fields:
+            torch.nn.init.constant_(field.alpha_linear.bias, 1.0)
+        return renderer
+
+    built = build.build_renderer
+    monkeypatch.setattr(build, "build_renderer", born)
+    for name, words in (("plain", []), ("alive", ["--alive_start"])):
+        assert run_nerf.main([*tiny, "--N_iters", "1", "--expname", name, *words]) == 0
+    weights = [newest(tmp_path / name)["network_fn_state_dict"] for name in ("plain", "alive")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert "drawn" not in (tmp_path / "alive" / "log.txt").read_text()
+
+
 def test_a_start_as_fog_has_density_everywhere_in_the_color_of_the_background():
     points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * 4 - 2
     views = torch.nn.functional.normalize(points, dim=-1)

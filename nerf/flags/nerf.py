@@ -222,9 +222,13 @@ def add_training_flags(parser: Parser) -> None:
     flag("precrop_frac", fraction, 0.5,
         "part of the height and width that --precrop_iters takes, above 0, up to 1")
     switch("compile", "compile the networks (torch.compile): for GPUs, slower on CPUs")
+    switch("alive_start",
+        "draw the weights of a new network again until half of the rays meet density: half of all "
+        "networks are born without any (docs/details.md); off: as in nerf-pytorch; no effect with "
+        "--occ_grid")
     switch("fog_start",
-        "begin as thin fog in the background's color: half of all networks are born dead otherwise "
-        "(docs/details.md); off: as in nerf-pytorch; no effect with --occ_grid")
+        "begin as thin fog in the background's color, which always lives and takes longer "
+        "(docs/details.md); no effect with --occ_grid")
     flag("dead_restarts", non_negative_int, 3,
         "restarts with another seed if a network is stuck from the start; 0: go on with it")
 
@@ -301,7 +305,7 @@ def parse(argv: list[str] | None = None) -> Flags:
     parser = nerf_parser()
     args = common.parse(parser, argv, run_name, tuple(FAST))
     given = by_device.given_flags(parser, args)
-    notes = parser.checked(by_device.choose_by_device, args, given)
+    notes = parser.site_notes() + parser.checked(by_device.choose_by_device, args, given)
     if args.config and Path(args.config).name == "args.txt":  # a run's record lists every flag
         changed = {name for name in given if getattr(args, name) != parser.get_default(name)}
         given = frozenset(changed | {"dataset_type"})

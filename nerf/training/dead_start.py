@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nerf.rays import Rays
 from nerf.renderer import NeRFRenderer, RayNoise, Rendered, Renderer
@@ -22,6 +22,11 @@ PROBE_EVERY = 20  # steps from one rendering of the probe to the next
 PROBE_RAYS = 512
 CANDIDATES = 16  # rays that are drawn for each one of the probe
 PROBE_STEP = 2**40  # the step whose generator draws the probe; training never reaches it
+BIRTH_STEP = 2**41  # and the first of those that seed weights which are drawn again
+# A network is born alive if every level gives this share of the probe's rays more than this
+# opacity: those that a few rays alone keep alive may die in the first steps (docs/details.md).
+ALIVE_SHARE, ALIVE_OPACITY = 0.5, 0.01
+MOST_DRAWS = 100  # of new weights
 # Raw density and color, up to sign, that a start as fog adds: sigmoid(3) is 0.95. A network's own
 # are within 0.1 of 0 (density) and 0.4 (color) at the start. docs/details.md has other values.
 FOG_DENSITY, FOG_COLOR = 0.5, 3.0
@@ -97,6 +102,12 @@ class Probe:
         """Whether a level is dead now -> bool [] on the device; ``most`` rays at a time."""
         return flat_levels(self.render(most), self.target).any()
 
+    def is_alive(self, most: int) -> bool:
+        """Whether half of the rays meet density on every level, and not all show one color."""
+        shares = [(level.opacity > ALIVE_OPACITY).float().mean() for level in self.render(most)]
+        dead = flat_levels(self.levels, self.target).any()
+        return bool((torch.stack(shares).min() > ALIVE_SHARE) & ~dead)
+
     def watch(self, step: int, most: int) -> Tensor:
         """``is_flat`` as of the latest ``PROBE_EVERY``-th step; the host waits for nothing."""
         if self._flat is None or step % PROBE_EVERY == 0:
@@ -115,6 +126,23 @@ class Probe:
             color = "one solid color" if hit.all() else "one solid color or background"
         where = "" if all(flat) else f" of the {('coarse', 'fine')[number]} level"
         return f"every ray{where} is {color}"
+
+
+def redraw_until_alive(renderer: NeRFRenderer, probe: Probe, most: int, seed: int) -> int:
+    """Draw a new renderer's weights again until ``probe`` sees it alive; how often they were drawn.
+
+    About half of all networks are born without any density. Nothing else changes: the first draw
+    stays where it is alive, and the others are functions of ``seed``. most: rays rendered together.
+    """
+    for draws in range(MOST_DRAWS):
+        if probe.is_alive(most):
+            return draws
+        generator = rng.step_generator(seed, BIRTH_STEP + draws, "cpu")
+        rng.seed_everything(generator.initial_seed())
+        for module in renderer.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return MOST_DRAWS
 
 
 def start_as_fog(renderer: NeRFRenderer) -> None:
