@@ -55,7 +55,9 @@ def start_from(args: argparse.Namespace, log: Log, state: TrainState[Any]) -> No
     """
     path, saved = find_start(args, log)
     changes, decay = dream_flags.field_changes(saved["args"], args), saved["args"].get("ema_decay")
-    old = _old_object(args, saved["args"], state.renderer) if changes else state.renderer
+    old: Any = state.renderer
+    if changes:
+        old = _old_object(args, saved["args"], state.renderer)
     averaged = EMA(old, decay or 0.0)
     checkpoint.restore(path, saved, log, old, ema=averaged)
     averaged.keep()

@@ -75,8 +75,8 @@ def _ssim_of_patch(
         rendered = outputs.halve_block_until_it_fits(render).clamp(0, 1)
     mask = scene.mask(view)
     inside = None if mask is None else mask[top : top + side, left : left + side].numpy()
-    pictures = (each.float().cpu().view(side, side, 3).numpy() for each in (rendered, target))
-    return ssim(*pictures, inside)
+    picture, truth = (each.float().cpu().view(side, side, 3).numpy() for each in (rendered, target))
+    return ssim(picture, truth, inside)
 
 
 def measure_validation(evaluation: Evaluation, step: int, checkpoint: Path, datadir: str) -> None:

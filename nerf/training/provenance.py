@@ -111,7 +111,9 @@ def _unknown_files(project: Path, has_git: bool) -> list[str]:
 
 def _bounded(project: Path, names: Iterable[str]) -> tuple[list[str], list[str]]:
     """(files to copy, files left out): at most MAX_FILE bytes each and MAX_TOTAL together."""
-    kept, left_out, total = [], [], 0
+    kept: list[str] = []
+    left_out: list[str] = []
+    total = 0
     for name in names:
         path = project / name
         if path.is_symlink() or not path.is_file():

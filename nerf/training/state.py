@@ -66,6 +66,7 @@ class TrainState(Generic[R]):
 
     def start_from_weights(self, given: str, ignored: Sequence[str], log: Log) -> None:
         """Begin with weights of another run, see ``weights.load_weights``; all else is new."""
+        assert isinstance(self.renderer, torch.nn.Module)
         load_weights(self.renderer, given, ignored, log)
         self.ema.reset()
 
