@@ -62,7 +62,6 @@ from nerf.training.monitor import Monitor
 from nerf.training.progress import Progress
 from nerf.training.recovery import (
     Attempt,
-    MicroBatches,
     NonFinite,
     Restart,
     StepTensors,
@@ -121,7 +120,9 @@ def run_prompt(args, world, models) -> int:
     run_folder: RunFolder = forecast.DryRun(folder, is_main=world.is_main)
     if not args.dry_run:
         run_folder = RunFolder(folder, is_main=world.is_main, lock=not reading)
-    with explain_out_of_memory(next_memory_saving(args, world.device)), run_folder as run:
+    run_folder.level = args.log_level
+    advice = next_memory_saving(args, world.device)
+    with explain_out_of_memory(advice), run_folder as run, build_run.careful(args, run.log, sds):
         args.amp = system.usable_amp(args.amp, world.device, run.log)
         code = render_and_export(args, world, run) if reading else train(args, world, run, models)
         world.barrier()  # a rank that leaves early can take the others' connections with it
@@ -262,15 +263,13 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
     outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)
-    micro = MicroBatches(
-        args.batch_views // world.size, world, run.log, "views",
-        next_memory_saving(args, world.device),
-    )  # fmt: skip
+    micro = build_run.view_batches(args, world, run.warn, next_memory_saving(args, world.device))
     read_every = build.read_every(args, world.device)
     monitor = Monitor(world, stop, state.clock, args.max_minutes, read_every)
     fields = [] if outputs.flat else [member.field for _, member in members_of(renderer)]
     progress = Progress(
-        args.N_iters, state, show=world.is_main, machine=world.device.type.upper(),
+        args.N_iters, state, show=world.is_main and run.level != "warning",
+        machine=world.device.type.upper(),
         ceiling=machine.log_ceiling(fields, world, args.amp, run.log), read_every=read_every,
     )  # fmt: skip
     collapse = Collapse()
@@ -324,7 +323,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             if verdict.diverged:
                 raise NonFinite.diagnose(state.step, world, step_tensors(renderer, inputs, stats))
             if args.space == "3d" and verdict.read:
-                collapse.watch(opacity, state.step, run.log)
+                collapse.watch(opacity, state.step, run.warn)
             if verdict.signal:
                 content = {"args": vars(args), **guide.checkpoint_state()}
                 return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
@@ -359,8 +358,8 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     progress.close()
     finish(args, run, outputs, state, guide)
     if views_left_out and views_left_out >= (state.step - progress.first_step) * len(inputs.jitter):
-        run.log("the guidance of every view was not finite: nothing was learned; try --amp off, or "
-                "--guidance_dtype fp32")  # fmt: skip
+        run.warn("the guidance of every view was not finite: nothing was learned; try --amp off, "
+                 "or --guidance_dtype fp32")  # fmt: skip
         return entry.NOTHING_LEARNED
     return 0
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import make_demo
@@ -16,7 +17,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, FOLDERS))
 # Tiny tensors: a second thread costs more than it gains, and tests may run beside each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# The caller's own variables must not decide what a test sees.
+# The caller's own variables and defaults must not decide what a test sees.
+HOME = tempfile.TemporaryDirectory()
+os.environ["XDG_CONFIG_HOME"] = HOME.name
 for name in [name for name in os.environ if name.startswith("NERF_")]:
     del os.environ[name]
 

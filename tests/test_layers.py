@@ -15,7 +15,7 @@ LEVELS = {
     "nerf.coarse_to_fine": 1,
     "nerf.flags": 2, "nerf.datasets": 2, "nerf.text3d": 2, "nerf.occupancy_renderer": 2,
     "nerf.scene_bounds": 2,
-    "nerf.build": 3, "nerf.build_optimizer": 3, "nerf.build_schedules": 3,
+    "nerf.build": 3, "nerf.build_optimizer": 3, "nerf.build_schedules": 3, "nerf.build_shapes": 3,
     "nerf.build_run": 3, "nerf.build_start": 3, "nerf.outputs": 3,
     "nerf.report": 4, "nerf.compare": 4,
     "guidance.schedule": 0, "guidance.sds": 0, "guidance.lora": 0, "guidance.attention": 0,
@@ -115,7 +115,7 @@ def test_the_root_of_nerf_holds_the_algorithm_and_nothing_else():
     for name in sorted(
         set(root)
         - {"nerf.media", "nerf.build", "nerf.build_optimizer", "nerf.build_run", "nerf.build_start"}
-        - {"nerf.build_schedules"}
+        - {"nerf.build_schedules", "nerf.build_shapes"}
         - {"nerf.report", "nerf.compare"}
     ):
         if name.startswith("nerf."):

@@ -304,3 +304,26 @@ def test_every_logged_number_is_over_all_ranks(data, sd_folder, tmp_path, kind):
             if not any(part in name for part in ON_ONE_RANK):
                 expected = pytest.approx(float(one[name]), rel=1e-3, abs=1e-9)
                 assert float(two[name]) == expected, (name, one["step"])
+
+
+def test_views_one_by_one_are_all_of_them_with_several_processes_too(tmp_path):
+    """Where memory is not halved by itself; and with every shape checked."""
+    flags = [*DREAM_TINY, "--batch_views", 4, "--albedo_steps", 0, "--field", "mlp", "--i_print", 1]
+    flags += ["--basedir", tmp_path, "--N_iters", 3, "--lambda_entropy", 1, "--lrate", 1e-4]
+    runs = {"all": ([], 1), "one": (["--views_at_once", 1, "--debug_shapes"], 1),
+            "ranks": (["--views_at_once", 1, "--deterministic"], 2)}  # fmt: skip
+    for name, (words, ranks) in runs.items():
+        place = ["--expname", name]
+        done = run_script([*flags, *words, *place], script="run_dreamfusion.py", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    states = {name: newest(tmp_path / name)["network_fn_state_dict"] for name in runs}
+    rows = {}
+    for name in runs:
+        with open(tmp_path / name / "metrics.csv") as file:
+            rows[name] = list(csv.DictReader(file))[-1]
+    for other in ("one", "ranks"):
+        for name, value in states["all"].items():
+            torch.testing.assert_close(states[other][name], value, rtol=1e-4, atol=1e-6)
+        for name in ("sds", "loss", "loss_entropy", "grad_norm", "samples", "opacity"):
+            assert float(rows[other][name]) == pytest.approx(float(rows["all"][name]), rel=1e-3)
+    assert "ObjectRenderer, composite, distill" in (tmp_path / "one" / "log.txt").read_text()

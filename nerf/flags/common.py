@@ -28,6 +28,9 @@ from nerf.flags.types import (
     seed,
 )
 
+# What reaches the terminal, from the most to the least (nerf.training.run_folder).
+LEVELS = ("debug", "info", "warning")
+
 # fmt: off
 
 
@@ -64,6 +67,15 @@ def add_run_flags(
         "and stop; nothing is written")
     flag("ft_path", "FILE", None,
         "checkpoint (.tar, also nerf-pytorch's) to start a new run from, or to render or export")
+    flag("log_level", LEVELS, "info",
+        "what the terminal shows; warning: warnings alone; debug: also tracebacks and every number "
+        "of metrics.csv; log.txt has all messages")
+    switch("deterministic",
+        "the same bits whenever the same machine repeats a run, by PyTorch's deterministic "
+        "algorithms, slower; an operation that has none ends the run with its name")
+    switch("debug_shapes",
+        "check the shapes of what fields, renderers and guidance take and return, slower (pip "
+        "install jaxtyping beartype)")
     add_optimization_flags(parser)
     add_saving_flags(parser, images, videos)
     add_checkpoint_flags(parser, measures=measures)
@@ -219,6 +231,10 @@ def check_run_flags(args: argparse.Namespace) -> None:
             (
                 args.dry_run and reading_flags(args),
                 "--dry_run is for training; leave it out, or --render_only and --export",
+            ),
+            (
+                args.debug_shapes and getattr(args, "compile", False),
+                "--debug_shapes checks what Python calls, --compile leaves Python out; use one",
             ),
             *checkpoint_problems(args),
         ]

@@ -24,6 +24,10 @@ class ConfigFile(configargparse.DefaultConfigFileParser):
 
     keys: Sequence[str] = ()  # of the newest file
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Sequence[str]] = {}  # the keys of each file, the strongest first
+
     def parse(self, stream: TextIO) -> dict[str, Any]:
         """Flag -> value. ConfigFileParserException names the line that is wrong."""
         name = getattr(stream, "name", "the config file")
@@ -38,7 +42,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):
             raise configargparse.ConfigFileParserException(f"{name}: {problem}")
         lines.seek(0)
         items = super().parse(lines)
-        self.keys = list(items)
+        self.keys = self.files[name] = list(items)
         return items
 
 

@@ -259,7 +259,7 @@ def parse(argv: list[str] | None = None) -> Flags:
         parser = dream_parser()
         args = common.parse(parser, ["--config", str(path), *argv], name_of)
     given = by_device.given_flags(parser, args)
-    notes = parser.checked(by_device.choose_by_device, args, given)
+    notes = parser.site_notes() + parser.checked(by_device.choose_by_device, args, given)
     typed = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     left_out = leave_out(args, dream_parser().get_default, typed)
     reads = reading_flags(args)  # with the flags that the run was trained with

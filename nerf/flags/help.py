@@ -21,7 +21,8 @@ COLUMN = 26  # where help texts begin
 METAVARS = {int: "N", float: "X", str: "SCHEDULE", int | str: "SCHEDULE", float | str: "SCHEDULE"}
 SOURCES = """\
 A flag is taken from the first of: the command line, the environment (NERF_N_ITERS=500), the
---config file (N_iters = 500), its default. --X switches X on, --no-X off (in a file: X = False)."""
+--config file (N_iters = 500), your own defaults in ~/.config/nerf_dreamfusion/SCRIPT.txt (if there
+is such a file), its default. --X switches X on, --no-X off (in a file: X = False)."""
 
 
 def version() -> str:

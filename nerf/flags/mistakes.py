@@ -200,7 +200,7 @@ def explain(parser: Any, error: argparse.ArgumentError) -> str:
     typed = [word for word in parser.words if word.split("=")[0] in action.option_strings]
     if not typed:
         variable = getattr(action, "env_var", None)
-        from_file = f"{parser.config_path}: {action.dest}"
+        from_file = f"{parser.file_of(action.dest)}: {action.dest}"
         where = f"environment variable {variable}" if variable in parser.variables else from_file
         return f"{where} = {error.message}"
     flag, _, value = typed[-1].partition("=")

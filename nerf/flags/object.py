@@ -44,6 +44,9 @@ def add_camera_flags(parser: Parser) -> None:
     section = parser.section("cameras", f"The random cameras of an update. {SCHEDULE}")
     flag = section.flag
     flag("batch_views", positive_int, 4, "views per update, over all processes")
+    flag("views_at_once", non_negative_int, 0,
+        "views of a process that are rendered and guided together; fewer need less memory; 0: all, "
+        "and fewer where memory runs out, with one process")
     flag("train_res", schedule, "64",
         "pixels per side of training renders, 8 or more; jumps at the steps of a schedule")
     pair: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}

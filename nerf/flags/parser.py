@@ -1,10 +1,12 @@
 """The parser of both scripts: sections, help pages, and mistakes answered by one line."""
 
 import argparse
+import glob
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import configargparse
@@ -60,7 +62,7 @@ class PageAction(argparse.Action):
 
 
 class Parser(configargparse.ArgumentParser):
-    """Flags from the command line, NERF_* variables, a --config file and defaults.
+    """Flags from the command line, NERF_* variables, a --config file, the user's own defaults.
 
     script: the file name that stands before every message. examples: commands of the short help
     page. main_flags: the names of the flags on it.
@@ -76,13 +78,16 @@ class Parser(configargparse.ArgumentParser):
             allow_abbrev=False,
             exit_on_error=False,
             config_file_parser_class=ConfigFile,
+            default_config_files=[],  # set in ``parse_known_args``
             config_file_open_func=self.open_config,
             auto_env_var_prefix=ENV_PREFIX,
         )
         self.examples, self.main_flags = examples, main_flags
         self.words: list[str] = []  # the command line
         self.variables: Mapping[str, str] = os.environ
-        self.config_path = "config file"
+        # The user's own defaults, weaker than everything but the flags' own; may be missing.
+        home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+        self.site = home / "nerf_dreamfusion" / script.replace(".py", ".txt")
 
     def section(self, name: str, sentence: str) -> "Section":
         """A new section of flags, with its one sentence on the help page."""
@@ -137,9 +142,26 @@ class Parser(configargparse.ArgumentParser):
         except ValueError as error:
             self.error(str(error))
 
+    @property
+    def config_path(self) -> str:
+        """The config file that was read last."""
+        return next(reversed(self._config_file_parser.files), "config file")
+
+    def file_of(self, name: str) -> str:
+        """The config file that the flag ``name`` is from."""
+        files = self._config_file_parser.files.items()
+        return next((path for path, keys in files if name in keys), self.config_path)
+
+    def site_notes(self) -> list[str]:
+        """A line for the log about the flags that the user's own defaults have set, if any."""
+        settings = self.get_source_to_settings_dict().get(f"config_file|{self.site}", {})
+        if not settings:
+            return []
+        listed = ", ".join(f"{name} {value}" for name, (_, value) in settings.items())
+        return [f"from {self.site}: {listed}"]
+
     def open_config(self, path: str, mode: str = "r") -> TextIO:
         """The opened config file."""
-        self.config_path = path
         try:
             return open_config(path)
         except ValueError as error:
@@ -149,7 +171,10 @@ class Parser(configargparse.ArgumentParser):
         """(flags, words that are none), as configargparse does; every mistake is one line."""
         self.words = list(sys.argv[1:] if args is None else args)
         self.variables = sources.get("env_vars", os.environ)
-        self.config_path = "config file"
+        self._config_file_parser.files.clear()
+        # args.txt is the record of a run, with which nothing else shall interfere.
+        recorded = any(word.endswith("args.txt") for word in self.words)
+        self._default_config_files = [] if recorded else [glob.escape(str(self.site))]
         self.answer_help(self.words)
         self.refuse(mistakes.check_words(self, self.words))
         try:

@@ -1,6 +1,5 @@
 """``--dry_run``: what a run will take, foretold from its first updates and a small rendering."""
 
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nerf.media import write_png
 from nerf.metrics import ssim
@@ -42,10 +40,10 @@ class DryRun(RunFolder):
         super().__init__(folder / "dry_run", is_main=False, lock=False)
         self._shows = is_main
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, level: str = "info") -> None:
         """Print one line, on rank 0."""
         if self._shows:
-            tqdm.write(message, file=sys.stderr)
+            self.show(message, level)
 
 
 SCENE = ("validation", "test views", "video")

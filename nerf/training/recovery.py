@@ -184,7 +184,7 @@ def next_attempt(
     if isinstance(reason, NonFinite):
         return _roll_back(attempt, reason, run, find)
     assert isinstance(reason, DeadStart)
-    run.log(
+    run.warn(
         f"step {reason.step}: stuck, {reason.diagnosis}; starting again with other weights, "
         f"restart {attempt.dead_starts + 1} (--dead_restarts 0 to go on instead)"
     )
@@ -212,7 +212,7 @@ def _roll_back(
     saved = find()
     count = max(attempt.rollback_count, saved[1].get("draws", 0) if saved else 0) + 1
     target = saved[0].name if saved else "the start: there is no checkpoint yet"
-    run.log(
+    run.warn(
         f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row skipped, {error.cause}; "
         f"rolling back to {target}, with other random numbers"
     )

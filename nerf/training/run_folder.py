@@ -28,12 +28,18 @@ if TYPE_CHECKING:
 RECORDS = ("args.json", "args.txt", "config.txt", "cmd.txt", "world.json", CODE)
 
 
+LEVELS = ("debug", "info", "warning")  # of messages, from the least to the most important
+
+
 class RunFolder:
     """The folder ``basedir/expname`` of a run. On ranks other than 0 its methods do nothing.
 
     is_main: whether this is rank 0. lock: of a run that trains; ValueError if another process is
-    training in the same folder.
+    training in the same folder. level: of what the terminal shows (--log_level), one of LEVELS;
+    log.txt has all.
     """
+
+    level = "info"
 
     def __init__(self, folder: Path, *, is_main: bool, lock: bool) -> None:
         self.folder, self.is_main = folder, is_main
@@ -70,7 +76,7 @@ class RunFolder:
         A folder that this command created, and in which nothing was made, is removed again.
         """
         if isinstance(error, ValueError | OSError):
-            self.log_file_only("".join(traceback.format_exception(error)))
+            self.debug("".join(traceback.format_exception(error)))
         self.close()
         if error is not None and self._created and self.folder.is_dir():
             files = {path.name for path in self.folder.iterdir()}
@@ -93,25 +99,38 @@ class RunFolder:
                 "or choose another --expname"
             ) from None
 
-    def log(self, message: str) -> None:
-        """Write one line to the terminal and to log.txt."""
+    def log(self, message: str, level: str = "info") -> None:
+        """Write one line to log.txt, and to the terminal if ``self.level`` shows its level."""
         if not self.is_main:
             return
-        from tqdm import tqdm
+        self.show(message, level)
+        self._append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
-        tqdm.write(message, file=sys.stderr)
-        self.log_file_only(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+    def warn(self, message: str) -> None:
+        """Log a line that also a terminal shows on which --log_level leaves warnings alone."""
+        self.log(message, "warning")
+
+    def show(self, message: str, level: str) -> None:
+        """Write to the terminal what is of this level (one of LEVELS), or above."""
+        level = "warning" if message.startswith("warning") else level
+        if LEVELS.index(level) >= LEVELS.index(self.level):
+            from tqdm import tqdm
+
+            tqdm.write(message, file=sys.stderr)
 
     def log_once(self, step: int, warning: str | None) -> None:
         """Log a warning about the run at ``step``, unless the same was logged before."""
         if warning is not None and warning not in self._logged:
             self._logged.add(warning)
-            self.log(f"step {step}: {warning}")
+            self.warn(f"step {step}: {warning}")
 
-    def log_file_only(self, text: str) -> None:
-        """Append ``text`` to log.txt, if that can be written, and not to the terminal."""
-        if not self.is_main:
-            return
+    def debug(self, text: str) -> None:
+        """Append ``text`` to log.txt; the terminal shows it at --log_level debug."""
+        if self.is_main:
+            self.show(text.rstrip(), "debug")
+            self._append(text)
+
+    def _append(self, text: str) -> None:
         try:
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text)
@@ -147,7 +166,7 @@ class RunFolder:
         if not self.failed:
             return code
         lost = ", ".join(f"{what} ({reason})" for what, reason in self.failed.items())
-        self.log(f"not everything is on the disk: {lost}")
+        self.warn(f"not everything is on the disk: {lost}")
         return 3
 
     def recreate(self) -> None:
@@ -217,6 +236,7 @@ class RunFolder:
             if table not in self._tables:
                 self._tables[table] = logged.Table(self.folder / table, step, values)
             self._tables[table].write(step, values)
+            self.show(", ".join(f"{name} {v:.7g}" for name, v in values.items()), "debug")
             for name, value in values.items():
                 self.tensorboard(step).add_scalar(name, value, step)
         if self._wandb is not None:

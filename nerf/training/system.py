@@ -50,7 +50,8 @@ def configure_gpu(tf32: bool, device: torch.device, log: Callable[[str], None]) 
         return
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True  # sizes of pictures hardly change during a run
+    # Sizes of pictures hardly change during a run; what is fastest may differ between two runs.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if tf32:
         log("float32 matrix products in TF32: 10 bits after the point; --tf32 off for float32")
 
