@@ -49,6 +49,18 @@ def to_x0(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str
     return TO_X0[prediction_type](output, noisy, per_view(alpha_bar, noisy))
 
 
+def network_target(
+    clean: Tensor, epsilon: Tensor, alpha_bar: Tensor, prediction_type: str
+) -> Tensor:
+    """The output that a network is trained to give for x_t of ``clean`` and ``epsilon``."""
+    a = per_view(alpha_bar, clean)
+    return {
+        "epsilon": lambda: epsilon,
+        "v_prediction": lambda: a.sqrt() * epsilon - (1 - a).sqrt() * clean,
+        "sample": lambda: clean,
+    }[prediction_type]()
+
+
 def predict_x0(epsilon: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
     """The clean latents if ``epsilon`` is the noise in x_t; alpha_bar > 0."""
     return to_x0(epsilon, noisy, alpha_bar, "epsilon")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from guidance.attention import fast_attention
 from guidance.lora import LoRA
-from guidance.sds import GuidanceNoise, add_noise, guide, per_view, to_epsilon
+from guidance.schedule import network_target
+from guidance.sds import GuidanceNoise, add_noise, guide, to_epsilon
 from guidance.stable_diffusion import StableDiffusion
 
 CAMERA = 16  # entries of a 4 x 4 camera-to-world matrix
@@ -125,7 +126,8 @@ class LoRAScoreNetwork(nn.Module):
         else:
             both = torch.cat([torch.zeros_like(cameras), cameras])
             outputs = self._output(noisy.repeat(2, 1, 1, 1), t.repeat(2), both)
-            output = guide(*outputs.chunk(2), self.cfg)
+            unconditional, conditional = outputs.chunk(2)
+            output = guide(unconditional, conditional, self.cfg)
         return to_epsilon(output, noisy, self.base.alphas_cumprod[t], self.base.prediction_type)
 
     def epsilon_at(self, c2w: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -148,7 +150,9 @@ class LoRAScoreNetwork(nn.Module):
         noisy = add_noise(latents, noise.lora_epsilon, alpha_bar)
         kept = (noise.lora_drop >= self.camera_dropout).float()
         output = self._output(noisy, t, flat_cameras(c2w) * kept[:, None])
-        loss = F.mse_loss(output, target(base, latents, noise.lora_epsilon, alpha_bar))
+        loss = F.mse_loss(
+            output, network_target(latents, noise.lora_epsilon, alpha_bar, base.prediction_type)
+        )
         self.scaler.scale(loss).backward()
         world.average_gradients(self.parameters())
         self.scaler.unscale_(self.optimizer)
@@ -202,13 +206,3 @@ class LoRAScoreNetwork(nn.Module):
                 self.scaler.load_state_dict(state["scaler"])
         except (TypeError, KeyError, RuntimeError, ValueError):
             raise misfit from None
-
-
-def target(base: StableDiffusion, clean: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The output that the network is trained to give for x_t of ``clean`` and ``epsilon``."""
-    a = per_view(alpha_bar, clean)
-    return {
-        "epsilon": lambda: epsilon,
-        "v_prediction": lambda: a.sqrt() * epsilon - (1 - a).sqrt() * clean,
-        "sample": lambda: clean,
-    }[base.prediction_type]()
