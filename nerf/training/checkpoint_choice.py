@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from nerf.training import checkpoint
 from nerf.training.checkpoint import (
     CheckpointError,
     SavedState,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
 )
 from nerf.training.distributed import World
 from nerf.training.run_folder import RunFolder
@@ -164,7 +164,7 @@ def save_run(
     ranking = ranking.written()
     for last_try in (False, True):
         try:
-            save_checkpoint(path, {**content, **ranking.checkpoint_state()})
+            checkpoint.save_checkpoint(path, {**content, **ranking.checkpoint_state()})
         except (OSError, RuntimeError, CheckpointError) as error:  # torch wraps what write raises
             if last_try:
                 run.mark_failed("checkpoint", f"{path.name} (step {step})", error)
