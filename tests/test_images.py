@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nerf.datasets.images import list_images, read_image, read_images, shrink, with_alpha
+from nerf.datasets.arrays import shrink, with_alpha
+from nerf.datasets.images import list_images, read_image, read_images
 
 HEIGHT, WIDTH = 5, 7
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nerf.datasets.images import eight_bit, read_image, why_unreadable
+from nerf.datasets.images import LARGEST, eight_bit, is_big, open_image, read_image, why_unreadable
 
 SPOT_CHECKS = 4  # pictures compared although their times arouse no suspicion
 SIDE = 8  # pixels of the thumbnails that are compared
@@ -78,7 +78,10 @@ def _changed(file: Path) -> float:
 
 
 def _differ(small: Path, large: Path) -> bool:
-    """Whether two files show different pictures, at any size."""
+    """Whether two files show different pictures, at any size up to LARGEST times the other."""
+    with open_image(small) as own, open_image(large) as other:
+        if is_big(other) and max(other.size) > LARGEST * max(own.size):
+            return True
     if _transparent(small) != _transparent(large):
         return True
     stored, upright = _thumbnails(large)  # the small one may be either
@@ -92,7 +95,7 @@ def _thumbnails(file: Path) -> list[np.ndarray]:
     A large JPEG is not decoded at full size.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.draft("L", (8 * SIDE, 8 * SIDE))
             gray = eight_bit(image, file).convert("L")
             return [
@@ -105,7 +108,7 @@ def _thumbnails(file: Path) -> list[np.ndarray]:
 
 def _transparent(file: Path) -> bool:
     """Whether a picture has pixels that are not opaque."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info:
             return False
     picture = read_image(file)

@@ -24,7 +24,8 @@ from nerf.cameras import (
     recenter,
     spiral_path,
 )
-from nerf.datasets.images import padded, read_sized, store_sized
+from nerf.datasets.arrays import must_fit, padded
+from nerf.datasets.images import read_sized, store_sized
 from nerf.datasets.masks import Masks, read_masks
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
@@ -90,7 +91,8 @@ def pictures_of(views: Views, factor: int, store: Store | None = None) -> dict[s
     if images is not None:
         sizes = np.tile(images.shape[1:3], (len(images), 1))
     else:
-        images, sizes = padded(read_sized(views.files, views.sizes, factor))
+        with must_fit(len(views.files)):
+            images, sizes = padded(read_sized(views.files, views.sizes, factor))
     intrinsics = views.intrinsics.copy()
     ratio = sizes / views.sizes  # [V, 2]
     intrinsics[:, :4] *= ratio[:, [1, 0, 1, 0]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from nerf.datasets.scene import Scene
 
 MAX_COLORS = 16  # training views whose mean color is compared, evenly taken
+STRIP = 1 << 22  # pixels that are converted to floats together: 48 MiB
 POSE_TOLERANCE = 1e-3  # of the cameras' extent; machines and versions differ by rounding
 FOCAL_TOLERANCE = 5e-3  # of the focal length: pictures reduced to whole pixels differ by some
 COLOR_TOLERANCE = 0.03  # in [0, 1]: another resolution changes a mean color by less
@@ -32,9 +33,20 @@ def scene_identity(scene: Scene) -> dict[str, Any]:
     return {
         "poses": scene.c2w[views].float().cpu().clone(),
         "focal": scene.intrinsics[views, 0].float().cpu() / widths,
-        "colors": torch.stack([scene.picture(view).mean((0, 1)) for view in some]),
+        "colors": torch.stack([_mean_color(scene, view) for view in some]),
         "names": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
+
+
+def _mean_color(scene: Scene, view: int) -> Tensor:
+    """Mean color [3] of a view in [0, 1]; of a large one, by strips: as floats it may not fit."""
+    height, width = scene.view_size(view)
+    strip = max(1, STRIP // width)
+    if height <= strip:
+        return scene.picture(view).mean((0, 1))
+    starts = range(0, height, strip)
+    sums = [scene.picture(view, slice(y, y + strip)).sum((0, 1)).double() for y in starts]
+    return (torch.stack(sums).sum(0) / (height * width)).float()
 
 
 def scene_difference(saved: dict[str, Any] | None, scene: Scene) -> str:

@@ -3,19 +3,25 @@
 Gray becomes RGB; palette and CMYK become RGB (RGBA where transparent); gray with alpha becomes
 RGBA; 16-bit gray is scaled to 8 bits, 16-bit RGB keeps its high byte. Alpha stays straight (not
 premultiplied). A rotation in a photo's EXIF data is applied, unless its camera was estimated from
-the picture as stored. Any other kind of file is a ValueError.
+the picture as stored. Any other kind of file is a ValueError. Of a file of more than BIG pixels the
+size is compared before it is decoded.
 """
 
 import os
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nerf.datasets.arrays import must_fit, shrink, with_alpha
 from nerf.datasets.store import Store
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+BIG = 50_000_000  # pixels; an 8K picture has 33 million
+LARGEST = 16  # times the width that a camera is for: cameras are estimated on smaller pictures
 EXIF_ORIENTATION = 0x0112  # tag; values 1 to 4 keep width and height, 5 to 8 swap them
 PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # names of its places in a PNG
 Size = tuple[float, float]  # width, height
@@ -58,23 +64,44 @@ def list_images(folder: Path) -> list[Path]:
     )
 
 
-def read_image(path: Path, size: Size | None = None) -> np.ndarray:
+def open_image(path: Path) -> Image.Image:
+    """``Image.open``, without Pillow's warning about large pictures: their sizes are compared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def is_big(image: Image.Image) -> bool:
+    """Whether an open picture has more than BIG pixels."""
+    return image.width * image.height > BIG
+
+
+def read_image(
+    path: Path, size: Size | None = None, *, like: tuple[str, int, int] | None = None
+) -> np.ndarray:
     """One picture as uint8 [H, W, 3], or [H, W, 4] if it has transparency.
 
-    size: proportions of the picture that its camera was estimated from. They decide whether that
-    was the picture as stored or as rotated by its EXIF data; None: as rotated.
-    ValueError if the file cannot be read, or its orientation stays ambiguous.
+    size: of the picture that its camera was estimated from. Its proportions decide whether that was
+    the picture as stored or as rotated by its EXIF data; None: as rotated.
+    like: name, width and height of a picture that it must be as large as, stored or rotated.
+    ValueError if the file cannot be read, is too large for its camera, or its orientation stays
+    ambiguous; sizes are compared before it is decoded.
     """
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             if _is_animation(opened):
                 count = getattr(opened, "n_frames", "several")
                 raise ValueError(f"it is an animation of {count} frames, expected one")
+            if size is not None and is_big(opened) and max(opened.size) > LARGEST * max(size):
+                (w, h), (width, height) = opened.size, size
+                raise ValueError(f"it has {w}x{h} pixels, its camera is for {width:g}x{height:g}")
+            if like is not None and sorted(opened.size) != sorted(like[1:]):
+                raise _Refused(_other_size(path, opened.size, like))
             opened.load()
             image = _oriented(opened, path, size)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such picture; is the data folder complete?") from None
-    except _Ambiguous:
+    except _Refused:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
@@ -87,20 +114,22 @@ def why_unreadable(path: Path) -> str | None:
     """Why a file cannot be decoded as one picture; None: it can.
 
     A file that begins and ends as its format demands, with the checksums that it has, is not
-    decoded; one that does not is, and Pillow decides.
+    decoded; one that does not is, unless it is BIG, and Pillow decides.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if _is_animation(image):
                 return f"an animation of {getattr(image, 'n_frames', 'several')} frames"
             if image.mode == "F":
                 return "floating-point pixels"
-            kind = image.format
+            kind, big = image.format, is_big(image)
             if kind == "PNG" and _has_checksums(image):
                 return None
         if kind in ("JPEG", "MPO") and _ends_with(path, b"\xff\xd9"):
             return None
-        with Image.open(path) as image:
+        if big:
+            return "damaged" if kind in ("PNG", "JPEG", "MPO") else f"a large {kind}"
+        with open_image(path) as image:
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return _kind(path) if isinstance(error, UnidentifiedImageError) else str(error)
@@ -149,10 +178,12 @@ def _is_animation(image: Image.Image) -> bool:
 def picture_sizes(path: Path) -> list[tuple[int, int]]:
     """Width and height of a picture, as stored and as rotated by its EXIF data, not decoded."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             # Pillow decodes a whole PNG to look for EXIF data behind its pixels.
             if image.format == "PNG" and not _names_exif(path.read_bytes()):
                 return [image.size, image.size]
+            if image.format == "PNG" and is_big(image) and "exif" not in image.info:
+                return [image.size, image.size[::-1]]
             swapped = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return [image.size, image.size[::-1] if swapped else image.size]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -185,7 +216,7 @@ def _oriented(image: Image.Image, path: Path, size: Size | None) -> Image.Image:
     ratio, stored = size[0] / size[1], image.width / image.height
     fits_stored, fits_rotated = (abs(one / ratio - 1) < 0.02 for one in (stored, 1 / stored))
     if orientation < 5 or (fits_stored and fits_rotated):
-        raise _Ambiguous(
+        raise _Refused(
             f"{path}: its EXIF data asks for a rotation (orientation {orientation}), and its pose "
             "may be for the rotated or for the stored picture; save all pictures upright, without "
             "EXIF data, and estimate the poses again (data/from_photos.py does both)"
@@ -193,8 +224,16 @@ def _oriented(image: Image.Image, path: Path, size: Size | None) -> Image.Image:
     return image if fits_stored else upright
 
 
-class _Ambiguous(ValueError):
-    """It is unknown whether the pose is for the stored or for the rotated picture."""
+class _Refused(ValueError):
+    """A picture that can be read but not used, with the whole message."""
+
+
+def _other_size(path: Path, size: tuple[int, ...], like: tuple[str, int, int]) -> str:
+    (w, h), (name, w0, h0) = size, like
+    return (
+        f"{path}: is {w}x{h} pixels but {name} is {w0}x{h0}; "
+        "all pictures of a scene must have one size"
+    )
 
 
 def read_images(
@@ -211,23 +250,32 @@ def read_images(
     ValueError if sizes differ or a file cannot be read.
     """
     first = read_image(paths[0], size)
+    like = (paths[0].name, first.shape[1], first.shape[0])
 
     def read(number: int) -> np.ndarray:
-        picture = read_image(paths[number], size) if number else first
+        picture = read_image(paths[number], size, like=like) if number else first
         if picture.shape[:2] != first.shape[:2]:
-            (h, w), (h0, w0) = picture.shape[:2], first.shape[:2]
-            raise ValueError(
-                f"{paths[number]}: is {w}x{h} pixels but {paths[0].name} is {w0}x{h0}; "
-                "all pictures of a scene must have one size"
-            )
+            raise ValueError(_other_size(paths[number], picture.shape[1::-1], like))
         return shrink(picture, factor, str(paths[number]))
 
     if store is not None and store.wanted(len(paths) * first.size // factor**2):
         return store.keep(paths, read, {"factor": factor, "size": size and list(map(float, size))})
-    pictures = [read(number) for number in range(len(paths))]
-    if any(picture.shape[-1] == 4 for picture in pictures):
-        pictures = [with_alpha(picture) for picture in pictures]
-    return np.stack(pictures)
+    with must_fit(len(paths)):
+        return _together(len(paths), read)
+
+
+def _together(count: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
+    """The pictures ``read(0)``, ... as uint8 [V, H, W, C], never twice in memory."""
+    picture = read(0)
+    images = np.empty((count, *picture.shape), np.uint8)
+    for number in range(count):
+        picture = read(number) if number else picture
+        if picture.shape[-1] > images.shape[-1]:  # the first with alpha
+            wider = np.empty((*images.shape[:3], 4), np.uint8)
+            wider[:number, ..., :3], wider[:number, ..., 3] = images[:number], 255
+            images = wider
+        images[number] = picture if images.shape[-1] == 3 else with_alpha(picture)
+    return images
 
 
 def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.ndarray]:
@@ -236,9 +284,10 @@ def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.nda
     sizes: [V, 2] height and width that their cameras are for. C is 4 for all if any has alpha.
     ValueError if a picture's proportions differ from its camera's.
     """
-    pictures = [_sized(path, size, factor) for path, size in zip(paths, sizes, strict=True)]
-    if any(picture.shape[-1] == 4 for picture in pictures):
-        pictures = [with_alpha(picture) for picture in pictures]
+    with must_fit(len(paths)):
+        pictures = [_sized(path, size, factor) for path, size in zip(paths, sizes, strict=True)]
+        if any(picture.shape[-1] == 4 for picture in pictures):
+            pictures = [with_alpha(picture) for picture in pictures]
     return pictures
 
 
@@ -270,45 +319,3 @@ def _sized(path: Path, size: np.ndarray, factor: int) -> np.ndarray:
         target = (max(1, round(w / factor)), max(1, round(h / factor)))
         picture = np.asarray(Image.fromarray(picture).resize(target, Image.Resampling.BOX))
     return picture
-
-
-def padded(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One array uint8 [V, H, W, C] with each picture at its top left, and the sizes [V, 2]."""
-    sizes = np.array([picture.shape[:2] for picture in pictures])
-    height, width = sizes.max(0)
-    images = np.zeros((len(pictures), height, width, pictures[0].shape[-1]), np.uint8)
-    for row, picture in zip(images, pictures, strict=True):
-        row[: picture.shape[0], : picture.shape[1]] = picture
-    return images, sizes
-
-
-def with_alpha(picture: np.ndarray) -> np.ndarray:
-    """The picture, uint8 [H, W, 3|4], as [H, W, 4]; without alpha it becomes opaque."""
-    if picture.shape[-1] == 4:
-        return picture
-    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
-
-
-def shrink(picture: np.ndarray, factor: int, name: str = "picture") -> np.ndarray:
-    """The average over blocks of factor x factor pixels: uint8 [H / factor, W / factor, C].
-
-    picture: uint8 [H, W, C]. Colors are weighted by alpha, so a transparent pixel's color never
-    bleeds into an edge. ValueError, beginning with ``name``, if factor does not divide both sides.
-    """
-    height, width, channels = picture.shape
-    if factor == 1:
-        return picture
-    if factor < 1 or height % factor or width % factor:
-        raise ValueError(
-            f"{name}: {width}x{height} pixels cannot be reduced {factor} times; "
-            "the factor must divide both sides"
-        )
-    blocks = picture.reshape(height // factor, factor, width // factor, factor, channels)
-    blocks = blocks.astype(np.float32)
-    if channels == 3:
-        return np.round(blocks.mean((1, 3))).astype(np.uint8)
-    alpha = blocks[..., 3:]
-    mass = alpha.sum((1, 3))
-    rgb = (blocks[..., :3] * alpha).sum((1, 3)) / np.maximum(mass, 1.0)
-    mean_alpha = mass / factor**2
-    return np.round(np.concatenate([rgb, mean_alpha], axis=-1)).astype(np.uint8)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from nerf.cameras import average_pose, recenter, spherify, spiral_path
 from nerf.datasets import pictures as choice
+from nerf.datasets.arrays import with_alpha
 from nerf.datasets.caches import other_factors, source_of, why_stale, write_fingerprints
 from nerf.datasets.images import (
     IMAGE_SUFFIXES,
@@ -29,7 +30,6 @@ from nerf.datasets.images import (
     read_image,
     read_images,
     why_unreadable,
-    with_alpha,
 )
 from nerf.datasets.llff_rows import files_of_rows
 from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nerf.datasets.images import why_unreadable
+from nerf.datasets.images import LARGEST, why_unreadable
 
 FEWEST = 3  # training pictures that must remain
 LEAST_PART = 1 / 3  # of the training pictures that must remain
@@ -140,13 +140,15 @@ def of_their_cameras(
     """The numbers of the files that have the proportions of their cameras; ``warn`` names others.
 
     sizes: [V, 2] height and width that the cameras are for. found: width and height of each file,
-    as stored and as rotated by its EXIF data; either may fit. ValueError if too many differ.
+    as stored and as rotated by its EXIF data; either may fit, up to LARGEST times the size.
+    ValueError if too many differ.
     """
 
     def fits(size: np.ndarray, w: int, h: int) -> bool:
         height, width = size
         # One pixel of difference may come from rounding when pictures were reduced.
-        return abs(w * height / width - h) <= 1 or abs(h * width / height - w) <= 1
+        same = abs(w * height / width - h) <= 1 or abs(h * width / height - w) <= 1
+        return same and max(w, h) <= LARGEST * max(width, height)
 
     wrong = [
         index
@@ -156,7 +158,7 @@ def of_their_cameras(
     if wrong:
         (w, h), (height, width) = found[wrong[0]][-1], sizes[wrong[0]]
         reason = f"{w}x{h} pixels where its camera is for {width:g}x{height:g}"
-        leave_out(files, wrong, warn, f"of other proportions than their cameras ({reason})")
+        leave_out(files, wrong, warn, f"of another shape or size than their cameras ({reason})")
     return [index for index in range(len(files)) if index not in set(wrong)]
 
 

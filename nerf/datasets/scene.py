@@ -187,12 +187,16 @@ class Scene:
         rgb, alpha = pixels[..., :3], pixels[..., 3:]
         return rgb * alpha + behind * (1.0 - alpha)
 
-    def picture(self, view: int) -> Tensor:
-        """View ``view`` as float32 [H, W, 3], at its own size, over the background, on the CPU."""
+    def picture(self, view: int, rows: slice = slice(None), step: int = 1) -> Tensor:
+        """View ``view`` as float32 [H, W, 3], at its own size, over the background, on the CPU.
+
+        rows: those of the picture to return. step: only every step-th pixel of a row and column.
+        """
         height, width = self.view_size(view)
         if self.stored is not None:
             self.stored.check()
-        return self.over_background(self.images[view, :height, :width].cpu())
+        picture = self.images[view, :height, :width][rows]
+        return self.over_background(picture[::step, ::step].cpu())
 
     def mask(self, view: int) -> Tensor | None:
         """The usable pixels of ``view``, bool [H, W] at its own size, on the CPU; None: all."""

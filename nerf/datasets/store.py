@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,11 +77,15 @@ class Store:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still allocate: the system's or its control group's limit."""
+    """Bytes this process may still allocate: of the system, its control group, ``ulimit -v``."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text))
+    space, status = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if space != resource.RLIM_INFINITY and status.exists():
+        used = int(status.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, max(0, space - used))
     return free
 
 

@@ -72,7 +72,14 @@ class StoredFile:
 
     def map(self) -> np.memmap:
         """The pictures as a read-only mapping that knows this file (``stored_file``)."""
-        pictures = np.memmap(self._file, np.uint8, "r", self.offset, self.shape)
+        try:
+            pictures = np.memmap(self._file, np.uint8, "r", self.offset, self.shape)
+        except (OSError, MemoryError, OverflowError) as error:
+            raise ValueError(
+                f"{self.path}: its {self.end / 2**30:.1f} GiB cannot be mapped ({error}); allow "
+                "more address space (ulimit -v), or make the pictures smaller (--factor, "
+                "--downscale)"
+            ) from None
         pictures.stored_file = self  # type: ignore[attr-defined]
         return pictures
 

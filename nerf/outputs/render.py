@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nerf.rays import Rays
 from nerf.renderer import Rendered
+from nerf.training.recovery import explain_out_of_memory
 from nerf.training.system import map_on_threads
 
 
@@ -38,9 +40,11 @@ def render_view(
     made block by block too, so that working memory does not grow with the picture.
     """
     height, width = size
-    picture = Rendered(
-        torch.empty(height * width, 3), torch.empty(height * width), torch.empty(height * width)
-    )
+    with explain_out_of_memory(
+        f"{width}x{height} pixels do not fit, --render_factor makes them fewer"
+    ):
+        count = height * width
+        picture = Rendered(torch.empty(count, 3), torch.empty(count), torch.empty(count))
 
     def render_block(start: int) -> None:
         stop = min(start + block, height * width)
@@ -50,6 +54,15 @@ def render_view(
 
     map_on_threads(render_block, range(0, height * width, block), torch.device(device))
     return Rendered(*(member.view(height, width, *member.shape[1:]) for member in picture))
+
+
+def averaged(picture: np.ndarray, factor: int) -> np.ndarray:
+    """A picture [H, W, C] at 1 / factor of its size, by averaging whole blocks of pixels."""
+    if factor <= 1:
+        return picture
+    height, width = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture[: height * factor, : width * factor]
+    return blocks.reshape(height, factor, width, factor, -1).mean((1, 3))
 
 
 def clip_rays(rays: Rays, box: Tensor) -> tuple[Rays, Tensor]:

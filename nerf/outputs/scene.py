@@ -18,7 +18,7 @@ from nerf.datasets.scene import Scene
 from nerf.media import colorize, labeled_grid, nearness, write_png, write_videos
 from nerf.metrics import psnr, psnr_from_mse, ssim, to_8bit
 from nerf.outputs.depth import depth_errors, write_depth_unit
-from nerf.outputs.render import clip_rays, normals_from_points, render_view
+from nerf.outputs.render import averaged, clip_rays, normals_from_points, render_view
 from nerf.rays import Rays, ndc_to_world
 from nerf.renderer import Rendered
 from nerf.training.distributed import World
@@ -27,6 +27,7 @@ from nerf.training.recovery import halve_until_it_fits
 from nerf.training.system import StopSignal
 
 VAL_PIXELS = 4096  # the same at every step, so that validation PSNRs can be compared
+STRIP = 1 << 20  # pixels of a large picture that are converted to floats together
 STRIP_SIDE = 200  # approximate pixels of the longer side of a validation strip's panels
 
 T = TypeVar("T")
@@ -127,7 +128,13 @@ class SceneOutputs:
 
 def target_picture(scene: Scene, view: int, factor: int) -> np.ndarray:
     """A view's picture [H, W, 3] at 1 / factor of its size, by averaging whole blocks of pixels."""
-    return _averaged(scene.picture(view).numpy(), factor)
+    height, width = scene.view_size(view)
+    if factor <= 1 or height * width <= STRIP:
+        return averaged(scene.picture(view).numpy(), factor)
+    rows = factor * max(1, STRIP // (factor * width))
+    starts = range(0, height // factor * factor, rows)
+    strips = (scene.picture(view, slice(y, y + rows)) for y in starts)
+    return np.concatenate([averaged(strip.numpy(), factor) for strip in strips])
 
 
 def target_mask(scene: Scene, view: int, factor: int) -> np.ndarray | None:
@@ -135,15 +142,7 @@ def target_mask(scene: Scene, view: int, factor: int) -> np.ndarray | None:
     mask = scene.mask(view)
     if mask is None:
         return None
-    return _averaged(mask.numpy()[..., None].astype(np.float32), factor)[..., 0] == 1.0
-
-
-def _averaged(picture: np.ndarray, factor: int) -> np.ndarray:
-    if factor <= 1:
-        return picture
-    height, width = picture.shape[0] // factor, picture.shape[1] // factor
-    blocks = picture[: height * factor, : width * factor]
-    return blocks.reshape(height, factor, width, factor, -1).mean((1, 3))
+    return averaged(mask.numpy()[..., None].astype(np.float32), factor)[..., 0] == 1.0
 
 
 def measure_views(

@@ -239,7 +239,7 @@ class Viewer:
             height, width = scene.view_size(view)
             pose, focal = scene.c2w[view].cpu().numpy(), float(scene.intrinsics[view, 1])
             step = max(1, max(height, width) // THUMBNAIL)
-            picture = to_8bit(scene.picture(view)[::step, ::step].cpu().numpy())
+            picture = to_8bit(scene.picture(view, step=step).numpy())
             self.server.scene.add_camera_frustum(
                 f"/cameras/{scene.names[view]}", 2 * math.atan(0.5 * height / focal),
                 width / height, scale=scale, image=picture, wxyz=quaternion(pose),
