@@ -66,7 +66,9 @@ SMALLER = (
 )
 SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 FEWER_RAYS = "lower --chunk, --N_rand, --netwidth or --N_samples"
-REVIVE = "try another --seed, --alive_start, a lower --lrate, --fog_start, or the other --white_bkgd"
+REVIVE = (
+    "try another --seed, --alive_start, a lower --lrate, --fog_start, or the other --white_bkgd"
+)
 
 
 def every(step: int, interval: int) -> bool:
@@ -285,7 +287,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
         build_optimizer.set_learning_rates(optimizer, state.step, args)
-        build_schedules.set_scheduled(args, renderer, state.step, recorded=graphs.enabled)
+        frozen = graphs.enabled or args.compile  # numbers of Python inside a step
+        build_schedules.set_scheduled(args, renderer, state.step, recorded=frozen)
         generator = rng.step_generator(attempt.rng_seed, state.step, world.device)
         renderer.begin_step(state.step, generator)  # updates an occupancy grid, if there is one
         num_rays = renderer.rays_per_step(args.N_rand, world.size)  # over all ranks

@@ -23,8 +23,8 @@ def set_scheduled(
 ) -> None:
     """Give a scene's renderer the values at ``step`` of those of its flags that are schedules.
 
-    recorded: steps are recorded as CUDA graphs, which keep every number of Python as it was: the
-    numbers are then on the device, and change in place.
+    recorded: steps are recorded as CUDA graphs or compiled, which keeps every number of Python as
+    it was: the numbers are then on the device, and change in place.
     """
     for name in OF_SCENES:
         value = getattr(args, name)

@@ -15,7 +15,8 @@ from nerf.build_shapes import check
 from nerf.field import NeRFField
 from nerf.flags import dreamfusion as dream_flags
 from nerf.flags import nerf as nerf_flags
-from nerf.training.deterministic import deterministic
+from nerf.training import deterministic as module
+from nerf.training.deterministic import deterministic, running_sum
 from nerf.training.distributed import World
 
 HAS_CHECKERS = bool(find_spec("jaxtyping") and find_spec("beartype"))
@@ -133,6 +134,40 @@ def test_out_of_memory_with_several_processes_names_the_flag():
     args.views_at_once = 1
     batches = build_run.view_batches(args, World(0, 2, CPU), print, "lower something")
     assert batches.size == 1 and batches.advice == "lower something"
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((7,), 0), ((5, 13), -1), ((6, 4), 0), ((3, 0), -1)])
+def test_a_running_sum_of_ones_own_is_that_of_torch(shape, dim):
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, other = (values.clone().requires_grad_() for _ in range(2))
+    found, expected = running_sum(one, dim), torch.cumsum(other, dim)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(one.grad, other.grad)
+    assert running_sum(values.float(), dim, dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "fast"])
+def test_where_torch_has_no_running_sum_rays_are_rendered_all_the_same(
+    tiny, tmp_path, monkeypatch, kind
+):
+    """As on a GPU: every sum of real numbers is refused, and replaced."""
+    flags = [*(FAST_TINY if kind == "fast" else []), *tiny, "--N_iters", 3, "--i_print", 1]
+    assert run_main(run_nerf.main, *flags, "--expname", "plain").returncode == 0
+    replaced = []
+    monkeypatch.setattr(module, "is_refused", lambda values: values.is_floating_point())
+    monkeypatch.setattr(
+        module,
+        "running_sum",
+        lambda *given, **more: replaced.append(1) or running_sum(*given, **more),
+    )
+    done = run_main(run_nerf.main, *flags, "--deterministic", "--expname", "sums")
+    assert done.returncode == 0, done.stderr
+    assert len(replaced) > 3
+    one, other = (newest(tmp_path / name)["network_fn_state_dict"] for name in ("plain", "sums"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
 
 
 def put_in_place(*given, **named):

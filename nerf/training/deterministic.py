@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-# cuBLAS reads it when it starts: one workspace for each stream makes its sums repeat.
+# cuBLAS reads it when it starts: workspaces of a fixed size make its sums repeat.
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REFUSED = "does not have a deterministic implementation"  # in torch's own message
 
@@ -27,7 +30,8 @@ def deterministic(enabled: bool, log: Callable[[str], None]) -> Iterator[None]:
     cudnn.deterministic, cudnn.benchmark = True, False
     log("deterministic algorithms: the same machine, threads and processes give the same bits")
     try:
-        yield
+        with RunningSums():
+            yield
     except RuntimeError as error:
         if REFUSED not in str(error):
             raise
@@ -39,3 +43,30 @@ def deterministic(enabled: bool, log: Callable[[str], None]) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+class RunningSums(TorchFunctionMode):
+    """torch.cumsum of real numbers on a GPU, where PyTorch refuses it: no ray could be rendered."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.cumsum, Tensor.cumsum) and is_refused(args[0]):
+            return running_sum(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def is_refused(values: Tensor) -> bool:
+    """Whether torch.cumsum of ``values`` has no deterministic implementation."""
+    return values.is_cuda and values.is_floating_point()
+
+
+def running_sum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.cumsum along ``dim``, by sums over 2, 4, 8, ... neighbors (Hillis and Steele 1986)."""
+    total, shift = values if dtype is None else values.to(dtype), 1
+    size = total.shape[dim]
+    while shift < size:
+        head, rest = total.narrow(dim, 0, shift), total.narrow(dim, 0, size - shift)
+        total = torch.cat([head, total.narrow(dim, shift, size - shift) + rest], dim)
+        shift *= 2
+    return total
