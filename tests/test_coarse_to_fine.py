@@ -8,7 +8,7 @@ from helpers import FAST_TINY, assert_same_training, newest, run_main, run_scrip
 from torch import nn
 
 import run_nerf
-from nerf import build, build_optimizer
+from nerf import build_optimizer
 from nerf.coarse_to_fine import GridSchedule, refine
 from nerf.encodings import TriPlane, resized_planes
 from nerf.field import FeatureField
