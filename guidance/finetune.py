@@ -12,11 +12,16 @@ run on the same machine.
 import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
 
 # isort: split
+import fcntl
 import hashlib
 import io
+import math
+import os
+import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +70,7 @@ class Run:
         self, folder: Path, model: StableDiffusion, settings: dict[str, Any], device: torch.device
     ):
         self.path, self.settings, self.step = folder / "state.pt", settings, 0
+        self.saved = 0  # the step of the file
         torch.manual_seed(settings["seed"])
         self.lora = LoRA(model.unet, settings["rank"]).to(device)
         self.optimizer = torch.optim.AdamW(
@@ -97,7 +103,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
 
     def save(self, out: Path) -> None:
         """Write the state, and the LoRA to ``out``; each is replaced as a whole."""
@@ -106,20 +112,36 @@ class Run:
         torch.save({**parts, "settings": self.settings, "step": self.step}, content)
         replace_file(self.path, content.getvalue())
         save_lora(out, self.lora)
+        self.saved = self.step
 
 
-def run_folder(out: Path) -> Path:
-    """The folder beside ``out`` for state and samples; ValueError if nothing can be written."""
+@contextmanager
+def run_folder(out: Path) -> Iterator[Path]:
+    """The folder beside ``out`` for state and samples, which one process at a time holds.
+
+    ValueError if nothing can be written. A new folder in which nothing was made is removed again.
+    """
     folder = out.with_name(f"{out.stem}_run")
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "writable", b"")
-        (folder / "writable").unlink()
+        lock = open(folder / ".lock", "a")
         if out.is_dir():
-            raise OSError("it is a folder")
+            raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error})") from None
-    return folder
+    with lock:
+        try:  # the system releases the lock when its process ends, even if that is killed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{folder}: another process is training here; wait for it, or use another --out"
+            ) from None
+        try:
+            yield folder
+        finally:
+            if created and {path.name for path in folder.iterdir()} == {".lock"}:
+                shutil.rmtree(folder)
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -175,7 +197,7 @@ def train(
 ) -> int:
     """Train until --steps or a signal; the exit code. draw: writes samples of the present step."""
     device, began, first = model.device, time.monotonic(), run.step
-    total, counted, finite = torch.zeros(2, device=device), 0, torch.ones((), device=device)
+    total, counted = torch.zeros(2, device=device), 0
     with StopSignal() as stop:
         while run.step < args.steps and not stop.number:
             # ---- one update; every random number comes from (seed, step)
@@ -198,7 +220,7 @@ def train(
                 mean, updates = (total / counted).tolist()
                 left = (time.monotonic() - began) / (run.step - first) * (args.steps - run.step)
                 log(f"step {run.step}/{args.steps}  loss {mean:.4f}  {duration(left)} left")
-                if not updates and not run.scaler.is_enabled():
+                if not updates and not math.isfinite(mean):
                     log(f"no update was possible, the loss is {mean}; lower --lrate {args.lrate:g}")
                     return NOTHING_LEARNED
                 total, counted = torch.zeros_like(total), 0
@@ -206,11 +228,11 @@ def train(
                 run.save(args.out)
             if args.sample_every and (run.step % args.sample_every == 0) and not stop.number:
                 draw()
+    if run.saved != run.step or not args.out.exists():  # stopped while it drew samples
+        run.save(args.out)
     if run.step < args.steps:
         log(f"stopped at step {run.step}, which is saved; the same command goes on from there")
         return 128 + stop.number
-    if run.step == first:  # nothing was left to do; the file may have been moved away
-        save_lora(args.out, run.lora)
     log(f"{args.out}: LoRA of rank {args.rank}, {run.step} updates")
     return 0
 
@@ -236,14 +258,8 @@ def prepare(args: Namespace, model: StableDiffusion) -> tuple[Captioned, int]:
     return pictures, size
 
 
-def body(argv: list[str] | None = None) -> int:
-    """Fine-tune; the exit code. ValueError for a mistake in flags, pictures or the run's folder."""
-    args = parse(argv, (__doc__ or "").splitlines()[0])
-    device = choose_device(args.device, log)
-    amp = usable_amp(args.amp, device, log)
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; leave it out")
-    folder = run_folder(args.out)
+def fine_tune(args: Namespace, folder: Path, device: torch.device, amp: str) -> int:
+    """Open the model, read the pictures, go on from a saved state, and train; the exit code."""
     model = StableDiffusion(
         args.sd_model or TINY, device, dtype="fp32", local_files_only=args.local_files_only,
         allow_pickle=args.allow_pickle, warn=log,
@@ -275,6 +291,19 @@ def body(argv: list[str] | None = None) -> int:
             f"out of memory at step {run.step}; lower --batch {args.batch} or --size {size}, or "
             "set --amp bf16"
         ) from None
+
+
+def body(argv: list[str] | None = None) -> int:
+    """Fine-tune; the exit code. ValueError for a mistake in flags, pictures or the run's folder."""
+    args = parse(argv, (__doc__ or "").splitlines()[0])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("one process fine-tunes; start guidance.finetune without torchrun")
+    device = choose_device(args.device, log)
+    amp = usable_amp(args.amp, device, log)
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs a GPU; leave it out")
+    with run_folder(args.out) as folder:
+        return fine_tune(args, folder, device, amp)
 
 
 def main(argv: list[str] | None = None) -> int:

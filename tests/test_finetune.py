@@ -130,6 +130,9 @@ def test_other_settings_are_refused_and_more_steps_are_not(pictures, sd_folder, 
     for name, value in {"rank": 3, "lrate": 1e-3, "batch": 1, "seed": 1, "size": 32}.items():
         with pytest.raises(ValueError, match=f"made with other settings .{name} {kept[name]} -> "):
             finetune.Run(folder, model, kept | {name: value}, CPU)
+    with finetune.run_folder(out), pytest.raises(ValueError, match="another process is training"):
+        with finetune.run_folder(out):
+            pass
     other = shutil.copytree(pictures, tmp_path / "other")
     (other / "b.txt").write_text("a cube")
     for flags in (["--prompt", "a cube"], ["--pictures", other]):
@@ -334,7 +337,17 @@ def test_mistakes_are_one_line(pictures, sd_folder, tmp_path, capsys, flags, com
     out = tmp_path / "own.safetensors"
     code, printed = run(capsys, pictures, sd_folder, out, "--steps", 1, *flags)
     assert code == 2 and complaint in printed.err and printed.err.count("\n") == 1
-    assert not out.exists() and not list(tmp_path.glob("*_run/state.pt"))
+    assert not out.exists() and not list(tmp_path.glob("*_run"))
+
+
+def test_a_loss_that_is_not_finite_trains_nothing(
+    pictures, sd_folder, tmp_path, monkeypatch, capsys
+):
+    """Exit code 4: the run ended, but nothing was learned."""
+    out, loss = tmp_path / "own.safetensors", lora_training.training_loss
+    monkeypatch.setattr(finetune, "training_loss", lambda *given: loss(*given) * float("nan"))
+    code, printed = run(capsys, pictures, sd_folder, out, "--steps", 4)
+    assert code == 4 and "no update was possible, the loss is nan" in printed.out
 
 
 def test_a_picture_without_any_caption_is_named(pictures, sd_folder, tmp_path, capsys):
