@@ -7,9 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import DREAM_TINY, NERF_TINY, newest, run_main, small_state, write_checkpoint
+from torch.distributed.run import get_args_parser
 
 import run_dreamfusion
 import run_nerf
+from nerf.flags import dreamfusion as dream_flags
+from nerf.flags import nerf as nerf_flags
 from nerf.outputs import evaluation, validation
 from nerf.training import checkpoint_choice
 from nerf.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
@@ -246,7 +249,6 @@ def test_weights_only_resumes_with_a_fresh_optimizer_and_ssim_chooses(tiny, tmp_
 def test_ssim_of_patches_is_1_for_the_truth_and_falls_with_noise(data):
     """Through the evaluation's own renderer, replaced by one that knows the pictures."""
     from nerf import build
-    from nerf.flags import nerf as nerf_flags
     from nerf.outputs.scene import SceneOutputs
     from nerf.renderer import Rendered
     from nerf.training.distributed import World
@@ -306,3 +308,19 @@ def test_text_to_3d_has_a_best_checkpoint_only_by_what_is_stated(tmp_path):
     assert "--save_top_k 2 needs --monitor" in refused("--save_top_k", 2)
     assert dream("--expname", "other", "--N_iters", 5).returncode == 0
     assert "text to 3D measures nothing" in refused("--render_only", "--ckpt", "best")
+
+
+@pytest.mark.parametrize("flags", [nerf_flags.nerf_parser(), dream_flags.dream_parser()])
+def test_each_flag_has_a_name_that_torchrun_does_not_take_for_its_own(flags):
+    """--monitor would be a beginning of torchrun's --monitor-interval and --monitor_interval."""
+
+    def passes(option):
+        try:
+            return launcher.parse_args(["x.py", option, "y"]).training_script_args == [option, "y"]
+        except SystemExit:
+            return False
+
+    launcher = get_args_parser()
+    for action in flags._actions:
+        long = [name for name in action.option_strings if name.startswith("--")]
+        assert any(passes(name) for name in long), long

@@ -44,15 +44,18 @@ def add_checkpoint_flags(parser: Parser, *, measures: bool) -> None:
         "e.g. 20000", metavar="newest|best|STEP")
     flag("save_top_k", positive_int, 1,
         "number of best checkpoints that are kept beside the newest ones (--keep_ckpts)")
+    # torchrun takes --monitor for a beginning of its own --monitor-interval: hence a second name.
     if measures:
         flag("monitor", QUALITY, "psnr",
             "what chooses the best checkpoint, on the views of --i_img: psnr, of 4096 pixels; "
-            "ssim, of 16 patches of 32x32 pixels")
+            "ssim, of 16 patches of 32x32 pixels; under torchrun write --best_by",
+            alias="best_by")
     else:
         flag("monitor", logged_value, "none",
             "column of metrics.csv whose smallest (NAME:min) or largest (NAME:max) value is called "
-            "best, e.g. sds:min; none of them measures quality; none: no best checkpoint",
-            metavar="NAME:min|max")
+            "best, e.g. sds:min; none of them measures quality; none: no best checkpoint; under "
+            "torchrun write --best_by",
+            metavar="NAME:min|max", alias="best_by")
     switch("save_weights_only",
         "leave the optimizer's state out of checkpoints, to a third of their size; a run that is "
         "resumed from one begins with a fresh optimizer")
