@@ -1,6 +1,6 @@
-"""How fast the machine is, what is chosen before torch is import csv
-imported, and --dry_run."""
+"""How fast the machine is, what is chosen before torch is imported, and --dry_run."""
 
+import csv
 import math
 import os
 import re
