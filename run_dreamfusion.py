@@ -330,7 +330,8 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             last = verdict.time_up or state.step == args.N_iters
             if every(state.step, args.i_print) or last:
                 values |= {"views_left_out": views_left_out, "skipped": monitor.skipped}
-                values |= {"lr_lora": guide.lora.lrate} if guide.lora is not None else {}
+                if guide.lora is not None:
+                    values |= {"lr_lora": guide.lora.lrate, "grad_norm_lora": guide.lora.grad_norm}
                 log_step(args, run, progress, world, state, stats, now, values)
             optimizer.zero_grad(set_to_none=True)  # frees memory for pictures
             progress.advance(run.log)

@@ -99,6 +99,7 @@ class LoRAScoreNetwork(nn.Module):
         )
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=base.device))
+        self.grad_norm = torch.zeros((), device=base.device)  # [] of the latest step
 
     def _output(self, noisy: Tensor, t: Tensor, camera: Tensor) -> Tensor:
         """The network's raw output [V, C, h, w] float32; differentiable if gradients are on."""
@@ -156,8 +157,8 @@ class LoRAScoreNetwork(nn.Module):
         self.scaler.scale(loss).backward()
         world.average_gradients(self.parameters())
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        self._update_if_finite(norm.isfinite())
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        self._update_if_finite(self.grad_norm.isfinite())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()

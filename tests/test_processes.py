@@ -297,7 +297,7 @@ def test_every_logged_number_is_over_all_ranks(data, sd_folder, tmp_path, kind):
     wanted = {
         "vanilla": "loss psnr lr grad_norm loss_coarse loss_fine raw_noise_std",
         "fast": "loss_color loss_l1 loss_tv lr_grid grad_norm_grid grad_norm_networks rays",
-        "dream": "sds loss lora_loss lr_lora opacity samples loss_tv loss_opacity loss_orient t",
+        "dream": "sds loss t lora_loss lr_lora grad_norm_lora opacity samples loss_tv loss_orient",
     }[kind]
     assert set(wanted.split()) <= tables[0][0].keys() == tables[1][0].keys()
     for one, two in zip(*tables, strict=True):

@@ -4,6 +4,7 @@ Numbers come from the device on logged steps only, all of them in one read. They
 whose columns keep their places, to TensorBoard, and to Weights & Biases.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,3 +142,12 @@ def markdown(flags: Mapping[str, Any]) -> str:
     """Flags as a table of TensorBoard's text page."""
     rows = [f"| {name} | `{value}` |" for name, value in sorted(flags.items())]
     return "\n".join(["| flag | value |", "|---|---|", *rows])
+
+
+def finite(content: Any) -> Any:
+    """``content`` with None for every number that JSON cannot hold: NaN and infinity."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

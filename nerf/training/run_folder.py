@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import shutil
 import sys
 import threading
@@ -216,7 +215,7 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` to a JSON file, replaced as a whole; numbers not finite become null."""
         if self.is_main:
-            text = json.dumps(_finite(content), indent=1, allow_nan=False)
+            text = json.dumps(logged.finite(content), indent=1, allow_nan=False)
             replace_file(self.folder / name, text.encode("utf-8"))
 
     def start_wandb(self, flags: dict[str, Any]) -> None:
@@ -322,15 +321,6 @@ def _skip_disk_errors(caught: threading.ExceptHookArgs) -> None:
     """Print a thread's traceback, unless TensorBoard's thread raises it in the main thread too."""
     if not isinstance(caught.exc_value, OSError):
         threading.__excepthook__(caught)
-
-
-def _finite(content: Any) -> Any:
-    """``content`` with None for every number that JSON cannot hold: NaN and infinity."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
