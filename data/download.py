@@ -177,7 +177,7 @@ def check_members(infos: list[zipfile.ZipInfo], archive: Path, folder: Path) -> 
         kind = stat.S_IFMT(info.external_attr >> 16)
         if name.startswith("/") or ".." in name.split("/") or ":" in name or "\0" in name:
             raise DownloadError(f"{archive}: {name!r} leads out of its folder; nothing is unpacked")
-        if not name.isprintable():
+        if one_line(name) != name:
             raise DownloadError(f"{archive}: {name!r} is no name for a file; nothing is unpacked")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise DownloadError(f"{archive}: {name!r} is a link or device; nothing is unpacked")
@@ -316,7 +316,7 @@ def main() -> int:
             raise DownloadError(f"scene {args.scene!r}; expected one of {', '.join(SCENES)}")
         download(args.scene, args.root, args.url, args.sha256)
     except (DownloadError, OSError) as error:
-        print(f"download.py: {error}", file=sys.stderr)
+        print(f"download.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("download.py: stopped; run the same command again to resume", file=sys.stderr)

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
+from nerf.training.plain_text import one_line
 
 FEWEST = 3  # registered photos without which there is no scene
 POOR = 150  # features; a photo with fewer is plain or blurred
@@ -260,9 +261,9 @@ def main() -> int:
     add("--threads", type=positive, default=os.cpu_count() or 1, help="processor threads")
     args = parser.parse_args()
     try:
-        make(args.source, args.out, args, lambda line: print(line, flush=True))
+        make(args.source, args.out, args, lambda line: print(one_line(line), flush=True))
     except (ValueError, OSError) as error:
-        print(f"from_photos.py: {error}", file=sys.stderr)
+        print(f"from_photos.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

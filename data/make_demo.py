@@ -33,6 +33,7 @@ from nerf.datasets.colmap_model import Camera, Model
 from nerf.datasets.colmap_write import write_model
 from nerf.lenses import from_colmap
 from nerf.media import write_png
+from nerf.training.plain_text import one_line
 
 RADIUS = 4.0  # distance of the cameras from the origin
 FORMATS = ("blender", "llff", "deepvoxels", "linemod", "transforms", "colmap")
@@ -261,7 +262,7 @@ def main() -> int:
     try:
         make(args.out, args.format, args.size, counts, show=sys.stderr.isatty())
     except (ValueError, OSError) as error:
-        print(f"make_demo.py: {error}", file=sys.stderr)
+        print(f"make_demo.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

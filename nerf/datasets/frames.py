@@ -20,6 +20,7 @@ from nerf.datasets.frame_cameras import CENTER, LENS, SIZE, camera_of, table
 from nerf.datasets.images import IMAGE_SUFFIXES, inside
 from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import SPLITS
+from nerf.training.plain_text import one_line
 
 # The spellings of one quantity: if a frame has one of them, those at the top level do not count.
 SPELLINGS = (
@@ -69,8 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shown(frame: dict[str, Any]) -> str:
     """The file_path of a frame for a message: on one line, whatever it holds."""
-    text = str(frame["file_path"])
-    return text if text.isprintable() else repr(text)
+    return one_line(frame["file_path"])
 
 
 def read_frames(path: Path, skip: int) -> Frames:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nerf.datasets.arrays import must_fit, shrink, with_alpha
 from nerf.datasets.store import Store
+from nerf.training.plain_text import one_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 BIG = 50_000_000  # pixels; an 8K picture has 33 million
@@ -34,7 +35,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
     a symbolic link inside the folder is followed, since whoever put it there may read its target.
     ValueError, beginning with ``where``, if the path leads out of the folder.
     """
-    if not name.isprintable() or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
+    if one_line(name) != name or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
         if "\0" not in name:
             raise ValueError(f"{where}: {name[:80]!r} is not a valid file name; correct it")
     root = os.path.abspath(folder)

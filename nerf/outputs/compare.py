@@ -11,6 +11,7 @@ from typing import Any
 
 from nerf.outputs import html
 from nerf.outputs.report import MAX_VIEWS, MEASUREMENTS, SIDE, Run, diagrams, write_page
+from nerf.training.plain_text import one_line
 
 # Flags that differ between any two runs and explain nothing.
 UNINTERESTING = {"expname", "basedir", "config", "fast"}
@@ -115,9 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         out = args.out or args.runs[0].resolve().parent / "compare.html"
-        print(compare(args.runs, out))
+        print(one_line(compare(args.runs, out)))
     except ValueError as error:
-        print(f"nerf.compare: {error}", file=sys.stderr)
+        print(f"nerf.compare: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

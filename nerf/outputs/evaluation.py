@@ -22,6 +22,7 @@ from nerf.outputs.scene import (
     validation_strip,
 )
 from nerf.training.ema import EMA
+from nerf.training.plain_text import one_line
 from nerf.training.run_folder import RunFolder
 from nerf.training.system import release_memory
 
@@ -166,7 +167,8 @@ class Evaluation:
 
     def _path_folder(self, step: int) -> Path:
         path, variant = self.settings.camera_path, self.settings.variant
-        return self.run.folder / f"render_path_{step:06d}{variant}{f'_{path.stem}' if path else ''}"
+        name = f"_{one_line(path.stem)}" if path else ""
+        return self.run.folder / f"render_path_{step:06d}{variant}{name}"
 
     def free_view(self, *view: Any) -> np.ndarray:
         """The picture of a free camera, for the live viewer: see ``scene.render_free_view``."""

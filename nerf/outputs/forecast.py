@@ -23,6 +23,7 @@ from nerf.outputs.scene import (
 from nerf.text3d.particles import members_of
 from nerf.text3d.renderer import ObjectRenderer
 from nerf.training import system
+from nerf.training.plain_text import one_line
 from nerf.training.progress import duration
 from nerf.training.run_folder import RunFolder
 from nerf.training.state import TrainState
@@ -43,7 +44,7 @@ class DryRun(RunFolder):
     def log(self, message: str, level: str = "info") -> None:
         """Print one line, on rank 0."""
         if self._shows:
-            self.show(message, level)
+            self.show(one_line(message), level)
 
 
 SCENE = ("validation", "test views", "video")

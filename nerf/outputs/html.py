@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nerf.training.plain_text import one_line
+
 COLORS = ("#3b76d6", "#d9722e", "#2f9e6e", "#b24bb5", "#8a7a1f", "#c23b4a")
 MAX_VIDEO_BYTES = 8 << 20  # of a larger video only the path is shown
 WIDTH, HEIGHT = 460, 220  # of a diagram, in CSS pixels
@@ -49,10 +51,15 @@ def page(title: str, parts: list[str]) -> str:
 
 
 def text(value: object) -> str:
-    """Any value as text with HTML characters escaped; floats with four digits, None is empty."""
+    """Any value as a line with HTML characters escaped; floats with four digits, None is empty."""
     if isinstance(value, float):
         value = f"{value:.4g}"
-    return html.escape("" if value is None else str(value))
+    return html.escape("" if value is None else one_line(value))
+
+
+def block(value: str) -> str:
+    """A text of several lines as it stands."""
+    return f"<pre>{''.join(text(line) + chr(10) for line in value.splitlines())}</pre>"
 
 
 def table(header: list[str], rows: list[list]) -> str:

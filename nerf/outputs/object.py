@@ -25,6 +25,7 @@ from nerf.text3d.renderer import ObjectRendered, ObjectRenderer, PixelImages
 from nerf.text3d.shading import Lighting, preview_lighting
 from nerf.training import distributed, system
 from nerf.training.ema import EMA
+from nerf.training.plain_text import one_line
 from nerf.training.progress import frames
 from nerf.training.run_folder import RunFolder
 
@@ -233,7 +234,8 @@ def write_turntable(
     made = []
     with outputs.ema.swap():
         for ending, render in outputs.renderers():
-            folder = outputs.run.folder / f"render_path{ending}_{step:06d}{name and f'_{name}'}"
+            suffix = name and f"_{one_line(name)}"
+            folder = outputs.run.folder / f"render_path{ending}_{step:06d}{suffix}"
             first, *others = _write_frames(outputs, render, cameras, folder) or [folder]
             beside = ", ".join(path.stem for path in others)
             made.append(f"{first} (beside it: {beside})" if others else f"frames only, in {first}/")

@@ -18,6 +18,7 @@ import numpy as np
 from nerf.outputs import html
 from nerf.training.checkpoint_choice import BEST, describe_best
 from nerf.training.files import replace_file
+from nerf.training.plain_text import one_line
 
 MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
@@ -239,7 +240,7 @@ def write_report(folder: Path) -> Path:
     command = folder / "cmd.txt"
     if command.is_file():
         newest = command.read_text(encoding="utf-8", errors="replace").strip().split("\n\n# 20")[-1]
-        parts.append(f"<pre>{html.text(newest[:4000])}</pre>")
+        parts.append(html.block(newest[:4000]))
     parts.append(f"<details><summary>all flags</summary>{html.table(['flag', ''], settings)}"
                  "</details>")  # fmt: skip
     return write_page(folder / "report.html", html.page(run.name, parts))
@@ -271,9 +272,9 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     try:
         for folder in sys.argv[1:]:
-            print(write_report(Path(folder)))
+            print(one_line(write_report(Path(folder))))
     except ValueError as error:
-        print(f"nerf.report: {error}", file=sys.stderr)
+        print(f"nerf.report: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

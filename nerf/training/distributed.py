@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nerf.training.plain_text import one_line
+
 
 @dataclass(frozen=True)
 class World:
@@ -114,7 +116,7 @@ class World:
 
 def print_to_stderr(line: str) -> None:
     """Print before there is a log."""
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 def setup(device: str) -> World:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from nerf.training import distributed
+from nerf.training.plain_text import one_line
 
 NOTHING_LEARNED = 4  # exit code of a run that ended, but whose start was dead, or guidance NaN
 
@@ -20,10 +21,10 @@ def report_mistakes(program: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except ValueError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 3
 
 

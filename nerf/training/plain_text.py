@@ -4,7 +4,9 @@ A terminal obeys control characters, a line break forges a line of a log, and bi
 overrides show letters in another order. All of these leave the program escaped, as in Python.
 """
 
+import shlex
 import unicodedata
+from collections.abc import Iterable
 
 # Control characters, halves of characters (file names that are no UTF-8), line and paragraph
 # separators, and invisible format characters.
@@ -33,6 +35,29 @@ def one_line(text: object) -> str:
     return str(text).translate(_escapes)
 
 
-def lines(text: object) -> str:
-    """``one_line`` for each line of a text of several lines, such as a table or a traceback."""
-    return "\n".join(one_line(line) for line in str(text).split("\n"))
+def indented(text: str) -> str:
+    """A text of several lines, such as a traceback: ``one_line`` of each, after four spaces.
+
+    So none of them can be taken for a line of a log, which begins with the time.
+    """
+    return "".join(f"    {one_line(line)}\n" for line in text.rstrip("\n").split("\n"))
+
+
+def shell_command(words: Iterable[str]) -> str:
+    """A command on one line that bash, zsh and ksh take apart into the same words again."""
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if one_line(word) == word:
+        return shlex.quote(word)
+    # $'...' knows escapes. Of a character that is no letter, the bytes are written.
+    shown = []
+    for character in word:
+        if one_line(character) == character:
+            shown.append({"\\": "\\\\", "'": "\\'"}.get(character, character))
+        else:
+            byte_of = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+            code = character.encode("utf-8", byte_of)
+            shown += [f"\\{byte:03o}" for byte in code]
+    return f"$'{''.join(shown)}'"

@@ -7,7 +7,6 @@ of its .py files where there is no git.
 import filecmp
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nerf import __version__
+from nerf.training.plain_text import one_line, shell_command
 
 LIBRARIES = (
     "torch numpy ConfigArgParse imageio pillow scikit-image tensorboard "
@@ -40,8 +40,8 @@ def describe_start(copies: Sequence[str] = (), project: Path = PROJECT) -> str:
     libraries = ", ".join(_version(library) for library in LIBRARIES)
     lines = [
         f"# {datetime.now():%Y-%m-%d %H:%M:%S}, version {__version__}",
-        shlex.join([Path(sys.executable).name, *sys.argv]),
-        f"# in {Path.cwd()}, on {gpu_names()}",
+        shell_command([Path(sys.executable).name, *sys.argv]),
+        f"# in {one_line(Path.cwd())}, on {gpu_names()}",
         f"# python {platform.python_version()}, {libraries}",
         f"# commit {_git(project, 'rev-parse', 'HEAD') or 'unknown'}",
     ]

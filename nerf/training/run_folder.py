@@ -18,6 +18,7 @@ import numpy as np
 from nerf.media import write_png
 from nerf.training import logged
 from nerf.training.files import replace_file
+from nerf.training.plain_text import indented, one_line
 from nerf.training.provenance import CODE, copy_unknown, describe_start
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class RunFolder:
         """Write one line to log.txt, and to the terminal if ``self.level`` shows its level."""
         if not self.is_main:
             return
+        message = one_line(message)
         self.show(message, level)
         self._append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
@@ -124,8 +126,9 @@ class RunFolder:
             self.warn(f"step {step}: {warning}")
 
     def debug(self, text: str) -> None:
-        """Append ``text`` to log.txt; the terminal shows it at --log_level debug."""
+        """Append ``text``, of several lines, to log.txt; shown at --log_level debug."""
         if self.is_main:
+            text = indented(text)
             self.show(text.rstrip(), "debug")
             self._append(text)
 
