@@ -15,7 +15,6 @@ import nerf.training.startup  # noqa: F401  before torch, which reads how its th
 # isort: split
 import math
 import sys
-import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from guidance import sds, sheets
-from guidance.attention import picked_tokens
-from guidance.build import Guide, make_guide, make_recipe, next_memory_saving
+from guidance import sds
+from guidance.build import Guide, make_guide, make_recipe, next_memory_saving, shown_size
+from guidance.build_pictures import attention_grid, guidance_grid
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center, view_word
-from nerf import build, build_optimizer, build_run, build_schedules
+from nerf import build, build_optimizer, build_outputs, build_run, build_schedules
 from nerf.build_start import check_object, find_start, start_from
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
@@ -43,7 +42,6 @@ from nerf.outputs.object import (
     path_cameras,
     render_free_view,
     write_mesh,
-    write_preview,
     write_turntable,
 )
 from nerf.outputs.report import try_report
@@ -189,17 +187,6 @@ def check_same_run(args, saved, model: str) -> None:
     )
 
 
-def make_outputs(args, world, run, renderer, ema, stop=None) -> ObjectOutputs:
-    """Where previews, turntables and meshes of this run come from."""
-    return ObjectOutputs(
-        run, world, renderer, ema, args.amp, args.eval_res, args.eval_background,
-        elevation_deg=args.eval_elevation, bound=args.bound, flat=args.space == "2d", stop=stop,
-        save_raw=args.save_raw, view_word=view_word,
-        radius=sum(build_schedules.pair_at(args.radius_range, args.N_iters)) / 2,
-        fov_deg=sum(build_schedules.pair_at(args.fov_range, args.N_iters)) / 2,
-    )  # fmt: skip
-
-
 def start_viewer(args, world, run, outputs: ObjectOutputs) -> Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
     if not args.viewer or not world.is_main or args.dry_run:
@@ -262,7 +249,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
-    outputs = make_outputs(args, world, run, renderer, state.ema, may_stop)
+    outputs = build_outputs.object_outputs(
+        args, world, run, renderer, state.ema, view_word, may_stop
+    )
     micro = build_run.view_batches(args, world, run.warn, next_memory_saving(args, world.device))
     read_every = build.read_every(args, world.device)
     monitor = Monitor(world, stop, state.clock, args.max_minutes, read_every)
@@ -336,16 +325,20 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             optimizer.zero_grad(set_to_none=True)  # frees memory for pictures
             progress.advance(run.log)
             if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
-                return foretell(args, run, state, progress, outputs)
+                return build_outputs.foretell_object(args, run.log, state, progress, outputs)
             if every(state.step, args.i_img) or last:
                 with state.clock.paused(), run.guard("previews"):
-                    progress.rendering = preview(args, outputs, state.step)
-            if every(state.step, args.i_attn):
+                    progress.rendering = build_outputs.preview(args, outputs, state.step)
+            if every(state.step, args.i_attn) and run.is_main:
                 with state.clock.paused(), run.guard("attention maps"):
-                    write_attention(args, run, guide, inputs, stats, state.step)
-            if every(state.step, args.i_guidance):
+                    shown = stats.distilled, inputs.noise, stats.images, stats.text
+                    grid = attention_grid(args, guide, state.step, inputs.cameras, *shown)
+                    run.picture(state.step, "attention", labeled_grid(*grid))
+            if every(state.step, args.i_guidance) and run.is_main:
                 with state.clock.paused(), run.guard("pictures of the guidance"):
-                    write_guidance(args, run, guide, inputs, stats, now, state.step)
+                    shown = stats.distilled, inputs.noise, stats.images, inputs.lighting.background
+                    grid = guidance_grid(args, guide, state.step, now, inputs.cameras, *shown)
+                    run.picture(state.step, "guidance", labeled_grid(*grid))
             if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
                 with state.clock.paused():
                     content = {"args": vars(args), **guide.checkpoint_state()}
@@ -397,14 +390,9 @@ def draw_inputs(args, now, prior, step: int, generator: torch.Generator) -> Step
     is_lit, device = lighting.is_lit, generator.device
     cameras, lighting = cameras.on(device), lighting.on(device)
     jitter = torch.rand(num_views * size**2, 1, generator=generator, device=generator.device)
-    shown = guidance_size(args, prior, size)
+    shown = shown_size(args, prior, size)
     noise = sds.draw_noise(num_views, prior.latent_shape(shown, shown), generator)
     return StepInputs(0, cameras, lighting, jitter.view(num_views, -1), noise, is_lit)
-
-
-def guidance_size(args, prior, size: int) -> int:
-    """Pixels per side at which a render of ``size`` is shown to the prior."""
-    return args.guidance_res or prior.native_size or size
 
 
 class StepStats(NamedTuple):
@@ -438,7 +426,7 @@ def accumulate_gradients(
             rays = cameras.rays(size, size)
             rendered = model(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = rendered.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
-        shown = sds.resized(images, guidance_size(args, guide.prior, size))
+        shown = sds.resized(images, shown_size(args, guide.prior, size))
         # "front view", "back view": without view words the object would get a face on every side.
         conditions = guide.conditions(cameras, size, lighting.background)
         lora = guide.lora.epsilon_at(cameras.c2w) if guide.lora is not None else None
@@ -521,72 +509,6 @@ def log_step(args, run, progress, world, state, stats: StepStats, now, values) -
     )
 
 
-def foretell(args, run, state: TrainState, progress: Progress, outputs: ObjectOutputs) -> int:
-    """``--dry_run``: log what time and memory the whole run will take. Returns the exit code."""
-    updates = state.clock.seconds + progress.seconds_left()
-    times = (
-        forecast.occasions(args.N_iters, args.i_img, at_end=True),
-        int(args.mesh and not outputs.flat),
-        forecast.occasions(args.N_iters, args.i_video, at_end=True) * (not outputs.flat),
-    )
-    size = min(args.eval_res, 2 * build_schedules.scheduled_flags(args, args.N_iters)["train_res"])
-    pictures = forecast.rehearse_object(outputs, size, args.video_frames, args.mesh_res**3)
-    memory = forecast.memory_of_run(state, outputs.world.device)
-    updates = min(updates, args.max_minutes * 60 or math.inf)
-    for line in forecast.foretell(updates, pictures, times, memory, forecast.OBJECT):
-        run.log(line)
-    return 0
-
-
-def preview(args, outputs: ObjectOutputs, step: int) -> float:
-    """Four sides of every object, or all images that are optimized (``--space 2d``).
-
-    Returns how many seconds the turntable will take at the same speed.
-    """
-    size = min(args.eval_res, 2 * build_schedules.scheduled_flags(args, step)["train_res"])
-    start, num_views = time.perf_counter(), 4
-    write_preview(outputs, step, num_views, size)
-    seconds_per_pixel = (time.perf_counter() - start) / (num_views * size**2)
-    pixels = 0 if outputs.flat else args.video_frames * args.eval_res**2
-    return seconds_per_pixel * pixels / outputs.world.size
-
-
-def write_attention(args, run, guide: Guide, inputs: StepInputs, stats: StepStats, step) -> None:
-    """attentions/STEP.png: each view, and where in it each word of the prompt attends to."""
-    if not run.is_main:
-        return
-    prior, cameras = guide.prior, inputs.cameras
-    words = prior.tokens(args.prompt)
-    positions = picked_tokens(words, args.attn_tokens)
-    latents, t = stats.distilled.latents, stats.distilled.t
-    noisy = sds.add_noise(latents, inputs.noise.epsilon, prior.alphas_cumprod[t])
-    maps = prior.attention(noisy, t, stats.text)
-    maps = maps[:, [position + 1 for position in positions]]  # the first token starts the text
-    named = ["render", *(words[position] for position in positions)]
-    views = sheets.view_names(cameras.azimuth_deg, cameras.elevation_deg)
-    rows = sheets.attention_rows(stats.images, maps)
-    run.picture(step, "attention", labeled_grid(rows, views, named, f"step {step}"))
-
-
-def write_guidance(
-    args, run, guide: Guide, inputs: StepInputs, stats: StepStats, now, step: int
-) -> None:
-    """guidances/STEP.png: each view as the model is shown it, noisy, and as it predicts it."""
-    if not run.is_main:
-        return
-    size, cameras, distilled = now["train_res"], inputs.cameras, stats.distilled
-    shown = sds.resized(stats.images, guidance_size(args, guide.prior, size))
-    conditions = guide.conditions(cameras, size, inputs.lighting.background)
-    recipe = make_recipe(args, now, progress=min(1.0, (step - 1) / args.N_iters))
-    rows = sheets.guidance_rows(
-        guide.prior, shown, distilled.latents, distilled.t, inputs.noise.epsilon, conditions, recipe
-    )
-    angles = cameras.azimuth_deg, cameras.elevation_deg
-    views = sheets.view_names(*angles, conditions.words, distilled.t)
-    title = f"step {step}, guidance scale {recipe.scale:g}"
-    run.picture(step, "guidance", labeled_grid(rows, views, sheets.GUIDANCE_COLUMNS, title))
-
-
 def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -> None:
     """What a finished run leaves: turntable, mesh, LoRA, metrics.json and a report."""
     seconds, finished = state.clock.seconds, run.read_json("metrics.json")
@@ -647,7 +569,7 @@ def render_and_export(args, world, run) -> int:
     step = checkpoint.finished_updates(content)
     run.log(f"{path}: step {step}, {ema.kind} weights")
     system.configure_gpu(args.tf32 == "on", world.device, run.log)
-    outputs = make_outputs(args, world, run, renderer, ema)
+    outputs = build_outputs.object_outputs(args, world, run, renderer, ema, view_word)
     if args.export:
         write_mesh(outputs, Path(args.export), resolution=args.mesh_res, level=args.mesh_level)
     elif args.export_weights:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nerf import build, build_optimizer, build_run, build_schedules
+from nerf import build, build_optimizer, build_outputs, build_run, build_schedules
 from nerf.build import load_scene
 from nerf.coarse_to_fine import refine
 from nerf.datasets.identity import scene_difference
@@ -36,8 +36,7 @@ from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
 from nerf.outputs import forecast, validation
 from nerf.outputs.camera_path import read_path
-from nerf.outputs.evaluation import Evaluation, EvaluationSettings
-from nerf.outputs.scene import Interrupted, SceneOutputs
+from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import squared_error
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
@@ -64,7 +63,6 @@ SMALLER = (
     "make something smaller: --N_rand, --chunk, --netwidth, --N_samples, --N_importance, "
     "--grid_res, --occ_res, --mesh_res or the pictures"
 )
-SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 FEWER_RAYS = "lower --chunk, --N_rand, --netwidth or --N_samples"
 REVIVE = (
     "try another --seed, --alive_start, a lower --lrate, --fog_start, or the other --white_bkgd"
@@ -176,30 +174,6 @@ def check_same_run(args, saved, scene) -> None:
     common_flags.check_same_run(path, flags, args, nerf_flags.STRUCTURAL, other)
 
 
-def make_evaluation(args, world, run, scene, state: TrainState, stop=None) -> Evaluation:
-    """What renders, measures and exports the scene of this run."""
-    renderer, saved = state.renderer, state.attempt.saved
-
-    def render(rays):
-        with system.autocast(world.device, args.amp):
-            return renderer.render(rays)
-
-    run.write_json("world.json", scene.world_record())
-    outputs = SceneOutputs(
-        render, scene, build_run.render_block(args, renderer, world), world, stop, run.log
-    )
-    settings = EvaluationSettings(
-        args.render_factor,
-        args.metres_per_unit,
-        true_depth=Path(args.datadir) / "depth",
-        camera_path=Path(args.camera_path) if args.camera_path else None,
-        variant=build_run.output_variant(args, scene, saved, run.folder),
-        flags=vars(args),
-        file_world=args.export_world == "files",
-    )
-    return Evaluation(outputs, run, renderer, state.ema, settings)
-
-
 def start_viewer(args, world, run, scene) -> Viewer | None:
     """The live viewer of ``--viewer``, on the first rank."""
     if not args.viewer or not world.is_main or args.dry_run:
@@ -248,7 +222,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     pool = build.ray_pool(args, scene, renderer, run.log)  # --hull_rays: a part of the pixels
     # Call ``model``, never model.module: that skips DDP's averaging of gradients.
     model = distributed.data_parallel(world, renderer)
-    evaluation = make_evaluation(args, world, run, scene, state, stop)
+    evaluation = build_outputs.scene_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
     block = build_run.training_block(args, world, evaluation.outputs.block)
@@ -265,7 +239,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     )
     progress = Progress(
         args.N_iters, state, show=world.is_main and run.level != "warning",
-        hint=faster_way(args), machine=world.device.type.upper(), ceiling=ceiling,
+        hint=build_outputs.faster_way(args), machine=world.device.type.upper(), ceiling=ceiling,
         read_every=monitor.read_every,
     )  # fmt: skip
     # Of test views and video, for the ETA; not known before the first validation.
@@ -357,7 +331,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             run.log_once(state.step, renderer.warning(state.step))
         progress.advance(run.log)
         if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
-            return foretell(args, run, state, progress, evaluation)
+            return build_outputs.foretell_scene(args, run.log, state, progress, evaluation)
         if every(state.step, args.i_img):
             with state.clock.paused():
                 state.record_score(*validation.score(evaluation, state.step, args.monitor))
@@ -479,29 +453,6 @@ def log_step(args, run, progress, monitor, state, stats, verdict) -> None:
     )
 
 
-def faster_way(args) -> str:
-    """What the estimate of hours adds: the fast config of the same scene, if there is one."""
-    fast = Path(f"{(args.config or '').removesuffix('.txt')}_fast.txt")
-    slow = f"; {fast} takes minutes (docs/fast_path.md)" if fast.is_file() else SLOW
-    return "" if args.occ_grid else slow
-
-
-def foretell(args, run, state: TrainState, progress: Progress, evaluation: Evaluation) -> int:
-    """``--dry_run``: log what time and memory the whole run will take. Returns the exit code."""
-    updates = state.clock.seconds + progress.seconds_left()
-    times = (
-        forecast.occasions(args.N_iters, args.i_img),
-        forecast.occasions(args.N_iters, args.i_testset, at_end=True),
-        forecast.occasions(args.N_iters, args.i_video, at_end=args.i_video > 0),
-    )
-    pictures = forecast.rehearse_scene(evaluation, state.step)
-    memory = forecast.memory_of_run(state, evaluation.outputs.world.device)
-    updates = min(updates, args.max_minutes * 60 or math.inf)
-    for line in forecast.foretell(updates, pictures, times, memory, forecast.SCENE):
-        run.log(line)
-    return 0
-
-
 # ------------------------------------------------------------- modes that only read a finished run
 
 
@@ -523,7 +474,7 @@ def render_and_export(args, world, run) -> int:
     run.log(f"{path}: step {step}, {state.ema.kind} weights; {scene.describe()}")
     log_settings(args, world, run)
     build_run.compile_if_set(args, world, run.log, scene, state.renderer)
-    evaluation = make_evaluation(args, world, run, scene, state)
+    evaluation = build_outputs.scene_evaluation(args, world, run, scene, state)
     if args.export:
         evaluation.export_mesh(
             Path(args.export), args.export_bound, resolution=args.mesh_res, level=args.mesh_level

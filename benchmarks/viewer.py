@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import run_nerf
-from nerf import build
+from nerf import build, build_outputs
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import viewer
 from nerf.outputs.scene import render_free_view
@@ -37,7 +37,7 @@ def frames_per_second(flags: list[str]) -> None:
     scene = build.load_scene(args, run.log).to(world.device)
     state = run_nerf.prepare(args, world, run, scene, Attempt(args.seed))
     checkpoint.restore(path, content, run.log, state.renderer)
-    outputs = run_nerf.make_evaluation(args, world, run, scene, state.renderer, state.ema).outputs
+    outputs = build_outputs.scene_evaluation(args, world, run, scene, state).outputs
     pose = scene.c2w[0].cpu().numpy()
     for side in viewer.SIDES:
         times = []

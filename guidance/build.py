@@ -274,3 +274,8 @@ def next_memory_saving(args: argparse.Namespace, device: torch.device) -> str:
         if usable.get(name, True) and getattr(args, name) not in values:
             return f"try {advice}"
     return f"lower --batch_views {args.batch_views}, --train_res {args.train_res} or --guidance_res"
+
+
+def shown_size(args: argparse.Namespace, prior: StableDiffusion | Gaussian, size: int) -> int:
+    """Pixels per side at which a render of ``size`` is shown to the prior."""
+    return int(args.guidance_res or prior.native_size or size)

@@ -16,7 +16,7 @@ LEVELS = {
     "nerf.flags": 2, "nerf.datasets": 2, "nerf.text3d": 2, "nerf.occupancy_renderer": 2,
     "nerf.scene_bounds": 2,
     "nerf.build": 3, "nerf.build_optimizer": 3, "nerf.build_schedules": 3, "nerf.build_shapes": 3,
-    "nerf.build_run": 3, "nerf.build_start": 3, "nerf.outputs": 3,
+    "nerf.build_run": 3, "nerf.build_start": 3, "nerf.build_outputs": 3, "nerf.outputs": 3,
     "nerf.report": 4, "nerf.compare": 4,
     "guidance.schedule": 0, "guidance.sds": 0, "guidance.lora": 0, "guidance.attention": 0,
     "guidance.memory": 0,
@@ -28,7 +28,7 @@ LEVELS = {
     "guidance.captioned": 1, "guidance.lora_training": 2, "guidance.finetune_flags": 3,
     "guidance.finetune": 4,
     "guidance.sheets": 2,
-    "guidance.build": 3,
+    "guidance.build": 3, "guidance.build_pictures": 3,
     "guidance.sample": 4,
 }  # fmt: skip
 # Besides the scripts, only these see the parsed flags; the last two are programs.
@@ -116,7 +116,7 @@ def test_the_root_of_nerf_holds_the_algorithm_and_nothing_else():
     for name in sorted(
         set(root)
         - {"nerf.media", "nerf.build", "nerf.build_optimizer", "nerf.build_run", "nerf.build_start"}
-        - {"nerf.build_schedules", "nerf.build_shapes"}
+        - {"nerf.build_schedules", "nerf.build_shapes", "nerf.build_outputs"}
         - {"nerf.report", "nerf.compare"}
     ):
         if name.startswith("nerf."):
@@ -138,3 +138,11 @@ def test_only_flags_and_build_see_args(module):
             parameters = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
             where = f"{path.name}:{node.lineno}: plain values, not flags"
             assert "args" not in [parameter.arg for parameter in parameters], where
+
+
+def test_every_file_is_explained():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = [path for path in FILES if path.name != "__init__.py"]
+    files += [*(REPOSITORY / "data").glob("*.py"), *(REPOSITORY / "guidance/tiny").glob("*.py")]
+    missing = [f.name for f in files if f"{f.name}`" not in page and f.name != "__init__.py"]
+    assert not missing, "docs/architecture.md"

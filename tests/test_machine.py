@@ -15,6 +15,7 @@ from torch import nn
 
 import run_dreamfusion
 import run_nerf
+from nerf import build_outputs
 from nerf.encodings import TriPlane
 from nerf.field import FeatureField, NeRFField
 from nerf.outputs import forecast
@@ -201,11 +202,11 @@ def test_nobody_waits_minutes_for_the_estimate_of_a_long_run(clock):
 def test_a_slow_run_is_told_of_the_fast_config_of_its_scene(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     flags = types.SimpleNamespace(config="configs/lego.txt", occ_grid=False)
-    assert run_nerf.faster_way(flags).startswith("; configs/lego_fast.txt takes minutes")
+    assert build_outputs.faster_way(flags).startswith("; configs/lego_fast.txt takes minutes")
     flags.config = None
-    assert "--fast" in run_nerf.faster_way(flags)
+    assert "--fast" in build_outputs.faster_way(flags)
     flags.occ_grid = True
-    assert run_nerf.faster_way(flags) == ""
+    assert build_outputs.faster_way(flags) == ""
 
 
 def test_on_a_gpu_both_ends_are_as_far_from_a_read(clock):

@@ -49,11 +49,11 @@ class RunningSums(TorchFunctionMode):
     """torch.cumsum of real numbers on a GPU, where PyTorch refuses it: no ray could be rendered."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, values: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.cumsum, Tensor.cumsum) and is_refused(args[0]):
-            return running_sum(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        if func in (torch.cumsum, Tensor.cumsum) and is_refused(values[0]):
+            return running_sum(*values, **(kwargs or {}))
+        return func(*values, **(kwargs or {}))
 
 
 def is_refused(values: Tensor) -> bool:
