@@ -28,8 +28,8 @@ BEST = "best.json"
 # What a run's pictures, numbers and meshes are called in its folder, besides its checkpoints.
 RESULTS = (
     "metrics.json", "metrics.csv", "val.csv", "test.csv", "val_strip.png", "report.html",
-    "render_test_*", "render_path_*", "render_val_*", "previews", "attentions", "mesh*.glb",
-    "lora.safetensors", BEST,
+    "render_test_*", "render_path_*", "render_val_*", "previews", "attentions", "guidances",
+    "mesh*.glb", "lora.safetensors", BEST,
 )  # fmt: skip
 
 
