@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from nerf.datasets.images import eight_bit, why_unreadable
+from nerf.datasets.images import eight_bit, open_image, why_unreadable
 from nerf.datasets.pictures import some, too_few
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -89,7 +89,7 @@ def take_photos(
     broken, repeated = [], []
     for path in pictures:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.load()
                 upright = eight_bit(ImageOps.exif_transpose(image), path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -18,6 +18,7 @@ from nerf.cameras import orbit_path
 from nerf.datasets import identity, images, store
 from nerf.datasets.images import read_image
 from nerf.flags import nerf as nerf_flags
+from nerf.outputs import html
 from nerf.outputs import scene as scene_outputs
 from nerf.training.checkpoint import list_checkpoints
 
@@ -104,6 +105,14 @@ def test_neither_is_one_that_is_damaged_or_rotated_nor_a_mask(demo_copy, decoded
     with pytest.raises(ValueError, match="r_0.png"):
         images.read_images([folder / "train" / "r_0.png", rotated])
     assert max(width * height for width, height in decoded) <= 64 * 64
+
+
+def test_a_page_names_a_picture_that_cannot_be_read(tmp_path, decoded):
+    write_png(tmp_path / "huge.png", 20_000, 20_000)
+    (tmp_path / "half.png").write_bytes((tmp_path / "huge.png").read_bytes()[:40])
+    for name in ("huge.png", "half.png"):
+        assert "cannot be read" in html.picture(tmp_path / name, 100)
+    assert "is missing" in html.picture(tmp_path / "none.png", 100) and not decoded
 
 
 def test_what_does_not_fit_says_what_would(monkeypatch, demo_blender):

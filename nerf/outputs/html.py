@@ -72,15 +72,16 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def picture(path: Path, side: int, caption: str = "") -> str:
-    """An embedded picture file, its longer side at most ``side`` pixels; a note if it is missing.
+    """An embedded picture file, its longer side at most ``side`` pixels; a note if there is none.
 
     Pictures of up to 128 pixels stay exact (PNG) and are shown enlarged, others become JPEG.
     """
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except OSError:
-        return f"<figure><figcaption>{text(path.name)} is missing</figcaption></figure>"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        why = "cannot be read" if path.exists() else "is missing"
+        return f"<figure><figcaption>{text(path.name)} {why}</figcaption></figure>"
     image.thumbnail((side, side))
     kind = "PNG" if max(image.size) <= 128 else "JPEG"
     buffer, options = io.BytesIO(), {"quality": 85} if kind == "JPEG" else {"optimize": True}
