@@ -264,6 +264,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"make_demo.py: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

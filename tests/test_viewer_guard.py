@@ -79,6 +79,7 @@ def assert_others_see_pictures(window) -> None:
 # --------------------------------------------------------------------------------- who may connect
 
 LOCAL, BEYOND, HERE = "127.0.0.1", "10.0.0.7", "127.0.0.1:PORT"
+HUB = "X-Forwarded-Host: hub\r\n"
 COOKIE = "Cookie: a=b; viewer_PORT=TOKEN\r\n"
 
 
@@ -108,6 +109,10 @@ REQUESTS = {
     "DNS rebinding, page": (LOCAL, "/", page("evil.example:PORT"), 403),
     "looks like loopback": (LOCAL, "/", page("127.0.0.1.evil.example"), 403),
     "through a proxy": (LOCAL, "/", page(more="X-Forwarded-For: 8.8.8.8"), 403),
+    "proxy, token": (LOCAL, "/", websocket(origin="https://hub", more=f"{HUB}{COOKIE}"), 101),
+    "proxy, no token": (LOCAL, "/", websocket(origin="https://hub", more=HUB), 403),
+    "proxy, other page": (LOCAL, "/", websocket(origin="https://x", more=f"{HUB}{COOKIE}"), 403),
+    "many fields": (LOCAL, "/?" + "a=b&" * 30, page(), 400),
     "no host": (LOCAL, "/", "X: 1", 400),
     "two hosts": (LOCAL, "/", page(more="Host: evil.example"), 400),
     "two origins": (LOCAL, "/", websocket(more="Origin: a\r\n"), 400),

@@ -162,13 +162,16 @@ class Guard:
             origin = request.headers.get("Origin")
             origin_host = None if origin is None else urllib.parse.urlsplit(origin).netloc.lower()
             protocol = request.headers.get("Sec-WebSocket-Protocol", "")
+            has_token = self._has_token(request, host)
         except (KeyError, MultipleValuesError, ValueError):
             return 400, "Bad request.\n"
-        if origin_host is not None and origin_host != host:
+        # What a proxy calls this machine; no page can send these headers by itself.
+        outside = [name.lower() for name in request.headers.get_all("X-Forwarded-Host")]
+        if origin_host is not None and origin_host not in (host, *outside):
             return 403, "The viewer answers its own page only, no page of another origin.\n"
-        forwarded = any(request.headers.get_all(f"X-Forwarded-{n}") for n in ("For", "Host"))
+        forwarded = bool(outside or request.headers.get_all("X-Forwarded-For"))
         here = not forwarded and _is_loopback(host_name) and _is_loopback(_peer(connection))
-        if not here and not self._has_token(request, host):
+        if not here and not has_token:
             return 403, "Open the address that the run printed, with its token.\n"
         if "Upgrade" not in request.headers:
             return None
