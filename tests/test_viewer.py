@@ -14,11 +14,15 @@ import pytest
 import torch
 from helpers import DREAM_TINY, REPOSITORY, ball_renderer, free_port, run_script
 
+from nerf.build import load_scene
 from nerf.cameras import look_at
+from nerf.flags import nerf as nerf_flags
 from nerf.outputs import object as object_outputs
 from nerf.outputs import render, viewer
+from nerf.outputs import scene as scene_outputs
 from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
+from nerf.renderer import Rendered
 from nerf.training.distributed import World
 from nerf.training.ema import EMA
 
@@ -211,6 +215,32 @@ def test_an_object_fills_the_picture_where_it_is_and_the_box_cuts_it():
     left = [[-1, -1, -1], [0, 1, 1]]
     half = object_outputs.render_free_view(shown, c2w, 0.7, (16, 24), "opacity", left)[..., 0]
     assert half[8, 11] > 0.9 and (half[:, 13:] == 0).all()
+
+
+def test_a_picture_is_given_up_between_two_blocks(demo_blender):
+    """Of a scene and of an object, so that a program can stop while somebody looks."""
+    flags = ["--datadir", str(demo_blender), "--dataset_type", "blender", "--testskip", "1"]
+    scene, blocks = load_scene(nerf_flags.parse(flags), lambda line: None), []
+
+    def render(rays):
+        blocks.append(len(rays.origins))
+        ray = torch.zeros(len(rays.origins))
+        return Rendered(ray[:, None].expand(-1, 3), ray, ray)
+
+    world = World(0, 1, torch.device("cpu"))
+    outputs = scene_outputs.SceneOutputs(render, scene, 50, world)
+    view = (look_at((0.0, -3.0, 1.0), (0, 0, 0)), 0.7, (16, 24), "rgb", None)
+    assert scene_outputs.render_free_view(outputs, *view).shape == (16, 24, 3)
+    assert len(blocks) == 8
+    with pytest.raises(scene_outputs.Interrupted):
+        scene_outputs.render_free_view(outputs, *view, lambda: len(blocks) == 8 + 3)
+    assert len(blocks) == 8 + 3
+    module = ball_renderer()
+    place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
+    parts = (None, world, module, EMA(module, 0.0), "off", 32, "white")
+    shown = object_outputs.ObjectOutputs(*parts, **place)
+    with pytest.raises(scene_outputs.Interrupted):
+        object_outputs.render_free_view(shown, *view, lambda: True)
 
 
 def test_a_new_text_is_handed_over_once(tmp_path):
