@@ -197,7 +197,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", type=Path, help="LoRA file, also VSD's lora.safetensors of a run")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="0: the model alone")
     parser.add_argument("--guidance_scale", type=float, default=7.5)
-    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 to 1")
+    parser.add_argument(
+        "--guidance_rescale", type=float, default=0.0,
+        help="0 to 1; with --scheduler diffusers' own, on the network's output",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=4, help="number of images")
