@@ -5,41 +5,22 @@ runs no code (``weights_only=True``), checks every byte (zip CRC) and reserves n
 the file has bytes. ``global_step`` counts finished updates.
 """
 
-import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nerf import __version__
+from nerf.training import checkpoint_content
+from nerf.training.checkpoint_content import FORMAT
 from nerf.training.ema import EMA
 
 NAME = re.compile(r"^(\d{6,})\.tar$")
-FORMAT = 1  # version of the keys that nerf-pytorch does not have
-PARTS = {  # types of a checkpoint's entries; None stands for a part that is not used
-    "network_fn_state_dict": dict,
-    "network_fine_state_dict": dict,
-    "optimizer_state_dict": dict,
-    "scaler_state_dict": dict,
-    "ema_state_dict": dict,
-    "occupancy_state_dict": dict,
-    "background_state_dict": dict,
-    "args": dict,
-    "best": dict,
-    "ranking": dict,  # the best checkpoints, see nerf.training.checkpoint_choice
-    "told": dict,  # the prompts that a viewer set
-    "scene": dict,  # which scene it was trained on, see nerf.datasets.identity
-    "weights_only": bool,  # --save_weights_only: without the optimizer's state
-    "attempt_seeds": str,  # how restarts make their seeds, see nerf.training.recovery
-    "format": int,
-}
-COUNTS = "global_step attempt draws rays_drawn".split()
-
 Log = Callable[[str], None]
 LoadStateDict = Callable[[nn.Module, dict[str, Any], str], None]
 SavedState = tuple[Path, dict[str, Any]]  # a checkpoint's file and its content
@@ -47,6 +28,10 @@ SavedState = tuple[Path, dict[str, Any]]  # a checkpoint's file and its content
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint is of a newer version: not damaged, so nothing may take its place."""
 
 
 class Restorable(Protocol):
@@ -110,7 +95,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, *, checksums: bool = True) -> None:
     """CheckpointError unless all checksums match and no entry claims more bytes than the file."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; expected a .tar file that a run wrote")
@@ -128,55 +113,38 @@ def _check_archive(path: Path) -> None:
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise CheckpointError(f"{path}: its entries claim more bytes than the file has")
-        damaged = archive.testzip()
+        damaged = archive.testzip() if checksums else None
     if damaged:
         raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
 
 
-def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """(path of keys, tensor) of all tensors in nested dicts and lists, skipping ids in ``seen``."""
-    if id(value) in seen:
-        return
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict | list | tuple):
-        seen.add(id(value))
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(item, f"{name} {key}".strip(), seen)
-
-
 def _check_state(path: Path, state: Any) -> None:
-    """CheckpointError unless ``state`` has a checkpoint's entries, and all numbers are finite."""
-    if not isinstance(state, dict) or "network_fn_state_dict" not in state:
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (no network_fn_state_dict inside)")
-    for key, kind in PARTS.items():
-        if not isinstance(state.get(key, kind()), kind) and state[key] is not None:
-            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is not a {kind.__name__})")
-    for key in COUNTS:
-        count = state.get(key, 0 if key != "global_step" else None)
-        if type(count) is not int or not 0 <= count < 2**53:
-            raise CheckpointError(f"{path}: not a NeRF checkpoint ({key} is not a count)")
-    seconds, best = state.get("train_seconds", 0.0), state.get("best") or {"step": None, "psnr": 0}
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (train_seconds is not a time)")
-    if type(best.get("step")) not in (int, type(None)) or type(best.get("psnr")) not in (
-        int,
-        float,
-    ):
-        raise CheckpointError(f"{path}: not a NeRF checkpoint (best is not a step and a PSNR)")
-    if state.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(
-            f"{path}: written by a newer version (format {state['format']}; this one reads "
-            f"formats up to {FORMAT}); update the program"
+    """CheckpointError unless ``state`` has a checkpoint's entries, with values that a run writes.
+
+    NewerFormatError if a newer version has written it.
+    """
+    if newer := checkpoint_content.newer_format(state):
+        raise NewerFormatError(
+            f"{path}: written by a newer version (format {newer}; this one reads formats up to "
+            f"{FORMAT}); update the program, or use another --expname"
         )
-    size = path.stat().st_size
-    for name, value in _tensors(state, "", set()):
-        if value.layout != torch.strided or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name} is not a dense tensor on the CPU")
-        if value.numel() * value.element_size() > size:  # expanded with stride 0
-            raise CheckpointError(f"{path}: {name} claims more numbers than the file has")
-        if not value.isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
+    if wrong := checkpoint_content.problem(state, path.stat().st_size):
+        raise CheckpointError(f"{path}: {wrong}")
+
+
+def refuse_newer(paths: Iterable[Path]) -> None:
+    """NewerFormatError if one of the files was written by a newer version; reads no weights.
+
+    A run that trains beside it would one day remove it as old, or write over it.
+    """
+    for path in paths:
+        try:
+            _check_archive(path, checksums=False)
+            state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except Exception:  # damaged, or of torch before 1.6: a newer version writes no such files
+            continue
+        if checkpoint_content.newer_format(state):
+            _check_state(path, state)
 
 
 def finished_updates(state: dict[str, Any]) -> int:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, Self
 from nerf.training import checkpoint
 from nerf.training.checkpoint import (
     CheckpointError,
+    NewerFormatError,
     SavedState,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
+    refuse_newer,
 )
 from nerf.training.distributed import World
 from nerf.training.run_folder import RunFolder
@@ -213,12 +215,15 @@ def archive_checkpoints(folder: Path, log: Log) -> None:
 def newest_checkpoint(folder: Path, warn: Log) -> SavedState | None:
     """The newest checkpoint that can be loaded; ``warn`` gets a line for every bad one.
 
-    None if there is no checkpoint. CheckpointError if there are some and all are bad.
+    None if there is no checkpoint. CheckpointError if there are some and all are bad, or if one
+    before the first good one is of a newer version.
     """
     paths = list_checkpoints(folder)
     for path in paths:
         try:
             return path, load_checkpoint(path)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             warn(f"skipping a bad checkpoint: {error}")
     if paths:
@@ -283,6 +288,8 @@ def find_checkpoint(
     """
     found: SavedState | None = None
     if reload and world.is_main:
+        if not prefer_given:  # the run will train here, and remove old checkpoints
+            refuse_newer(list_checkpoints(run.folder))
         if not (given and prefer_given):
             found = chosen_checkpoint(run, choice, run.log)
         if given and found is None:
