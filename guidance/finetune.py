@@ -38,6 +38,7 @@ from guidance.stable_diffusion import StableDiffusion
 from nerf.training.distributed import choose_device
 from nerf.training.entry import NOTHING_LEARNED, exit_code, exit_process
 from nerf.training.files import replace_file
+from nerf.training.plain_text import one_line
 from nerf.training.progress import duration
 from nerf.training.rng import step_generator
 from nerf.training.system import (
@@ -54,7 +55,7 @@ SAMPLES = 4  # pictures of a sample sheet, and of a batch of class pictures
 
 def log(text: str) -> None:
     """Print a line now."""
-    print(text, flush=True)
+    print(one_line(text), flush=True)
 
 
 # ------------------------------------------------------------------------------- state of training

@@ -24,6 +24,7 @@ from guidance.samplers import SAMPLERS, check_steps, make_sampler, sample_with
 from guidance.schedule import add_noise, to_epsilon, to_x0
 from guidance.sds import Prior, guide, rescaled_x0
 from guidance.stable_diffusion import DTYPES, StableDiffusion
+from nerf.training.plain_text import one_line
 
 
 def ddim(
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         local_files_only=args.local_files_only,
         allow_pickle=args.allow_pickle,
         lora=(args.lora, args.lora_scale) if args.lora else None,
+        warn=lambda text: print(one_line(text)),
     )
     sampler = None
     if args.scheduler is not None:
@@ -276,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         **how._asdict(),
     )
     write(args.out, sheet(images, columns=min(4, len(texts))))
-    print(f"{args.out}: {', '.join(dict.fromkeys(texts))}")
+    print(one_line(f"{args.out}: {', '.join(dict.fromkeys(texts))}"))
 
 
 def write_edits(args: argparse.Namespace, model: StableDiffusion, how: Sampling) -> None:
@@ -293,7 +295,7 @@ def write_edits(args: argparse.Namespace, model: StableDiffusion, how: Sampling)
         alone = args.out.with_stem(f"{args.out.stem}_{name}")
         write(alone, sheet(images, columns=min(4, args.number)))
     own = f"; tokens with maps of their own: {' '.join(edit.new_tokens)}" if edit.new_tokens else ""
-    print(f"{args.out}: {args.prompt} | {args.prompt_target}{own}")
+    print(one_line(f"{args.out}: {args.prompt} | {args.prompt_target}{own}"))
 
 
 def write(path: Path, picture: np.ndarray) -> None:
@@ -309,7 +311,7 @@ def script(argv: list[str] | None = None) -> None:
     try:
         main(argv)
     except (ValueError, OSError) as error:
-        print(f"guidance.sample: {error}", file=sys.stderr)
+        print(one_line(f"guidance.sample: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -86,6 +86,13 @@ def test_mistakes_are_one_line(flags, complaint, capsys):
     assert stop.value.code == 2 and complaint in message and message.count("\n") == 1
 
 
+def test_a_prompt_is_printed_as_one_line_without_control_characters(sd_folder, tmp_path, capsys):
+    words = ["--sd_model", str(sd_folder), "--steps", "1", "--number", "1", "--size", "16"]
+    script(["--prompt", "a cube\x1b[31m\nforged", "--out", str(tmp_path / "s.png"), *words])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and r"a cube\x1b[31m\nforged" in printed.splitlines()[-1]
+
+
 # --------------------------------------------------------------------------- diffusers' samplers
 
 
