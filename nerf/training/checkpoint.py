@@ -61,8 +61,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``path``, which at any moment is either the old file or the new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
+    temporary.unlink(missing_ok=True)  # what a kill left, or a link
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             torch.save({**state, "format": FORMAT, "version": __version__}, file)
             file.flush()
             os.fsync(file.fileno())

@@ -163,7 +163,9 @@ def save_run(
     """
     path = checkpoint_path(run.folder, step)
     run.recreate()
-    ranking = ranking.written()
+    found = ranking.written()  # without files that somebody has removed
+    top = (e for e in found.top if e.step == step or checkpoint_path(run.folder, e.step).exists())
+    ranking = replace(found, top=tuple(top))
     for last_try in (False, True):
         try:
             checkpoint.save_checkpoint(path, {**content, **ranking.checkpoint_state()})

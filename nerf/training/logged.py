@@ -5,15 +5,22 @@ whose columns keep their places, to TensorBoard, and to Weights & Biases.
 """
 
 import math
+import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nerf.training.distributed import World
+from nerf.training.files import open_append, replace_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def read_means(world: World, values: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -67,30 +74,35 @@ class Table:
 
     An existing file keeps its columns in their places, and new names come after them; rows from
     ``step`` on, which a crashed run left, are dropped. A row without a value has an empty cell;
-    rows written before a column was there end early. OSError if the file cannot be written.
+    rows written before a column was there end early. Rows that nobody wrote so are dropped too, and
+    told in ``damaged``. OSError if the file cannot be written.
     """
 
     def __init__(self, path: Path, step: int, names: Iterable[str]) -> None:
         self.path = path
+        self.damaged: list[str] = []  # "row N: why", as of the newest opening
         self._open(step, names)
 
     def _open(self, step: int, names: Iterable[str]) -> None:
         path = self.path
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        lines = text.splitlines(keepends=True)
-        header = lines[0].strip().split(",") if lines else ["step"]
-        self.names = header[1:] if header[0] == "step" else []
-        self.names += [name for name in names if name not in self.names]
-        kept = [",".join(["step", *self.names]) + "\n"] + [
-            line
-            for line in lines[1:]
-            if line.endswith("\n")
-            and line.split(",")[0].isdigit()
-            and int(line.split(",")[0]) < step
-        ]
-        if kept != lines:
-            path.write_text("".join(kept), encoding="utf-8")
-        self._file: TextIO = open(path, "a", encoding="utf-8")
+        rows = text.removeprefix("\ufeff").split("\n")
+        header = rows[0].rstrip("\r").split(",") if text else ["step"]
+        self.damaged = []
+        if problem := _header_problem(header):
+            self.damaged = [f"row 1: {problem}, so that no row can be read"]
+            header, rows = ["step"], []
+        self.names = header[1:] + [name for name in names if name not in header]
+        kept = [",".join(["step", *self.names])]
+        for number, row in enumerate(rows[1:-1], 2):  # a last one without its end is unfinished
+            if problem := _row_problem(row.rstrip("\r"), header):
+                self.damaged.append(f"row {number}: {problem}")
+            elif int(row.split(",")[0]) < step:
+                kept.append(row.rstrip("\r"))
+        content = "".join(f"{row}\n" for row in kept)
+        if content != text or path.is_symlink():
+            replace_file(path, content.encode("utf-8"))  # a kill in it must not cost rows
+        self._file: TextIO = open_append(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the row of ``step``; names that are new get columns at the end."""
@@ -104,6 +116,60 @@ class Table:
     def close(self) -> None:
         """Write what is left in the buffer. OSError if there is no space for it."""
         self._file.close()
+
+
+def _header_problem(names: Sequence[str]) -> str:
+    """What is wrong with the names of a table's columns; "" for nothing."""
+    if names[0] != "step":
+        return f"the first column is {names[0][:20]!r}, not step"
+    odd = [name for name in names if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII)]
+    if odd or len(set(names)) < len(names):
+        return f"{(odd or ['a column'])[0][:20]!r} is no name, or there twice"
+    return ""
+
+
+def _row_problem(row: str, names: Sequence[str]) -> str:
+    """What is wrong with a row of a table with these columns; "" for nothing."""
+    cells = row.split(",")
+    if not re.fullmatch(r"[0-9]{1,15}", cells[0]):
+        return f"{cells[0][:20]!r} is not a step"
+    if len(cells) > len(names):
+        return f"{len(cells)} cells for {len(names)} columns"
+    for name, cell in zip(names, cells, strict=False):
+        if not is_number(cell) and cell:
+            return f"{cell[:20]!r} is not a number ({name})"
+    return ""
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell of a table is a number as they are written here; NaN and infinity are too."""
+    return bool(re.fullmatch(r"-?([0-9.]{1,30}(e[+-]?[0-9]{1,4})?|inf|nan)", cell)) and _floats(
+        cell
+    )
+
+
+def _floats(cell: str) -> bool:
+    with suppress(ValueError):
+        float(cell)
+        return True
+    return False
+
+
+def start_tensorboard(folder: Path, step: int, flags: dict[str, Any]) -> "SummaryWriter":
+    """The writer of tb/, which drops a crashed run's points from ``step`` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    threading.excepthook = _skip_disk_errors
+    writer = SummaryWriter(str(folder / "tb"), purge_step=step)
+    if flags:
+        writer.add_text("flags", markdown(flags), step)
+    return writer
+
+
+def _skip_disk_errors(caught: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, unless TensorBoard's thread raises it in the main thread too."""
+    if not isinstance(caught.exc_value, OSError):
+        threading.__excepthook__(caught)
 
 
 def start_wandb(folder: Path, flags: dict[str, Any]) -> Any:

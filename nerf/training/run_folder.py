@@ -2,9 +2,9 @@
 
 import fcntl
 import json
+import os
 import shutil
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +17,12 @@ import numpy as np
 
 from nerf.media import write_png
 from nerf.training import logged
-from nerf.training.files import replace_file
+from nerf.training.files import open_append
 from nerf.training.plain_text import indented, one_line
-from nerf.training.provenance import CODE, copy_unknown, describe_start
+from nerf.training.run_records import RECORDS, Records, refuse_links
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-# What is written before the first update: of a start that was refused, nobody needs it.
-RECORDS = ("args.json", "args.txt", "config.txt", "cmd.txt", "world.json", CODE)
-
 
 LEVELS = ("debug", "info", "warning")  # of messages, from the least to the most important
 
@@ -48,7 +44,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._tables: dict[str, logged.Table] = {}  # by file name: metrics.csv, val.csv, test.csv
         self._writer: SummaryWriter | None = None
-        self._flags: dict[str, Any] = {}  # of this start, for TensorBoard
+        self._records, self._recreating = Records(folder), False
         self._wandb: Any = None  # wandb.Run
         self._created = is_main and not folder.exists()
         if not is_main:
@@ -59,8 +55,14 @@ class RunFolder:
             raise ValueError(
                 f"{folder}: cannot be made ({error.strerror}); choose another --basedir"
             ) from None
+        refuse_links(folder)
         if lock:
-            self._take_lock()
+            try:
+                self._take_lock()
+            except OSError as error:
+                raise ValueError(
+                    f"{folder}: cannot be written to ({error.strerror}); choose another --basedir"
+                ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -84,12 +86,8 @@ class RunFolder:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_lock(self) -> None:
-        try:
-            lock = self._lock = open(self.folder / ".lock", "a")
-        except OSError as error:
-            raise ValueError(
-                f"{self.folder}: cannot be written to ({error.strerror}); choose another --basedir"
-            ) from None
+        """OSError if it cannot be written, ValueError if another process has it."""
+        lock = self._lock = open_append(self.folder / ".lock")
         try:
             # The system releases the lock when its process ends, even if that is killed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,8 +131,9 @@ class RunFolder:
             self._append(text)
 
     def _append(self, text: str) -> None:
+        self.recreate()
         try:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            with open_append(self.folder / "log.txt") as file:
                 file.write(text)
         except OSError as error:
             self.failed["log.txt"] = error.strerror or str(error)
@@ -165,6 +164,7 @@ class RunFolder:
 
     def exit_code(self, code: int = 0) -> int:
         """``code``; but 3, with a line in the log, if something could not be written."""
+        self.recreate()
         if not self.failed:
             return code
         lost = ", ".join(f"{what} ({reason})" for what, reason in self.failed.items())
@@ -172,38 +172,55 @@ class RunFolder:
         return 3
 
     def recreate(self) -> None:
-        """Make the run folder again if it was removed; its tables then start empty."""
-        if not self.is_main or self.folder.is_dir():
+        """Make the run folder and its records again if they were removed.
+
+        Its tables then start empty; without a later checkpoint ``exit_code`` will be 3.
+        """
+        whole = not self.is_main or (self._has_lock() and not self._records.removed())
+        if whole or self._recreating:
             return
+        self._recreating = True  # what follows logs, and what is logged would come here again
         try:
-            self.folder.mkdir(parents=True)
+            gone = not self._has_lock()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.close_tables()
+            self.mark_recovered("tables")  # their files are gone
+            if self._locked and not any(self.folder.glob("[0-9]*.tar")):
+                self.failed["checkpoint"] = "removed with the run folder"
+            if self._locked and gone:
+                self._take_lock()
+            what = self.folder if gone else ", ".join(self._records.removed())
+            self._records.write_again()
+            self.mark_recovered("run folder")
+            self.mark_recovered("log.txt")
+            self.log(f"warning: {what} was removed during the run; it is made again")
         except OSError as error:
-            self.mark_failed("run folder", f"{self.folder}, which was removed,", error)
-            return
-        self.close_tables()
-        if self._locked:
-            if self._lock is not None:
-                self._lock.close()
-            self._take_lock()
-        self.log(f"warning: {self.folder} was removed during the run; it is made again")
+            if "run folder" not in self.failed:  # tried at each line of the log
+                self.mark_failed("run folder", f"{self.folder}, which was removed,", error)
+        finally:
+            self._recreating = False
+
+    def _has_lock(self) -> bool:
+        """Whether the folder is there and, of a run that trains, its lock the one that was taken.
+
+        Whoever writes a picture makes the folder again, but not what else was in it.
+        """
+        if self._lock is None:  # not of a run that trains, or at the start or the end
+            return self.folder.is_dir()
+        try:
+            return os.path.samestat(
+                os.fstat(self._lock.fileno()), os.stat(self.folder / ".lock", follow_symlinks=False)
+            )
+        except OSError:
+            return False
 
     def record(self, flags: dict[str, Any], as_config: str) -> None:
         """Write args.json, args.txt, config.txt, this start's entry in cmd.txt, and code/.
 
         as_config: the flags as a config file.
         """
-        if not self.is_main:
-            return
-        self._flags = flags
-        self.write_json("args.json", flags)
-        (self.folder / "args.txt").write_text(as_config, encoding="utf-8")
-        if flags.get("config"):
-            shutil.copyfile(flags["config"], self.folder / "config.txt")
-        copies: list[str] = []
-        with self.guard(f"a copy of the program in {CODE}/"):
-            copies = copy_unknown(self.folder)
-        with open(self.folder / "cmd.txt", "a", encoding="utf-8") as file:
-            file.write(describe_start(copies))
+        if self.is_main:
+            self._records.write(flags, as_config, self.guard)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; {} if there is none, or on ranks other than 0."""
@@ -218,8 +235,8 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` to a JSON file, replaced as a whole; numbers not finite become null."""
         if self.is_main:
-            text = json.dumps(logged.finite(content), indent=1, allow_nan=False)
-            replace_file(self.folder / name, text.encode("utf-8"))
+            self.recreate()
+            self._records.write_json(name, content)
 
     def start_wandb(self, flags: dict[str, Any]) -> None:
         """From now on log to Weights & Biases too; a resumed run continues its run on that service.
@@ -236,7 +253,9 @@ class RunFolder:
         self.recreate()
         with self._table(table):
             if table not in self._tables:
-                self._tables[table] = logged.Table(self.folder / table, step, values)
+                opened = self._tables[table] = logged.Table(self.folder / table, step, values)
+                for damage in opened.damaged:
+                    self.warn(f"warning: {table}: {damage}; left out")
             self._tables[table].write(step, values)
             self.show(", ".join(f"{name} {v:.7g}" for name, v in values.items()), "debug")
             for name, value in values.items():
@@ -245,15 +264,13 @@ class RunFolder:
             self._wandb.log(values, step=step)
 
     def validation(self, step: int, score: float, strip: np.ndarray) -> None:
-        """Write validation PSNR and picture to val.csv, val_strip.png (newest) and TensorBoard.
-
-        strip: uint8 [H, W, 3].
-        """
+        """Write validation PSNR and picture, uint8 [H, W, 3], to val.csv and val_strip.png."""
         if not self.is_main:
             return
-        self.scalars(step, {"val_psnr": float(f"{score:.6g}")}, "val.csv")
         with self._table("val_strip.png"):
             write_png(self.folder / "val_strip.png", strip)
+        # Last, so that a validation with a row is complete: see Evaluation.owes_validation.
+        self.scalars(step, {"val_psnr": float(f"{score:.6g}")}, "val.csv")
         self._show(step, "validation", strip)
 
     def test_scores(self, step: int, metrics: dict[str, Any]) -> None:
@@ -291,12 +308,7 @@ class RunFolder:
     def tensorboard(self, step: int) -> "SummaryWriter":
         """The TensorBoard writer; a new one drops a crashed run's points from ``step`` on."""
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = _skip_disk_errors
-            self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step)
-            if self._flags:
-                self._writer.add_text("flags", logged.markdown(self._flags), step)
+            self._writer = logged.start_tensorboard(self.folder, step, self._records.flags)
         return self._writer
 
     def close_tables(self) -> None:
@@ -318,12 +330,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _skip_disk_errors(caught: threading.ExceptHookArgs) -> None:
-    """Print a thread's traceback, unless TensorBoard's thread raises it in the main thread too."""
-    if not isinstance(caught.exc_value, OSError):
-        threading.__excepthook__(caught)
 
 
 def newest_run(basedir: Path, config: str | None, needs: str) -> str | None:
