@@ -36,6 +36,7 @@ from nerf.flags.checkpoints import reading_flags
 from nerf.media import labeled_grid
 from nerf.outputs import forecast
 from nerf.outputs.camera_path import read_path
+from nerf.outputs.evaluation import report_is_old
 from nerf.outputs.object import (
     MODES,
     ObjectOutputs,
@@ -266,6 +267,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     left_out, views_left_out = torch.zeros((), device=world.device), 0.0  # guidance not finite
 
     with start_viewer(args, world, run, outputs) or nullcontext() as viewer:
+        build_outputs.make_up_turntable(args, state, outputs)
         while state.step < args.N_iters:
             # ---- one update. Every random number comes from (seed, step), not from a running
             # generator: a resumed run draws what an unbroken one draws, on any number of ranks.
@@ -313,9 +315,6 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                 raise NonFinite.diagnose(state.step, world, step_tensors(renderer, inputs, stats))
             if args.space == "3d" and verdict.read:
                 collapse.watch(opacity, state.step, run.warn)
-            if verdict.signal:
-                content = {"args": vars(args), **guide.checkpoint_state()}
-                return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
             last = verdict.time_up or state.step == args.N_iters
             if every(state.step, args.i_print) or last:
                 values |= {"views_left_out": views_left_out, "skipped": monitor.skipped}
@@ -339,16 +338,22 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                     shown = stats.distilled, inputs.noise, stats.images, inputs.lighting.background
                     grid = guidance_grid(args, guide, state.step, now, inputs.cameras, *shown)
                     run.picture(state.step, "guidance", labeled_grid(*grid))
+            if verdict.signal:
+                content = {"args": vars(args), **guide.checkpoint_state()}
+                return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
             if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
                 with state.clock.paused():
                     content = {"args": vars(args), **guide.checkpoint_state()}
                     state.save(run, args.keep_ckpts, **content)
             if every(state.step, args.i_video) and not last:
-                # After a signal the turntable ends early, and the next step saves and stops.
+                # After a signal the turntable ends early; the next start makes it whole.
                 with state.clock.paused(), run.guard("turntable"), suppress(Interrupted):
                     write_turntable(outputs, state.step, args.video_frames)
             if last:
                 break
+            if stop.number and world.size == 1:
+                content = {"args": vars(args), **guide.checkpoint_state()}
+                return state.save_and_stop(run, stop.number, args.keep_ckpts, **content)
     progress.close()
     finish(args, run, outputs, state, guide)
     if views_left_out and views_left_out >= (state.step - progress.first_step) * len(inputs.jitter):
@@ -513,6 +518,8 @@ def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -
     """What a finished run leaves: turntable, mesh, LoRA, metrics.json and a report."""
     seconds, finished = state.clock.seconds, run.read_json("metrics.json")
     if outputs.world.gather(finished.get("step") == state.step)[0]:
+        if run.is_main and report_is_old(run.folder):
+            try_report(run.folder, run.log)
         run.log(f"nothing is left to do: see {run.folder}/report.html")
         return
     metrics = {"prompt": guide.prompt, "step": state.step, "weights": outputs.ema.kind}

@@ -252,6 +252,9 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     if scene.stored is not None:  # a mapped file that is cut off while it is in use
         scene.stored.before_lost = partial(state.save, run, args.keep_ckpts, **content)
 
+    build_outputs.make_up(
+        args, state, evaluation, partial(state.save, run, args.keep_ckpts, **content)
+    )
     while state.step < args.N_iters:
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
             run.log(f"step {state.step}: tri-planes of {renderer.field.encoding.finest} per side")
@@ -318,8 +321,6 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
                 viewer.tick(stop.is_set)
         if verdict.diverged:
             raise NonFinite.diagnose(state.step, world, step_tensors(renderer, rays, target, stats))
-        if verdict.signal:
-            return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
         if verdict.dead and state.step < WATCHED_STEPS:
             if attempt.dead_starts < args.dead_restarts:
                 progress.close()
@@ -329,11 +330,15 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         if every(state.step, args.i_print) or last:
             log_step(args, run, progress, monitor, state, stats, verdict)
             run.log_once(state.step, renderer.warning(state.step))
+        if verdict.signal:  # what else is due at this step, the next start makes up for
+            return state.save_and_stop(run, verdict.signal, args.keep_ckpts, **content)
         progress.advance(run.log)
         if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
             return build_outputs.foretell_scene(args, run.log, state, progress, evaluation)
+        # After a signal a rendering ends early; of several processes none can by itself.
+        interrupted = suppress(Interrupted) if world.size == 1 else nullcontext()
         if every(state.step, args.i_img):
-            with state.clock.paused():
+            with state.clock.paused(), interrupted:
                 state.record_score(*validation.score(evaluation, state.step, args.monitor))
             progress.rendering = rendering_seconds()
         if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
@@ -341,13 +346,13 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
                 state.save(run, args.keep_ckpts, **content)
         if last:
             break
-        # After a signal a rendering ends early, and the next step saves and stops.
-        interrupted = suppress(Interrupted) if world.size == 1 else nullcontext()
         with state.clock.paused(), run.guard("a rendering"), interrupted:
             if every(state.step, args.i_testset):
                 evaluation.measure_test(state.step)
             if every(state.step, args.i_video):
                 evaluation.render_camera_path(state.step)
+        if stop.number and world.size == 1:
+            return state.save_and_stop(run, stop.number, args.keep_ckpts, **content)
     progress.close()
     with run.guard("a rendering"):  # also what an earlier start was stopped before rendering
         evaluation.finish(state.step, video=args.i_video > 0)

@@ -1,76 +1,156 @@
-"""Does a killed run lose anything? Real runs, killed at random moments and started again.
+"""Does a killed run lose anything? Real runs, killed where they write and started again.
 
-    python benchmarks/soak.py --kills 100                      # run_nerf.py
-    python benchmarks/soak.py --kills 100 --script dreamfusion
+    python benchmarks/soak.py --kills 100                       # run_nerf.py
+    python benchmarks/soak.py --kills 100 --script dreamfusion  # or fast, demo, llff, store, tiny
     python benchmarks/soak.py --kills 20 --ranks 2              # one rank at a time, under torchrun
 
-A tiny run is killed with SIGKILL, which no handler sees, at a random moment and started again by
-the same command until it finishes; further runs follow until --kills kills are done. Every second
-run writes slowly, so that kills fall into saves. After each kill the newest checkpoint must verify
-and be at most the saving cadence behind the last logged step. At the end weights, optimizer state
-and averaged weights must equal those of an uninterrupted run bit for bit. With --ranks, one of
-torchrun's processes is killed at random; torchrun ends the others and restarts all. Exits with 1 if
-anything was lost.
+A tiny run, which renders, films, exports, reports and saves all the time, is killed with SIGKILL or
+SIGTERM at a random file that it opens, renames or removes, or up to 30 ms later, and started again
+by the same command until it finishes; half of the kills choose the kind of file first, so that
+rare ones (reports, meshes, videos) get their share. Further runs follow until --kills kills are
+done. After each kill the newest checkpoint must verify and be at most the saving cadence behind the
+last logged step. At the end everything that the run left must be what an unbroken one left
+(``soak_compare``). With --ranks, one of torchrun's processes is killed at a random moment; torchrun
+ends the others and restarts all. Exits with 1 if anything was lost.
 """
 
 import argparse
+import collections
 import csv
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
+from tqdm import tqdm
 
-from nerf.training import checkpoint, checkpoint_choice
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: runs are forks of this process
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-CADENCE, STEPS = 4, 60
+import make_demo  # noqa: E402
+
+import run_dreamfusion  # noqa: E402, F401  so that forks have imported what both need
+import run_nerf  # noqa: E402, F401
+from benchmarks import soak_compare  # noqa: E402
+from nerf.training import checkpoint, checkpoint_choice  # noqa: E402
+
+CADENCE, STEPS, MOST_KILLS = 4, 16, 10  # MOST_KILLS: of one run
 COMMON = (
-    f"--device cpu --N_iters {STEPS} --i_weights {CADENCE} --i_print 1 --i_img 0 --i_video 0 "
-    "--ckpt_secs 0 --keep_ckpts 2 --netdepth 2 --netwidth 32 --multires 4 --ema_decay 0.9"
+    f"--device cpu --i_weights {CADENCE} --i_print 1 --ckpt_secs 0 --keep_ckpts 2 --netdepth 2 "
+    f"--netwidth 16 --ema_decay 0.9 --expname run --basedir {{home}} --N_iters {STEPS}"
 )
+SCENE = (
+    f"run_nerf.py {COMMON} --datadir {{home}}/data --multires 4 --N_samples 8 --N_rand 64 "
+    "--dead_restarts 0 --amp off --i_img 4 --i_testset 4 --i_video 8"
+)
+BLENDER = f"{SCENE} --dataset_type blender --testskip 1 --use_viewdirs --white_bkgd"
+VANILLA = "--N_importance 8 --netdepth_fine 2 --netwidth_fine 16"
+QUICK = "--N_iters 1 --i_img 0 --i_testset 0 --i_video 0"
 COMMANDS = {
-    "nerf": "run_nerf.py --config configs/demo_vanilla.txt --datadir {data} --N_samples 8 "
-    "--N_importance 8 --N_rand 256 --netdepth_fine 2 --netwidth_fine 32 --testskip 25 "
-    "--dead_restarts 0 --i_testset 0 --amp off",
-    "dreamfusion": "run_dreamfusion.py --guidance gaussian --prompt ball --train_res 16 "
-    "--batch_views 2 --march_steps 24 --occ_res 16 --eval_res 16 --video_frames 2",
+    "nerf": f"{BLENDER} {VANILLA}",
+    "fast": f"{BLENDER} --fast --target_samples 512 --occ_res 16 --grid_res 16",
+    "dreamfusion": f"run_dreamfusion.py {COMMON} --guidance gaussian --prompt ball --train_res 12 "
+    "--batch_views 2 --march_steps 24 --occ_res 16 --eval_res 16 --video_frames 6 --mesh_res 24 "
+    "--multires 2 --i_img 4 --i_video 4 --save_raw --lrate 1e-2 --guidance_scale 1",
+    "demo": "data/make_demo.py --out {home}/demo --size 12 --train 4 --val 2 --test 3",
+    "llff": f"{SCENE} {VANILLA} {QUICK} --dataset_type llff --factor 2 --llffhold 4",
+    "store": f"{BLENDER} {VANILLA} {QUICK} --data_store mmap",
+    "tiny": "guidance/tiny/train.py --work {home}/work --out {home}/model --size 16 "
+    "--pictures 512 --held_out 32 --batch 4 --vae_steps 5 --unet_steps 6 --device cpu "
+    "--ema_decay 0.9 --save_seconds 0 --amp off",
 }
-# Delays fsync: kills then fall between writing a file and renaming it.
-SLOWLY = (
-    "import os, runpy, sys, time; fsync = os.fsync; "
-    "os.fsync = lambda file: (time.sleep({pause}), fsync(file))[1]; "
-    "sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-KEPT = ("network_fn_state_dict", "network_fine_state_dict", "optimizer_state_dict")
-KEPT += ("ema_state_dict", "occupancy_state_dict", "global_step")
+FORMATS = {"nerf": "blender", "fast": "blender", "store": "blender", "llff": "llff"}
+TRAINED = ("nerf", "fast", "dreamfusion")
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
-def start(args, folder: Path, name: str, pause: float) -> subprocess.Popen:
-    """Start training, under torchrun for several ranks; every write takes ``pause`` s longer."""
-    words = COMMANDS[args.script].format(data=args.data).split()
-    flags = [*COMMON.split(), "--basedir", str(folder), "--expname", name]
-    launcher = []
-    if args.ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=100000"]
-        launcher += [f"--nproc_per_node={args.ranks}"]
-    if pause:
-        slowly = folder / "slowly.py"
-        slowly.write_text(SLOWLY.format(pause=pause), encoding="utf-8")
-        launcher += [str(slowly)]
-    log = open(folder / f"{name}.out", "a", encoding="utf-8")  # noqa: SIM115
-    command = [sys.executable, *launcher, *words, *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # slowly.py lies elsewhere
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+class Strike(NamedTuple):
+    """A kill: at the ``count``-th event of a ``kind`` ("": of any), ``delay`` seconds later."""
+
+    kind: str
+    count: int
+    delay: float
+    signal: int
+
+
+def kind_of(event: str, given: tuple, home: str) -> str | None:
+    """What an audit event writes inside ``home``: a suffix, "rename", "remove", "encode"; None."""
+    if event == "subprocess.Popen":
+        return "encode"
+    if event not in ("open", "os.rename", "os.remove", "os.rmdir") or not given:
+        return None
+    path = given[1] if event == "os.rename" else given[0]
+    if not isinstance(path, str | bytes | os.PathLike) or home not in os.fsdecode(path):
+        return None
+    if event != "open":
+        return event.removeprefix("os.")
+    writes = given[2] & (os.O_WRONLY | os.O_RDWR) if isinstance(given[2], int) else 0
+    if not writes and not set(given[1] or "") & set("wax+"):
+        return None
+    return Path(os.fsdecode(path)).name.removesuffix(".tmp").rpartition(".")[2]
+
+
+def watch(home: Path, strike: Strike | None, seen: Path) -> None:
+    """Count this process's writes inside ``home``, note their kinds in ``seen``, and strike."""
+    counts: collections.Counter[str] = collections.Counter()
+    notes = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def hook(event: str, given: tuple) -> None:
+        if (kind := kind_of(event, given, str(home))) is None:
+            return
+        os.write(notes, f"{kind}\n".encode())
+        counts.update([kind, ""])
+        if strike is None or kind not in (strike.kind, kind if not strike.kind else None):
+            return
+        if counts[strike.kind] == strike.count:
+            if not strike.delay:
+                os.kill(os.getpid(), strike.signal)
+            else:
+                timer = threading.Timer(strike.delay, os.kill, (os.getpid(), strike.signal))
+                timer.daemon = True
+                timer.start()
+
+    sys.addaudithook(hook)
+
+
+def run_forked(words: list[str], home: Path, strike: Strike | None) -> int:
+    """Run a script in a fork of this process, which has imported all; the exit code."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+    code = 1
+    try:
+        text = os.open(home.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(text, 1)
+        os.dup2(text, 2)
+        os.chdir(ROOT)
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and killed ones keep it
+        sys.argv, sys.path[:0] = words, [str((ROOT / words[0]).parent)]
+        watch(home, strike, home.with_suffix(".seen"))
+        runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def logged_step(run: Path) -> int:
@@ -96,84 +176,93 @@ def after_kill(run: Path) -> tuple[int, str]:
     return step, ""
 
 
-def differences(first: Path, second: Path) -> list[str]:
-    """The keys in KEPT whose values differ between two checkpoints."""
-    one, other = (checkpoint.load_checkpoint(path) for path in (first, second))
-    return [key for key in KEPT if not same(one.get(key), other.get(key))]
+def prepare(args, folder: Path, name: str) -> tuple[list[str], Path]:
+    """A folder of its own for a run, with a copy of its data, and its command."""
+    home = folder / name
+    home.mkdir()
+    if args.script in FORMATS:
+        shutil.copytree(args.data or folder / "data", home / "data")
+    return COMMANDS[args.script].format(home=home).split(), home
 
 
-def same(one, other) -> bool:
-    """Whether two values of a checkpoint are equal bit for bit."""
-    if torch.is_tensor(one):
-        return torch.is_tensor(other) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def draw_strike(draw: random.Random, kinds: collections.Counter[str]) -> Strike:
+    """A random kill of a run that writes ``kinds`` of files so often."""
+    kind = draw.choice(sorted(kinds)) if draw.random() < 0.5 else ""
+    most = kinds[kind] if kind else kinds.total()
+    count = 1 + int(most * draw.random() ** 2)  # early ones more often: a run is killed repeatedly
+    delay = 0.0 if draw.random() < 0.34 else draw.uniform(0.0, 0.03)
+    number = signal.SIGTERM if draw.random() < 0.34 else signal.SIGKILL
+    return Strike(kind, count, delay, number)
+
+
+def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, kinds) -> dict:
+    """Kill and restart a run up to ``kills`` times, then let it finish; counts and losses."""
+    words, home = prepare(args, folder, name)
+    result: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
+    while True:
+        strike = draw_strike(draw, kinds) if result["kills"] < kills else None
+        code = run_forked(words, home, strike)
+        if code == 0:
+            return result
+        ended = (-signal.SIGKILL,) if strike and strike.signal == signal.SIGKILL else STOPPED
+        if strike is None or code not in ended:
+            result["lost"].append(f"{name}: exit code {code}, see its text: {_tail(home)}")
+            return result
+        result["kills"] += 1
+        result["terms"] += strike.signal == signal.SIGTERM
+        result["kinds"][strike.kind or "any"] += 1
+        if args.script in TRAINED:
+            lost = after_kill(home / "run")[1]
+            result["lost"] += [f"{name}, {strike}: {lost}"] if lost else []
+
+
+def _tail(home: Path) -> str:
+    return home.with_suffix(".out").read_text(errors="replace")[-1500:]
+
+
+# ------------------------------------------------------------------------------- several processes
 
 
 def children(pid: int) -> set[int]:
-    """Ids of the living child processes of ``pid``."""
-    try:
-        numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {
-            int(number)
-            for number in numbers
-            if Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        }
-    except OSError:
-        return set()
+    """The processes that ``pid`` has started and that still run."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(word) for path in lists for word in path.read_text().split()}
 
 
-def kill_run(process, ranks: int, draw: random.Random):
-    """Kill the process, or one of its ranks; returns it if torchrun restarts, otherwise None."""
-    if ranks == 1:
-        process.kill()
-        process.wait()
-        return None
-    victims = children(process.pid)
-    if victims:
-        os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
-    deadline = time.monotonic() + 120
-    while victims & children(process.pid):  # until torchrun has ended the others
-        if time.monotonic() > deadline:
-            raise SystemExit("the other ranks hang after one was killed")
-        time.sleep(0.02)
-    return process
-
-
-def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, pause: float) -> dict:
-    """Kill and restart a run up to ``kills`` times, then let it finish; counts and losses."""
-    result = {"kills": 0, "in_a_save": 0, "lost": []}
-    run, process = folder / name, None
-    while True:
-        if process is None:
-            process = start(args, folder, name, pause)
-        if result["kills"] < kills:
-            wait_for_progress(process, run)
-            try:
-                process.wait(timeout=draw.uniform(0.0, args.longest + 3 * pause))
-            except subprocess.TimeoutExpired:
-                process = kill_run(process, args.ranks, draw)
-                result["kills"] += 1
-                result["in_a_save"] += any(run.glob(".*.tmp"))
-                lost = after_kill(run)[1]
-                result["lost"] += [f"{name}, kill {result['kills']}: {lost}"] if lost else []
-                continue
-        if process.wait():
-            result["lost"].append(f"{name}: exit code {process.returncode}")
-        return result
-
-
-def wait_for_progress(process, run: Path) -> None:
-    """Wait until the process has logged a new step or has ended."""
-    stamp = (run / "metrics.csv").stat().st_mtime if (run / "metrics.csv").exists() else 0.0
+def one_run_of_ranks(args, folder: Path, name: str, kills: int, draw: random.Random, _) -> dict:
+    """``one_run`` under torchrun, of which one rank at a time is killed at a random moment."""
+    words, home = prepare(args, folder, name)
+    result: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=100000"]
+    launcher += [f"--nproc_per_node={args.ranks}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(home.with_suffix(".out"), "a") as text:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *words], cwd=ROOT, env=environment, stdout=text, stderr=text
+        )
     while process.poll() is None:
-        path = run / "metrics.csv"
-        if path.exists() and path.stat().st_mtime > stamp:
-            return
-        time.sleep(0.02)
+        stamp = _changed(home / "run" / "metrics.csv")
+        while process.poll() is None and _changed(home / "run" / "metrics.csv") == stamp:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, args.longest))
+        ranks = children(process.pid)
+        if result["kills"] < kills and len(ranks) == args.ranks:
+            os.kill(draw.choice(sorted(ranks)), signal.SIGKILL)
+            result["kills"] += 1
+            deadline = time.monotonic() + 120
+            while ranks & children(process.pid):  # until torchrun has ended the others
+                if time.monotonic() > deadline:
+                    raise SystemExit("the other ranks hang after one was killed")
+                time.sleep(0.02)
+            lost = after_kill(home / "run")[1]
+            result["lost"] += [f"{name}, kill {result['kills']}: {lost}"] if lost else []
+    if process.returncode:
+        result["lost"].append(f"{name}: exit code {process.returncode}: {_tail(home)}")
+    return result
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def main() -> int:
@@ -182,31 +271,43 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run, under torchrun")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after it")
     parser.add_argument(
-        "--longest", type=float, default=0.6, help="most seconds of training before a kill"
+        "--longest", type=float, default=1.0, help="with --ranks: most seconds before a kill"
     )
-    parser.add_argument("--pause", type=float, default=0.5, help="seconds added to each slow write")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo")
+    parser.add_argument("--data", type=Path, help="the scene; otherwise a small demo scene is made")
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     args = parser.parse_args()
-    draw, total = random.Random(args.seed), {"kills": 0, "in_a_save": 0, "runs": 0, "lost": []}
+    draw, began = random.Random(args.seed), time.monotonic()
+    total: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
+    total["runs"], run = 0, one_run if args.ranks == 1 else one_run_of_ranks
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     try:
-        if start(args, folder, "untouched", 0.0).wait():
-            sys.exit((folder / "untouched.out").read_text())
-        end = f"{STEPS:06d}.tar"
-        while total["kills"] < args.kills:
-            name = f"killed_{total['runs']}"
-            pause = args.pause if total["runs"] % 2 else 0.0
-            result = one_run(args, folder, name, args.kills - total["kills"], draw, pause)
-            apart = differences(folder / "untouched" / end, folder / name / end)
-            result["lost"] += [f"{name}: {', '.join(apart)} differ at the end"] if apart else []
+        if args.script in FORMATS and args.data is None:
+            counts = {"train": 5, "val": 2, "test": 3}
+            make_demo.make(folder / "data", FORMATS[args.script], 16, counts)
+        first = run(args, folder, "unbroken", 0, draw, kinds := collections.Counter())
+        if first["lost"]:
+            sys.exit("\n".join(first["lost"]))
+        if args.ranks == 1:
+            kinds.update((folder / "unbroken.seen").read_text().split())
+        while total["kills"] < args.kills and time.monotonic() - began < 60 * args.minutes:
+            name, most = f"killed_{total['runs']}", min(MOST_KILLS, args.kills - total["kills"])
+            result = run(args, folder, name, most, draw, kinds)
+            apart = soak_compare.differences(folder / "unbroken", folder / name)
+            result["lost"] += [f"{name}: {line}" for line in apart]
             for key, value in result.items():
                 total[key] += value
             total["runs"] += 1
-            print(f"{args.script}: {total}", flush=True)
+            if result["lost"]:
+                print("\n".join(result["lost"]), flush=True)
+            else:
+                shutil.rmtree(folder / name)
+            shown = {key: value for key, value in total.items() if key != "lost"}
+            print(f"{args.script}: {shown}, 'lost': {len(total['lost'])}", flush=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not total["lost"]:
+            shutil.rmtree(folder, ignore_errors=True)
     if args.json:
         args.json.write_text(json.dumps({"script": args.script, **total}, indent=1) + "\n")
     return 1 if total["lost"] else 0

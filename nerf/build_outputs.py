@@ -12,9 +12,9 @@ from torch import nn
 from nerf import build_run, build_schedules
 from nerf.build import SceneRenderer
 from nerf.datasets.scene import Scene
-from nerf.outputs import forecast
+from nerf.outputs import forecast, validation
 from nerf.outputs.evaluation import Evaluation, EvaluationSettings
-from nerf.outputs.object import ObjectOutputs, write_preview
+from nerf.outputs.object import ObjectOutputs, has_turntable, write_preview, write_turntable
 from nerf.outputs.scene import SceneOutputs
 from nerf.rays import Rays
 from nerf.renderer import Rendered
@@ -28,6 +28,11 @@ from nerf.training.state import TrainState
 SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
 
 Log = Callable[[str], None]
+
+
+def every(step: int, interval: int) -> bool:
+    """Whether something done each ``interval`` steps (0: never) is due at ``step``."""
+    return interval > 0 and step % interval == 0
 
 
 def scene_evaluation(
@@ -47,7 +52,9 @@ def scene_evaluation(
 
     run.write_json("world.json", scene.world_record())
     block = build_run.render_block(args, renderer, world)
-    outputs = SceneOutputs(render, scene, block, world, stop, run.log)
+    # Of several ranks one could be through with its views when a signal comes: none stops early.
+    may_stop = stop if world.size == 1 else None
+    outputs = SceneOutputs(render, scene, block, world, may_stop, run.log)
     settings = EvaluationSettings(
         args.render_factor,
         args.metres_per_unit,
@@ -97,6 +104,52 @@ def preview(args: argparse.Namespace, outputs: ObjectOutputs, step: int) -> floa
     seconds_per_pixel = (time.perf_counter() - start) / (num_views * size**2)
     pixels = 0 if outputs.flat else args.video_frames * args.eval_res**2
     return seconds_per_pixel * pixels / outputs.world.size
+
+
+# --------------------------------------------- what an earlier start was stopped before making
+
+
+def make_up(
+    args: argparse.Namespace,
+    state: TrainState[Any],
+    evaluation: Evaluation,
+    save: Callable[[], object],
+) -> None:
+    """Make the validation, test and video that belong to the step of the resumed checkpoint.
+
+    A kill or a signal during them came after the step was saved. save: writes the checkpoint again,
+    if the validation makes it one of the best.
+    """
+    step, folder = state.step, evaluation.run.folder
+    if args.dry_run or not _is_own(state, folder):
+        return
+    with state.clock.paused():
+        if every(step, args.i_img) and evaluation.owes_validation(step):
+            state.record_score(*validation.score(evaluation, step, args.monitor))
+            if step in state.ranking.steps:
+                save()
+        if step < args.N_iters:  # else ``Evaluation.finish`` makes them
+            with evaluation.run.guard("a rendering"):
+                test, video = every(step, args.i_testset), every(step, args.i_video)
+                evaluation.make_up(step, test=test, video=video)
+
+
+def make_up_turntable(
+    args: argparse.Namespace, state: TrainState[Any], outputs: ObjectOutputs
+) -> None:
+    """Make the turntable that belongs to the step of the resumed checkpoint, as ``make_up``."""
+    step = state.step
+    if args.dry_run or not _is_own(state, outputs.run.folder) or step >= args.N_iters:
+        return
+    if every(step, args.i_video) and not has_turntable(outputs, step):
+        with state.clock.paused(), outputs.run.guard("turntable"):
+            write_turntable(outputs, step, args.video_frames)
+
+
+def _is_own(state: TrainState[Any], folder: Path) -> bool:
+    """Whether the run goes on from a checkpoint of its own, not of --ft_path."""
+    saved = state.attempt.saved
+    return saved is not None and saved[0].resolve().parent == folder.resolve()
 
 
 # ------------------------------------------------------------------------------------ estimates

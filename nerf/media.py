@@ -11,6 +11,7 @@ from nerf.metrics import to_8bit
 # Of a labeled grid, in pixels: shortest side of a cell, height of a line of text, and margins
 MIN_CELL, LINE, GAP = 96, 14, 3
 GIF_SIDE = 480  # most pixels a side of a GIF
+VIDEO_SUFFIXES = (".mp4", ".gif")
 MESH_FORMATS = (".glb", ".obj", ".ply")
 # Dark violet over red and orange to pale yellow: lightness rises steadily, so it prints in gray.
 _RAMP = np.array(
@@ -102,8 +103,8 @@ def write_video(
     """Write picture files as an H.264 video and return its path.
 
     A GIF beside ``path`` where ffmpeg is missing; None, with a warning, if neither is possible.
-    Frames are read one at a time. A frame of odd width or height loses its last column or row,
-    because the format stores color at half resolution.
+    Frames are read one at a time, and the file gets its name at the end. A frame of odd width or
+    height loses its last column or row, because the format stores color at half resolution.
     """
     try:
         import imageio_ffmpeg
@@ -111,7 +112,7 @@ def write_video(
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         return write_gif(path.with_suffix(".gif"), frames, fps, warn)
-    writer = None
+    writer, unfinished = None, path.with_name(f".{path.name}")
     try:
         for file in frames:
             frame = iio.imread(file)
@@ -121,7 +122,7 @@ def write_video(
                 return None
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
-                    str(path),
+                    str(unfinished),
                     (frame.shape[1], frame.shape[0]),
                     fps=fps,
                     quality=8,
@@ -141,7 +142,12 @@ def write_video(
                 warn(f"{path.name} is incomplete ({error}); its frames are kept")
     if writer is None:
         warn(f"{path.name} is not written: there are no frames")
-    return path if writer is not None else None
+        return None
+    if not unfinished.exists():
+        warn(f"{path.name} is not written (ffmpeg made no file); its frames are kept")
+        return None
+    unfinished.replace(path)
+    return path
 
 
 def write_gif(
@@ -192,3 +198,15 @@ def write_videos(
         if (video := write_video(folder / f"{name}.mp4", frames, warn=warn)) is not None:
             made.append(video)
     return made
+
+
+def has_video(folder: Path, name: str) -> bool:
+    """Whether the video NAME of ``write_videos`` is in the folder; it is renamed when complete."""
+    return any((folder / f"{name}{suffix}").exists() for suffix in VIDEO_SUFFIXES)
+
+
+def forget_videos(folder: Path) -> None:
+    """Remove a folder's videos: until they are made again, its frames are of two renderings."""
+    for path in folder.glob("*"):
+        if path.suffix in VIDEO_SUFFIXES:
+            path.unlink(missing_ok=True)

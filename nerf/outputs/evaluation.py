@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nerf.media import forget_videos, has_video
 from nerf.metrics import load_lpips
 from nerf.outputs import export
 from nerf.outputs.camera_path import read_path
@@ -27,6 +28,14 @@ from nerf.training.run_folder import RunFolder
 from nerf.training.system import release_memory
 
 METRICS = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}  # beside PSNR
+
+
+def report_is_old(folder: Path) -> bool:
+    """Whether a run's report is missing, or older than its metrics or one of its videos."""
+    report = folder / "report.html"
+    shown = [folder / "metrics.json", *folder.glob("render_path_*/*.mp4")]
+    times = [path.stat().st_mtime_ns for path in shown if path.exists()]
+    return not report.exists() or report.stat().st_mtime_ns < max(times, default=0)
 
 
 class EvaluationSettings(NamedTuple):
@@ -69,13 +78,16 @@ class Evaluation:
         """Render and measure the test views into render_test_STEP/, with a metrics.json.
 
         The run's own metrics.json and report are made of its full test only, never of fewer views
-        or smaller pictures (``EvaluationSettings.variant``).
+        or smaller pictures (``EvaluationSettings.variant``). The folder's metrics.json is written
+        last: without it the test is owed.
         """
         outputs, run, settings = self.outputs, self.run, self.settings
         if not outputs.scene.splits.get("test"):
             run.log("there are no test views: no metrics.json")
             return
         folder = self._test_folder(step)
+        if run.is_main:
+            (folder / "metrics.json").unlink(missing_ok=True)
         lpips, missing = load_lpips(outputs.world.device)
         with self.ema.swap():
             metrics = measure_views(
@@ -89,7 +101,14 @@ class Evaluation:
             )
         release_memory()
         metrics.update(step=step, weights=self.ema.kind, args=settings.flags)
+        self._publish(step, folder, metrics)
+        if missing and metrics.get("psnr") is not None:
+            run.log_once(step, f"no LPIPS ({missing})")
         run.write_json(f"{folder.name}/metrics.json", metrics)
+
+    def _publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """Log the measurements; of the run's own test write metrics.json, test.csv and report."""
+        run, settings = self.run, self.settings
         if metrics.get("psnr") is None:
             run.log(
                 f"test: {metrics['num_views']} views at 1 / {settings.render_factor} of their size "
@@ -103,8 +122,6 @@ class Evaluation:
             f"test: PSNR {metrics['psnr']:.2f} dB{''.join(others)} over {metrics['num_views']} "
             f"views, {metrics['seconds_per_view']:.2f} s each -> {folder}/"
         )
-        if missing:
-            run.log_once(step, f"no LPIPS ({missing})")
         if settings.variant:
             run.log("metrics.json and report.html stay those of the run's own full test")
             return
@@ -119,6 +136,8 @@ class Evaluation:
         Key frames of the user's own go to render_path_STEP_NAME/, beside the scene's path.
         """
         settings, folder = self.settings, self._path_folder(step)
+        if self.run.is_main:
+            forget_videos(folder)
         key_path = read_path(settings.camera_path) if settings.camera_path else None
         with self.ema.swap():
             videos = render_path(
@@ -138,21 +157,14 @@ class Evaluation:
         That is the test, then the video, if wanted. A run that was stopped while it made them
         makes up for them when it is started again.
         """
-        world, tested, filmed = self.outputs.world, self._test_folder(step), self._path_folder(step)
-        owed = [
-            not (tested / "metrics.json").exists() and bool(self.outputs.scene.splits.get("test")),
-            video and not (filmed / f"{len(self.outputs.scene.render_poses) - 1:03d}.png").exists(),
-        ]
-        owed = world.gather(owed)[0]  # all ranks see the same folder, or do as rank 0 does
-        if owed[0]:
-            self.measure_test(step)
-        if owed[1]:
-            self.render_camera_path(step)
+        owed = self.make_up(step, test=True, video=video)
         if not self.outputs.scene.splits.get("test"):
             self.run.log("there are no test views: no metrics.json")
             if self.run.is_main:
                 try_report(self.run.folder, self.run.log)
         elif not any(owed):
+            if self.run.is_main and not self.settings.variant and report_is_old(self.run.folder):
+                try_report(self.run.folder, self.run.log)
             self.run.log(f"nothing is left to do: see {self.run.folder}/report.html")
             return
         if owed[1] and self.run.is_main and not self.settings.variant:
@@ -161,6 +173,31 @@ class Evaluation:
             f"next: open {self.run.folder}/report.html; the same command with --export out.glb "
             "writes a mesh, with --render_only --viewer it opens the scene in the browser"
         )
+
+    def make_up(self, step: int, *, test: bool, video: bool) -> tuple[bool, bool]:
+        """Make the test and the video of ``step``, where wanted and not there; which were made."""
+        world, tested, filmed = self.outputs.world, self._test_folder(step), self._path_folder(step)
+        owed = (
+            test
+            and bool(self.outputs.scene.splits.get("test"))
+            and not (tested / "metrics.json").exists(),
+            video and not has_video(filmed, "depth"),
+        )
+        owed = world.gather(owed)[0]  # all ranks see the same folder, or do as rank 0 does
+        if owed[0]:
+            self.measure_test(step)
+        if owed[1]:
+            self.render_camera_path(step)
+        return owed
+
+    def owes_validation(self, step: int) -> bool:
+        """Whether val.csv has no row of ``step``; the same answer on all ranks."""
+        table = self.run.folder / "val.csv"
+        owed = False
+        if self.run.is_main:
+            text = table.read_text(encoding="utf-8", errors="replace") if table.is_file() else ""
+            owed = str(step) not in [line.split(",")[0] for line in text.splitlines()]
+        return bool(self.outputs.world.gather(owed)[0])
 
     def _test_folder(self, step: int) -> Path:
         return self.run.folder / f"render_test_{step:06d}{self.settings.variant}"

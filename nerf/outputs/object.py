@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from nerf.media import colorize, labeled_grid, nearness, write_png, write_videos
+from nerf.media import (
+    colorize,
+    forget_videos,
+    has_video,
+    labeled_grid,
+    nearness,
+    write_png,
+    write_videos,
+)
 from nerf.metrics import to_8bit
 from nerf.outputs import mesh
 from nerf.outputs.render import clip_rays
@@ -236,10 +244,20 @@ def write_turntable(
         for ending, render in outputs.renderers():
             suffix = name and f"_{one_line(name)}"
             folder = outputs.run.folder / f"render_path{ending}_{step:06d}{suffix}"
+            if outputs.world.is_main:
+                forget_videos(folder)
             first, *others = _write_frames(outputs, render, cameras, folder) or [folder]
             beside = ", ".join(path.stem for path in others)
             made.append(f"{first} (beside it: {beside})" if others else f"frames only, in {first}/")
     outputs.run.log("turntable: " + ", ".join(made))
+
+
+def has_turntable(outputs: ObjectOutputs, step: int) -> bool:
+    """Whether every object's turntable of ``step`` is there; the same answer on all ranks."""
+    endings = [ending for ending, _ in members_of(outputs.renderer)]
+    folders = [outputs.run.folder / f"render_path{ending}_{step:06d}" for ending in endings]
+    made = all(has_video(folder, MODES[-1]) for folder in folders)
+    return bool(outputs.world.gather(made)[0])
 
 
 def _write_frames(

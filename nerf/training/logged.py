@@ -89,13 +89,13 @@ class Table:
         rows = text.removeprefix("\ufeff").split("\n")
         header = rows[0].rstrip("\r").split(",") if text else ["step"]
         self.damaged = []
-        if problem := _header_problem(header):
+        if problem := header_problem(header):
             self.damaged = [f"row 1: {problem}, so that no row can be read"]
             header, rows = ["step"], []
         self.names = header[1:] + [name for name in names if name not in header]
         kept = [",".join(["step", *self.names])]
         for number, row in enumerate(rows[1:-1], 2):  # a last one without its end is unfinished
-            if problem := _row_problem(row.rstrip("\r"), header):
+            if problem := row_problem(row.rstrip("\r"), header):
                 self.damaged.append(f"row {number}: {problem}")
             elif int(row.split(",")[0]) < step:
                 kept.append(row.rstrip("\r"))
@@ -118,7 +118,7 @@ class Table:
         self._file.close()
 
 
-def _header_problem(names: Sequence[str]) -> str:
+def header_problem(names: Sequence[str]) -> str:
     """What is wrong with the names of a table's columns; "" for nothing."""
     if names[0] != "step":
         return f"the first column is {names[0][:20]!r}, not step"
@@ -128,7 +128,7 @@ def _header_problem(names: Sequence[str]) -> str:
     return ""
 
 
-def _row_problem(row: str, names: Sequence[str]) -> str:
+def row_problem(row: str, names: Sequence[str]) -> str:
     """What is wrong with a row of a table with these columns; "" for nothing."""
     cells = row.split(",")
     if not re.fullmatch(r"[0-9]{1,15}", cells[0]):
