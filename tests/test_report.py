@@ -1,5 +1,6 @@
 """Reports, comparisons, LPIPS, depth with its unit and error, Weights & Biases."""
 
+import copy
 import json
 import re
 import sys
@@ -283,3 +284,97 @@ def test_wandb_gets_numbers_and_pictures_or_is_refused_in_one_line(
     assert run_nerf.main([*flags, "--N_iters", "14"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "--wandb: it does not start" in last and "WANDB_MODE=offline" in last
+
+
+# --------------------------------------------------------------- files that no run has written
+
+
+WHOLE = {
+    "step": 7,
+    "psnr": 20.0,
+    "ssim": 0.8,
+    "num_views": 2,
+    "resolution": [20, 20],
+    "weights": "raw",
+    "split": "test",
+    "train_seconds": 3.0,
+    "seconds_per_view": 0.1,
+    "prompt": "a cube",
+    "views": [{"name": "a", "psnr": 19.0}, {"name": "b", "psnr": 21.0}],
+}
+STRANGE = [
+    "null",
+    "true",
+    '"text"',
+    "[]",
+    "{}",
+    "[1]",
+    '["a", {}]',
+    '{"a": 1}',
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "-1",
+    "-7.5",
+    "9" * 4000,
+    "1e308",
+    "[[[[1]]]]",
+    "[" * 400 + "]" * 400,
+    '"\\ud800"',
+    '"<script>"',
+    "[null, NaN]",
+    "[1e999, 2]",
+    '[{"name": [], "psnr": "x"}]',
+    "[{}, 3]",
+]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "", "psnr of a view", "name of a view"])
+def test_any_metrics_are_survived(tmp_path, name):
+    """Each value in each place, and instead of all; report.html and the comparison say the rest."""
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "args.json").write_text('{"expname": "x"}')
+        (tmp_path / run / "metrics.json").write_text(json.dumps(WHOLE))
+    path = tmp_path / "a" / "metrics.json"
+    for value in STRANGE:
+        content = copy.deepcopy(WHOLE)
+        if name.endswith("of a view"):
+            content["views"][0][name.split()[0]] = "HERE"
+        elif name:
+            content[name] = "HERE"
+        path.write_text(json.dumps(content).replace('"HERE"', value) if name else value)
+        page = report.write_report(tmp_path / "a").read_text()
+        assert "<script>" not in page
+        compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
+        if name and name != "psnr":
+            assert "PSNR, dB</td><td>20" in page
+        if name == "psnr" and value in ('"text"', "NaN", "[1]"):
+            assert "metrics.json: psnr" in page
+
+
+@pytest.mark.parametrize("name", ["args.json", "best.json", "metrics.csv", "val.csv", "log.txt"])
+def test_any_other_file_is_survived_or_named(tmp_path, name):
+    tables = [
+        "step,loss\n1,1e308\n2,-1e308\n",
+        "step,loss\n1,1e-320\n2,2e-320\n",
+        "step\n",
+        ",\n,\n",
+        "step,loss\n1,1e20\n2,1e20\n",
+        "step,loss\n1,1e999\n",
+        "loss,step\n1,2\n",
+        "\0\0\n\0",
+    ]
+    tables += [f"step,loss\n{'9' * 5000},1\n", "step,loss\n²,1\n", f"step,{'a' * 200_000}\n1,2\n"]
+    (tmp_path / "metrics.json").write_text(json.dumps(WHOLE))
+    for value in [*STRANGE, *tables, "[" * 100_000, "{", '{"a": ' + "9" * 5000 + "}"]:
+        (tmp_path / "args.json").write_text('{"expname": "x"}')
+        (tmp_path / name).write_bytes(value.encode() + b"\xff" * (name == "log.txt"))
+        try:
+            assert "PSNR, dB</td><td>20" in report.write_report(tmp_path).read_text()
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error) and name.endswith(".json")
+    for field in ('{"file": 1, "score": "x", "monitor": []}', '{"file": "a", "score": NaN}'):
+        (tmp_path / "args.json").write_text('{"expname": "x"}')
+        (tmp_path / "best.json").write_text(field)
+        report.write_report(tmp_path)

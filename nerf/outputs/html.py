@@ -19,6 +19,7 @@ from nerf.training.plain_text import one_line
 COLORS = ("#3b76d6", "#d9722e", "#2f9e6e", "#b24bb5", "#8a7a1f", "#c23b4a")
 MAX_VIDEO_BYTES = 8 << 20  # of a larger video only the path is shown
 WIDTH, HEIGHT = 460, 220  # of a diagram, in CSS pixels
+MOST = 1e300  # of a curve's numbers: beyond, their difference may be infinite
 LEFT, RIGHT, TOP, BOTTOM = 56, 20, 26, 26  # margins around its curves
 
 STYLE = """
@@ -121,7 +122,7 @@ def curves(title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], log: boo
     """
     kept = {}
     for name, (x, y) in lines.items():
-        good = np.isfinite(x) & np.isfinite(y) & ((y > 0) if log else True)
+        good = (abs(x) < MOST) & (abs(y) < MOST) & ((y > 0) if log else True)  # NaN is neither
         if good.any():
             kept[name] = (x[good], np.log10(y[good]) if log else y[good])
     if not kept:
@@ -164,14 +165,17 @@ def curves(title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], log: boo
 
 def _range(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high - low > 1e-12 * max(abs(low), abs(high), 1e-280):  # else no axis can show it
+        return low, high
+    margin = max(0.5, 1e-6 * abs(low))
+    return low - margin, high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers between ``low`` and ``high``."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first = math.ceil(low / step)
     return [round(number * step, 12) for number in range(first, math.floor(high / step) + 1)]
 

@@ -5,7 +5,6 @@
 Everything is read from the files of the run folder (docs/outputs.md); missing files are left out.
 """
 
-import csv
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nerf.outputs import html
+from nerf.training import logged
 from nerf.training.checkpoint_choice import BEST, describe_best
 from nerf.training.files import replace_file
 from nerf.training.plain_text import one_line
@@ -23,6 +23,7 @@ from nerf.training.plain_text import one_line
 MAX_VIEWS = 32  # shown, worst first
 SIDE = 200  # pixels of a picture's longer side
 MAX_NOTES = 60  # lines of the log that are shown
+MOST = 1e15  # what no measurement is above
 LOGGED = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)"  # a line of log.txt: time and message
 ROUTINE = (
     r"step \d+/\d+ |step \d+: validation |best so far: |(test view|val view|frame) \d+/|"
@@ -64,15 +65,14 @@ class Run:
             raise ValueError(
                 f"{folder}: is no run folder, it has no args.json; name a trained run's"
             )
-        self.metrics = _json(folder / "metrics.json")
+        self.metrics, self.left_out = known_metrics(_json(folder / "metrics.json"))
         tables = ("metrics.csv", "val.csv", "test.csv")
         self.curves = {k: v for name in tables for k, v in _columns(folder / name).items()}
 
     @property
     def views(self) -> list[tuple[int, dict[str, Any]]]:
         """Number and measurements of the test views, worst PSNR first."""
-        rows = enumerate(self.metrics.get("views", []))
-        return sorted(rows, key=lambda row: row[1].get("psnr") or 0.0)
+        return sorted(self.metrics.get("views", []), key=lambda row: row[1].get("psnr") or 0.0)
 
     @property
     def test_folder(self) -> Path:
@@ -96,8 +96,12 @@ class Run:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is none. ValueError if it cannot be read."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content)  # recursion: what is nested too deep to be written is to be shown
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -105,21 +109,65 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _number(value: Any) -> float | None:
+    """``value`` if it is a number that can be shown and compared, else None."""
+    is_number = type(value) in (int, float) and -MOST < value < MOST  # NaN is not
+    return value if is_number else None
+
+
+def known_metrics(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """metrics.json without entries of another kind than runs write, and the names of those.
+
+    "views" becomes a list of (number, measurements), the same for each view.
+    """
+    kept: dict[str, Any] = {}
+    for name in (*MEASUREMENTS, "train_seconds"):
+        kept[name] = _number(content.get(name))
+    for name in ("step", "num_views"):
+        kept[name] = content.get(name) if type(content.get(name)) is int else None
+        if kept[name] is not None and not 0 <= kept[name] < MOST:
+            kept[name] = None
+    for name in ("weights", "split", "prompt"):
+        kept[name] = content.get(name) if isinstance(content.get(name), str) else None
+    size = content.get("resolution")
+    is_size = (
+        isinstance(size, list) and len(size) == 2 and all(_number(n) is not None for n in size)
+    )
+    kept["resolution"] = size if is_size else None
+    views = content.get("views")
+    left_out = [f"metrics.json: {name}" for name in kept if content.get(name) is not kept[name]]
+    kept["views"] = []
+    for number, view in enumerate(views if isinstance(views, list) else []):
+        if isinstance(view, dict):
+            known = {name: _number(view.get(name)) for name in MEASUREMENTS}
+            name = view.get("name")
+            kept["views"].append(
+                (number, known | {"name": name if isinstance(name, str) else None})
+            )
+            wrong = [name for name in known if view.get(name) is not known[name]]
+        else:
+            wrong = ["all"]
+        left_out += [f"metrics.json: {name} of view {number}" for name in wrong]
+    if views is not None and not isinstance(views, list):
+        left_out.append("metrics.json: views")
+    return {name: value for name, value in kept.items() if value is not None}, left_out
+
+
 def _columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name -> (steps, values) of a CSV file with a column "step"; broken rows are left out."""
-    columns: dict[str, list[tuple[float, float]]] = {}
+    columns: dict[str, list[tuple[int, float]]] = {}
     if not path.is_file():
         return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                numbers = {name: float(v) for name, v in row.items() if v}  # "": no value
-                step = numbers.pop("step")
-            except (KeyError, TypeError, ValueError):
-                continue
-            for name, value in numbers.items():
-                columns.setdefault(name, []).append((step, value))
-    arrays = {name: np.array(rows).T for name, rows in columns.items()}
+    rows = path.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff").split("\n")
+    header = rows[0].rstrip("\r").split(",")
+    for row in rows[1:]:
+        cells = row.rstrip("\r").split(",")
+        if logged.header_problem(header) or logged.row_problem(row.rstrip("\r"), header):
+            continue
+        for name, cell in zip(header[1:], cells[1:], strict=False):
+            if cell:  # "": no value
+                columns.setdefault(name, []).append((int(cells[0]), float(cell)))
+    arrays = {name: np.array(points, dtype=float).T for name, points in columns.items()}
     return {name: (steps, values) for name, (steps, values) in arrays.items()}
 
 
@@ -147,12 +195,14 @@ def measurements(run: Run) -> list[list[Any]]:
     rows += [
         [label, run.metrics[key]] for key, label in MEASUREMENTS.items() if run.metrics.get(key)
     ]
-    if run.metrics.get("num_views"):
+    if {"num_views", "resolution", "weights", "split"} <= run.metrics.keys():
         width, height = run.metrics["resolution"]
         size = f"{run.metrics['num_views']} of {width}x{height}, {run.metrics['weights']} weights"
         rows.append([f"{run.metrics['split']} views", size])
     if best := describe_best(_json(run.folder / BEST)):
         rows.append(["best checkpoint", best])
+    if run.left_out:
+        rows.append(["left out, not what a run writes", ", ".join(run.left_out[:MAX_NOTES])])
     if "lpips" not in run.metrics and "psnr" in run.metrics:
         rows.append(["LPIPS", "left out: its package or weights are not installed"])
     step = run.metrics.get("step") or run.last_step

@@ -129,7 +129,8 @@ class Ranking:
 
 def describe_best(content: dict[str, Any]) -> str:
     """best.json in words; "" if ``content`` is not that of one."""
-    if not {"file", "score", "monitor"} <= content.keys():
+    kinds = {"file": str, "score": int | float, "monitor": str, "split": str | None}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
         return ""
     views = f" of the {content['split']} views" if content.get("split") else ""
     named = {"psnr": "PSNR", "ssim": "SSIM"}.get(content["monitor"])
