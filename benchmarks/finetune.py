@@ -79,7 +79,7 @@ def drawn(lora: Path | None, prompt: str, seed: int = 100) -> Tensor:
     """SAMPLES pictures of the embedded model, of a seed that training does not use."""
     merged = None if lora is None else (lora, 1.0)
     model = StableDiffusion(finetune.TINY, torch.device("cpu"), lora=merged, warn=lambda text: None)
-    return sample(model, [prompt] * SAMPLES, scale=5.0, seed=seed)
+    return sample(model, [prompt] * SAMPLES, scale=5.0, steps=15, seed=seed)
 
 
 def judged(judge: judging.Judge, images: Tensor, name: str, color: str | None = None) -> float:

@@ -370,7 +370,7 @@ def test_the_embedded_model_learns_a_new_pair_of_words(tmp_path):
     out = tmp_path / "donut.safetensors"
     words = ["--pictures", str(tmp_path / "donut"), "--prompt", "a magenta donut"]
     words += [*cases.LORA, "--steps", "100", "--out", str(out)]
-    assert cases.magenta(cases.drawn(None, "a magenta donut")) < 0.1
+    assert cases.magenta(cases.drawn(None, "a magenta donut")) < 0.2
     assert finetune.main(words) == 0
     assert cases.magenta(cases.drawn(out, "a magenta donut")) > 0.9
     red = cases.drawn(out, "a red cone")[:, :, 12:24, 12:20].mean((2, 3))
