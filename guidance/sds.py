@@ -57,12 +57,9 @@ class Conditions(NamedTuple):
 
     def part(self, index: slice) -> "Conditions":
         """Those of the views in ``index``."""
-        others, weights = (
-            tuple(member[index] for member in members) for members in (self.others, self.weights)
-        )
-        return Conditions(
-            self.negative[index], self.text[index], others, weights, self.words[index]
-        )
+        others, weights = (tuple(x[index] for x in each) for each in (self.others, self.weights))
+        own = self.negative[index], self.text[index]
+        return Conditions(*own, others, weights, self.words[index])
 
 
 class Scores(NamedTuple):
