@@ -21,7 +21,7 @@ def scene_space(
     num_steps, cone_angle: see ``Box`` and ``Contraction``. bound: half the side of a cube around
     the origin. 0: in NDC, the box around the rays of the corner pixels; else the dataset's own box;
     else a cube around the point nearest to all optical axes, as wide as the frame of the farthest
-    camera is there.
+    camera is there. ValueError if all cameras are at one point, without any of these.
     """
     if contract:
         return Contraction(scene.near, scene.far, num_steps, cone_angle).to(scene.c2w.device)
@@ -49,6 +49,11 @@ def scene_space(
     distance = (c2w[:, :, 3] - center).norm(dim=-1)
     half = 0.5 * max(scene.width, scene.height) / intrinsics[:, :2].min()
     radius = (distance.max() * half).clamp(max=float(distance.max()))
+    if not bool((center + radius > center).all()):
+        raise ValueError(
+            "all training cameras stand at one point, which tells no size of the scene; give "
+            "--scene_bound, half the side of a cube around the origin, or --contract"
+        )
     return Box(center - radius, center + radius, num_steps)
 
 

@@ -16,6 +16,7 @@ from nerf.lenses import COLMAP_MODELS
 
 MODEL_NAMES = {number: name for name, (number, _) in COLMAP_MODELS.items()}
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0])
+MOST_PIXELS = 10**6  # of a picture's side
 
 
 class Camera(NamedTuple):
@@ -127,8 +128,19 @@ def read_model(folder: Path) -> Model:
             raise ValueError(
                 f"{files[0]}: is truncated or not a COLMAP file ({error}); export the model again"
             ) from None
+    for number, camera in parts["cameras"].items():
+        if not (0 < camera.width < MOST_PIXELS and 0 < camera.height < MOST_PIXELS):
+            raise ValueError(
+                f"{folder}: camera {number} has pictures of {_shown(camera.width)} x "
+                f"{_shown(camera.height)} pixels; expected 1 to {MOST_PIXELS - 1}; export it again"
+            )
     images = sorted(parts["images"], key=lambda image: image.name)
     return _joined(folder, parts["cameras"], images, parts["points3D"])
+
+
+def _shown(number: int) -> str:
+    """A number in a message: of many digits, how many."""
+    return str(number) if abs(number) < 10**12 else "10^12 or more"
 
 
 def _joined(

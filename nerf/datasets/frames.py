@@ -172,9 +172,12 @@ def joined(top: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
     return {**shared, **frame}
 
 
+MOST_PIXELS = 10**6  # of a picture's side
+
+
 def _common_ratio(old: list[Any], new: list[Any]) -> float | None:
     """new / old where (width, height) have the same proportions; None where they do not."""
-    if not all(isinstance(side, int | float) and side > 0 for side in (*old, *new)):
+    if not all(isinstance(side, int | float) and 0 < side < MOST_PIXELS for side in (*old, *new)):
         return None
     x, y = new[0] / old[0], new[1] / old[1]
     return x if abs(x / y - 1) < 0.01 else None
