@@ -77,8 +77,12 @@ def every(step: int, interval: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return entry.exit_code("run_dreamfusion.py", partial(start, argv))
+
+
+def start(argv: list[str] | None) -> int:
     args = dream_flags.parse(argv)
-    return entry.exit_code("run_dreamfusion.py", partial(run_prompts, args))
+    return run_prompts(args)
 
 
 def run_prompts(args) -> int:

@@ -74,10 +74,14 @@ def every(step: int, interval: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return entry.exit_code("run_nerf.py", partial(start, argv))
+
+
+def start(argv: list[str] | None) -> int:
     args = nerf_flags.parse(argv)
     if is_reading(args) and not (args.config or args.ft_path):
         args = flags_of_run(args, argv)
-    return entry.exit_code("run_nerf.py", partial(run_scene, args))
+    return run_scene(args)
 
 
 def is_reading(args) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nerf.training.launch import MEETING, find_place
 from nerf.training.plain_text import one_line
 
 
@@ -125,8 +126,7 @@ def setup(device: str) -> World:
     device: auto, cpu, cuda, cuda:1 or mps. Under torchrun each process takes the GPU of its local
     rank (nccl), or the CPU (gloo). ValueError if the device does not exist.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local_rank = find_place()
     chosen = choose_device(device, print_to_stderr if rank == 0 else None)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if size > 1 else chosen.index or 0)
@@ -137,7 +137,14 @@ def setup(device: str) -> World:
             )
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            place = ":".join(os.environ.get(name, "") for name in MEETING)
+            raise ValueError(
+                f"the {size} processes do not meet at {place} ({str(error).splitlines()[0]}); "
+                f"check {' and '.join(MEETING)}, or start them with torchrun"
+            ) from None
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     return World(rank, size, chosen)
 

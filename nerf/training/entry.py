@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from nerf.training import distributed
+from nerf.training import distributed, interrupts, last_net, launch
 from nerf.training.plain_text import one_line
 
 NOTHING_LEARNED = 4  # exit code of a run that ended, but whose start was dead, or guidance NaN
@@ -26,6 +26,10 @@ def report_mistakes(program: str, body: Callable[[], int]) -> int:
     except OSError as error:
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 3
+    except ModuleNotFoundError:  # the hook of nerf.training.installed says how to install it
+        raise
+    except Exception as error:  # nobody's mistake but the program's
+        return last_net.report(program, error)
 
 
 class Stopped(BaseException):
@@ -45,7 +49,8 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if in_main_thread else None
     try:
-        return report_mistakes(program, body)
+        with interrupts.interruptible():
+            return report_mistakes(program, body)
     except KeyboardInterrupt:
         print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -66,7 +71,11 @@ def exit_process(code: int) -> None:
     ("terminate called without an active exception", SIGABRT: on busy machines about once in a
     hundred exits), so that torchrun takes a finished run for a failed one.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    try:
+        several = launch.find_place().size > 1
+    except ValueError:  # what was said before
+        several = False
+    if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -47,3 +47,7 @@ if sys.version_info < OLDEST:  # noqa: UP036
     print(missing(f"this is Python {version}, 3.11 or newer is needed", cure), file=sys.stderr)
     raise SystemExit(2)
 sys.excepthook = explain
+
+from nerf.training import interrupts  # noqa: E402  its syntax needs that Python
+
+interrupts.begin(("run_nerf.py", "run_dreamfusion.py"))

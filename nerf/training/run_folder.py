@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 
 from nerf.media import write_png
-from nerf.training import logged
+from nerf.training import last_net, logged
 from nerf.training.files import open_append
 from nerf.training.plain_text import indented, one_line
 from nerf.training.run_records import RECORDS, Records, refuse_links
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
 LEVELS = ("debug", "info", "warning")  # of messages, from the least to the most important
 
 
@@ -77,10 +76,12 @@ class RunFolder:
 
         A folder that this command created, and in which nothing was made, is removed again.
         """
-        if isinstance(error, ValueError | OSError):
+        if isinstance(error, Exception):
             self.debug("".join(traceback.format_exception(error)))
+            last_net.written_to(error, None if self.failed else self.folder / "log.txt")
         self.close()
-        if error is not None and self._created and self.folder.is_dir():
+        unexpected = isinstance(error, Exception) and not isinstance(error, ValueError | OSError)
+        if error is not None and not unexpected and self._created and self.folder.is_dir():
             files = {path.name for path in self.folder.iterdir()}
             if files <= {".lock", "log.txt", *(RECORDS if isinstance(error, ValueError) else [])}:
                 shutil.rmtree(self.folder, ignore_errors=True)
