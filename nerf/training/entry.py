@@ -69,13 +69,14 @@ def exit_process(code: int) -> None:
     One of several processes skips the interpreter's teardown. DDP and gloo leave threads behind
     that may still want Python's lock, and once the interpreter is gone they abort the process
     ("terminate called without an active exception", SIGABRT: on busy machines about once in a
-    hundred exits), so that torchrun takes a finished run for a failed one.
+    hundred exits), so that torchrun takes a finished run for a failed one. A process that a signal
+    stopped skips it too: a second Ctrl-C would meet it half torn down.
     """
     try:
         several = launch.find_place().size > 1
     except ValueError:  # what was said before
         several = False
-    if several:
+    if several or code > 128:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
