@@ -38,6 +38,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def _files(folder: Path) -> set[str]:
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in OWN]
+    paths = [path for path in paths if not re.fullmatch(r"\.pictures(\.lock|_\w+\.npy)", path.name)]
     names = [path.relative_to(folder) for path in paths]
     return {str(name) for name in names if not set(name.parts[:-1]) & set(OWN_FOLDERS)}
 

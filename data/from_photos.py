@@ -15,7 +15,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
+from nerf.training.files import unfinished_folder
 from nerf.training.plain_text import one_line
 
 FEWEST = 3  # registered photos without which there is no scene
@@ -210,9 +210,8 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
         raise ValueError(f"{out}: exists already; remove it first, or give another --out")
     sfm.require()
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     start = time.monotonic()
-    try:
+    with unfinished_folder(out) as work:
         photos = gather(source, work / "images", args, log)
         log(f"{len(photos)} pictures, {photos[0].width}x{photos[0].height}; finding features ...")
         found = sfm.run(
@@ -235,8 +234,6 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
         draw(model, work / "cameras.png")
         os.chmod(work, 0o755)
         work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     log(f"next: python run_nerf.py --config {out / 'config.txt'}")
 
 

@@ -11,9 +11,7 @@ import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is mi
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from nerf.datasets.colmap_model import Camera, Model
 from nerf.datasets.colmap_write import write_model
 from nerf.lenses import from_colmap
 from nerf.media import write_png
+from nerf.training.files import unfinished_folder
 from nerf.training.plain_text import one_line
 
 RADIUS = 4.0  # distance of the cameras from the origin
@@ -238,14 +237,11 @@ def make(out: Path, kind: str, size: int, counts: dict[str, int], show: bool = F
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it first, or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with unfinished_folder(out) as temporary:
         with tqdm(total=sum(counts.values()), disable=not show, desc="demo scene") as bar:
             WRITERS[kind](temporary, size, counts, bar.update)
         os.chmod(temporary, 0o755)
         temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main() -> int:

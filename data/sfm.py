@@ -12,11 +12,16 @@ their matches cover WIDE of the largest area that either picture shares with any
 import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
 
 # isort: split
+import ctypes
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +76,8 @@ def run(images: Path, work: Path, **settings: Any) -> Reconstruction:
     job = {"images": str(images), "work": str(work), **settings}
     (work / "job.json").write_text(json.dumps(job))
     with open(work / "log.txt", "w") as log:
-        done = subprocess.run([sys.executable, __file__, work / "job.json"], stderr=log)
+        command = [sys.executable, __file__, work / "job.json", str(os.getpid())]
+        done = subprocess.run(command, stderr=log)
     if done.returncode:
         lines = (work / "log.txt").read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no message")
@@ -256,7 +262,24 @@ def _counts(pycolmap: ModuleType, database: Path, names: list[str]) -> tuple[lis
     return [features.get(name, 0) for name in names], [partners[name] for name in names]
 
 
+def end_with(parent: int) -> None:
+    """End this process when ``parent``, which started it, ends in any way, such as by SIGKILL.
+
+    On Linux the system does so at once; elsewhere a thread looks every second.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    threading.Thread(target=watch, daemon=True).start()  # also if it ended before that
+
+
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     job = json.loads(Path(sys.argv[1]).read_text())
     images, work = Path(job.pop("images")), Path(job.pop("work"))
     outcome = reconstruct(images, work, **job, log=lambda line: print(line, flush=True))

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 
 import demo_scene
 import make_demo
@@ -16,7 +17,6 @@ from PIL import Image
 
 from nerf.build import load_scene
 from nerf.cameras import nearest_point_to_axes
-from nerf.datasets import llff
 from nerf.flags import nerf as nerf_flags
 from nerf.rays import rays_to_ndc
 
@@ -313,7 +313,7 @@ def test_llff_without_leave_to_write_still_loads(demo, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     folder = demo("llff")
-    monkeypatch.setattr(llff.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     warnings = []
     assert load(folder, "llff", "--factor", "2", warn=warnings.append).height == 16
     assert len(warnings) == 1 and "Permission denied" in warnings[0]

@@ -26,6 +26,7 @@ from guidance.attention import fast_attention
 from guidance.tiny import build, pictures
 from nerf.training.distributed import choose_device
 from nerf.training.ema import EMA
+from nerf.training.files import replace_file, unfinished_folder
 from nerf.training.rng import seed_everything, step_generator
 from nerf.training.system import StopSignal, autocast
 
@@ -90,7 +91,7 @@ def same_settings(args: Namespace) -> None:
     now = {key: value for key, value in sorted(vars(args).items()) if key not in FREE}
     path = args.work / "settings.json"
     if not path.exists():
-        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(now, indent=1) + "\n").encode("utf-8"))
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [
         f"--{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
@@ -331,9 +332,13 @@ def main(argv: list[str] | None = None) -> None:
     vae.register_to_config(scaling_factor=latents["scaling_factor"])
     tokenizer, both, ready = train_unet(args, data["facts"], latents, device)
     if ready:
-        build.write_folder(
-            args.out, tokenizer, both["text"], vae, both["unet"], pictures.vocabulary()
-        )
+        parts = tokenizer, both["text"], vae, both["unet"], pictures.vocabulary()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished_folder(args.out) as temporary:
+            new = args.out if args.out.exists() else temporary / "model"
+            build.write_folder(new, *parts)
+            if new != args.out:
+                new.rename(args.out)
         print(f"written: {args.out}", flush=True)
 
 

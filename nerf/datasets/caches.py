@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nerf.datasets.images import LARGEST, eight_bit, is_big, open_image, read_image, why_unreadable
+from nerf.training.files import replace_file
 
 SPOT_CHECKS = 4  # pictures compared although their times arouse no suspicion
 SIDE = 8  # pixels of the thumbnails that are compared
@@ -31,9 +32,10 @@ def _note(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.made_from")
 
 
-def write_fingerprints(reduced: Sequence[Path], originals: Sequence[Path]) -> None:
-    """Note, beside the reduced pictures, which pictures they were made from."""
-    _note(reduced[0].parent).write_text(f"{fingerprint(originals)} {fingerprint(reduced)}\n")
+def write_fingerprints(folder: Path, reduced: Sequence[Path], originals: Sequence[Path]) -> None:
+    """Note, beside ``folder``, which will hold ``reduced``, which pictures they were made from."""
+    text = f"{fingerprint(originals)} {fingerprint(reduced)}\n"
+    replace_file(_note(folder), text.encode("utf-8"))
 
 
 def source_of(reduced: Sequence[Path]) -> str | None:

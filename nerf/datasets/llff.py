@@ -6,8 +6,6 @@ and the farthest depth.
 """
 
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from nerf.datasets.masks import find_masks, refuse_with_store, usable_pixels
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store, as_tensor
 from nerf.datasets.stored_file import file_of
+from nerf.training.files import unfinished_folder
 
 # The nearest depth is scaled to 1 / 0.75, so that NDC's near plane at 1 lies in front of it.
 BOUND_FACTOR = 0.75
@@ -326,23 +325,21 @@ def _write_cache(
 ) -> None:
     """Write the pictures to a temporary folder and rename it, so a cache is never half-written.
 
-    replace: remove the old folder, which this function made from other pictures.
+    replace: of an old folder, which this function made from other pictures.
     """
+    complete = False
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
+        with unfinished_folder(cache) as temporary:
+            reduced, old = temporary / "reduced", temporary / "old"
+            reduced.mkdir()
+            for file, picture in zip(files, pictures, strict=True):
+                picture.save(reduced / f"{file.stem}.png")
+            if replace and cache.is_dir():
+                os.rename(cache, old)
+            # Before the folder has its name: without them nobody knows who made it.
+            write_fingerprints(cache, list_images(reduced), files)
+            os.rename(reduced, cache)
+            complete = True
     except OSError as error:
-        warn(f"{cache} cannot be written ({error.strerror}); pictures are reduced in every run")
-        return
-    try:
-        for file, picture in zip(files, pictures, strict=True):
-            picture.save(temporary / f"{file.stem}.png")
-        os.chmod(temporary, 0o755)
-        if replace and cache.is_dir():
-            shutil.rmtree(cache)
-        os.rename(temporary, cache)
-        write_fingerprints(list_images(cache), files)
-    except OSError as error:
-        if not cache.is_dir():  # else another process wrote it first
+        if not complete and not cache.is_dir():  # else another process wrote it first
             warn(f"{cache} cannot be written ({error.strerror}); pictures are reduced in every run")
-    finally:  # also when interrupted
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,12 @@
 Neither function writes through a symbolic link at the file's name.
 """
 
+import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -32,3 +37,54 @@ def open_append(path: Path) -> TextIO:
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
     return open(path, "a", encoding="utf-8", opener=opener)
+
+
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside ``target``, to be filled and renamed; removed after the block.
+
+    A killed process leaves its folder behind. The next call for this ``target`` removes it: a
+    folder in use is locked, and the system releases the locks of a process that ends. OSError if
+    it cannot be made.
+    """
+    with _locked(target.parent):  # no other process may look before the new folder is locked
+        for old in target.parent.glob(f".{_literal(target.name)}.*.unfinished"):
+            if lock := _try_lock(old):
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
+        lock = _try_lock(Path(name))
+    try:
+        yield Path(name)
+    finally:  # also when interrupted
+        shutil.rmtree(name, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _literal(name: str) -> str:
+    """A glob pattern that only ``name`` matches."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Lock a folder until the number returned is closed; None if another process has it."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(number)
+        return None
+    return number
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside the block no other process is; not on file systems without locks of folders."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
