@@ -122,12 +122,10 @@ def careful(args: argparse.Namespace, log: Log, distillation: Any = None) -> Ite
 def view_batches(args: argparse.Namespace, world: World, log: Log, advice: str) -> MicroBatches:
     """The micro-batches of a step's views, of ``--views_at_once``.
 
-    advice: what to do where memory runs out; several processes cannot halve them by themselves.
+    advice: what to do where memory runs out with a single view.
     """
     own = args.batch_views // world.size
     size = min(args.views_at_once or own, own)
-    if world.size > 1 and size > 1:
-        advice = f"try --views_at_once {size // 2}"
     return MicroBatches(size, world, log, "views", advice)
 
 

@@ -1,9 +1,8 @@
 """Several processes as one: gradients, weights, metrics, frames, failures. gloo ranks on a CPU."""
 
-import ast
 import csv
 import json
-import re
+import os
 import time
 from importlib.util import find_spec
 
@@ -16,6 +15,8 @@ from helpers import (
     FAST_TINY,
     NERF_TINY,
     REPOSITORY,
+    SERVER,
+    _script,
     newest,
     run_python,
     run_script,
@@ -34,13 +35,22 @@ from helpers import gradient_case
 from nerf.training import distributed, entry
 world = distributed.setup("cpu")
 renderer, rays, target, noise = gradient_case()
-model = torch.nn.parallel.DistributedDataParallel(renderer) if world.size > 1 else renderer
 shard = world.shard(len(target))
-past = world.size > 1 and sys.argv[1] == "past"
-levels = (model.module if past else model)(rays.part(shard), noise.part(shard))
+levels = renderer(rays.part(shard), noise.part(shard))
 sum(((level.rgb - target[shard]) ** 2).mean() for level in levels).backward()
+if sys.argv[1] == "averaged":
+    world.average_gradients(renderer.parameters())
 found = torch.cat([p.grad.flatten() for p in renderer.parameters()])
 every = world.gather(found)
+# Weights without a gradient on rank 0, on all ranks, and with one on all.
+some = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+some[2].grad = torch.full((2,), float(world.rank))
+if world.rank:
+    some[0].grad = torch.ones(2)
+world.average_gradients(some)
+half = None if world.size == 1 else (world.size - 1) / world.size
+assert world.size == 1 or some[0].grad.tolist() == [half, half]
+assert some[1].grad is None and some[2].grad.tolist() == [(world.size - 1) / 2] * 2
 if world.is_main:
     torch.save(torch.stack(every), sys.argv[2])
 world.barrier()
@@ -64,25 +74,25 @@ def averaged(found: torch.Tensor, one: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_gradients_are_averaged_and_the_popular_bug_would_be_caught(tmp_path, count):
-    """The bug: calling ``ddp.module`` goes past DDP, every rank keeps the gradient of its share."""
-    one = gradients(tmp_path, 1, "through")
-    right = gradients(tmp_path, count, "through")
+def test_gradients_are_averaged_and_a_loop_without_would_be_caught(tmp_path, count):
+    """Without it every rank keeps the gradient of its share, as in a bug that others had."""
+    one = gradients(tmp_path, 1, "averaged")
+    right = gradients(tmp_path, count, "averaged")
     assert averaged(right, one)
     assert all(torch.equal(right[0], other) for other in right[1:])
-    wrong = gradients(tmp_path, count, "past")
+    wrong = gradients(tmp_path, count, "alone")
     assert not averaged(wrong, one)
     assert not torch.equal(wrong[0], wrong[1])
-    assert averaged(wrong.mean(0, keepdim=True), one)  # what DDP would have made of them
+    assert averaged(wrong.mean(0, keepdim=True), one)  # what the average would have been
 
 
-def test_the_loop_goes_through_ddp():
-    """run_nerf.py has one forward a step, and it is the wrapper's."""
-    source = (REPOSITORY / "run_nerf.py").read_text(encoding="utf-8")
-    assert len(re.findall(r"levels = model\(", source)) == 1
-    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
-    assert not [node for node in attributes if node.attr == "module"]
-    assert "model = distributed.data_parallel(world, renderer)" in source
+@pytest.mark.parametrize("script", ["run_nerf.py", "run_dreamfusion.py"])
+def test_both_loops_average_once_a_step_after_all_micro_batches(script):
+    source = (REPOSITORY / script).read_text(encoding="utf-8")
+    order = ["micro.run(accumulate_gradients", "world.average_gradients(renderer.parameters())"]
+    order += ["scaler.unscale_(optimizer)"]
+    places = [source.index(text) for text in order]
+    assert places == sorted(places) and all(source.count(text) == 1 for text in order)
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -97,7 +107,7 @@ def train(data, folder, name, count, *more):
 
 
 def weights(state) -> torch.Tensor:
-    nets = [state[f"network_{kind}_state_dict"] or {} for kind in ("fn", "fine")]
+    nets = [state.get(f"network_{kind}_state_dict") or {} for kind in ("fn", "fine")]
     return torch.cat([value.flatten() for net in nets for value in net.values()])
 
 
@@ -113,12 +123,32 @@ def test_200_steps_of_several_ranks_are_those_of_one(data, tmp_path, count):
     assert told["ssim"] == pytest.approx(told_many["ssim"], abs=1e-5)
 
 
-def test_a_run_goes_on_with_more_and_with_fewer_processes(data, tmp_path):
+KINDS = {
+    "vanilla": ["--lr_schedule", "exp"],
+    "fast": [*FAST_TINY, "--lr_schedule", "exp"],
+    "store": ["--data_store", "mmap"],
+    "dream": ["--batch_views", 4, "--lrate", 1e-4],
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["vanilla", "fast", "dream", pytest.param("store", marks=pytest.mark.slow)]
+)
+def test_a_run_goes_on_with_more_and_with_fewer_processes(data, tmp_path, kind):
     """1 -> 2 -> 1 processes, four steps each: what twelve steps of one give."""
-    flags = ["--lr_schedule", "exp"]
-    one, _ = train(data, tmp_path, "one", 1, *flags, "--N_iters", 12)
+    script = "run_dreamfusion.py" if kind == "dream" else "run_nerf.py"
+    flags = DREAM_TINY if kind == "dream" else [*TINY, "--datadir", data]
+    flags = [*flags, "--basedir", tmp_path, "--i_print", 4]
+
+    def trained(name, steps, count):
+        words = [*flags, *KINDS[kind], "--expname", name, "--N_iters", steps]
+        done = run_script(words, ranks=count, script=script)
+        assert done.returncode == 0, done.stderr
+        return newest(tmp_path / name)
+
+    one = trained("one", 12, 1)
     for steps, count in ((4, 1), (8, 2), (12, 1)):
-        state, _ = train(data, tmp_path, "changing", count, *flags, "--N_iters", steps)
+        state = trained("changing", steps, count)
         assert state["global_step"] == steps
     assert (weights(one) - weights(state)).abs().max() <= 1e-4
 
@@ -183,10 +213,10 @@ import os, sys, torch
 import run_dreamfusion
 rank, folder = sys.argv.pop(1), sys.argv.pop(1)
 accumulate, finish = run_dreamfusion.accumulate_gradients, run_dreamfusion.finish
-def poisoned(args, model, state, guide, inputs, now, views):
+def poisoned(args, state, guide, inputs, now, views):
     if state.step in (2, 3) and os.environ["RANK"] == rank:
         inputs.lighting.background[0] = float("nan")
-    return accumulate(args, model, state, guide, inputs, now, views)
+    return accumulate(args, state, guide, inputs, now, views)
 def kept(args, run, outputs, *more):
     torch.save(outputs.renderer.state_dict(), f"{folder}/rank{outputs.world.rank}.pt")
     return finish(args, run, outputs, *more)
@@ -308,7 +338,7 @@ def test_every_logged_number_is_over_all_ranks(data, sd_folder, tmp_path, kind):
 
 
 def test_views_one_by_one_are_all_of_them_with_several_processes_too(tmp_path):
-    """Where memory is not halved by itself; and with every shape checked."""
+    """--views_at_once sets what memory decides by itself; and with every shape checked."""
     flags = [*DREAM_TINY, "--batch_views", 4, "--albedo_steps", 0, "--field", "mlp", "--i_print", 1]
     flags += ["--basedir", tmp_path, "--N_iters", 3, "--lambda_entropy", 1, "--lrate", 1e-4]
     checks = ["--debug_shapes"] if find_spec("jaxtyping") and find_spec("beartype") else []
@@ -330,3 +360,103 @@ def test_views_one_by_one_are_all_of_them_with_several_processes_too(tmp_path):
             assert float(rows[other][name]) == pytest.approx(float(rows["all"][name]), rel=1e-3)
     log = (tmp_path / "one" / "log.txt").read_text()
     assert ("ObjectRenderer, composite, distill" in log) == bool(checks)
+
+
+# ------------------------------------------------------------ a rank without memory, or killed
+
+SHORT = """
+import os, sys, torch
+from nerf.renderer import NeRFRenderer
+from nerf.text3d.renderer import ObjectRenderer
+from nerf.training.distributed import World
+rank, most, folder = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+short = []
+
+def limited(kind):
+    forward = kind.forward
+    def checked(self, rays, *more, **named):
+        rendered = forward(self, rays, *more, **named)
+        count = len(rays.directions)
+        if os.environ["RANK"] != rank or count <= most or not torch.is_grad_enabled():
+            return rendered
+        short.append(count)
+        if len(short) % 2:
+            raise torch.OutOfMemoryError("no memory for this")
+        def fail(gradient):  # in backward(), after the last layers have their gradients
+            raise torch.OutOfMemoryError("no memory for this")
+        level = rendered if hasattr(rendered, "rgb") else rendered[-1]
+        level.rgb.register_hook(fail)
+        return rendered
+    kind.forward = checked
+
+for kind in (NeRFRenderer, ObjectRenderer):
+    limited(kind)
+script = __import__(sys.argv.pop(1))
+save = script.TrainState.save
+def saved(state, run, *more, **named):
+    torch.save(state.renderer.state_dict(), f"{folder}/rank{os.environ['RANK']}.pt")
+    return save(state, run, *more, **named)
+script.TrainState.save = saved
+from nerf.training import entry
+entry.exit_process(script.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["run_nerf", "run_dreamfusion"])
+def test_a_rank_without_memory_takes_smaller_pieces_and_the_weights_are_the_same(
+    data, tmp_path, name
+):
+    """In forward() and in backward(); the other rank waits in the one all-reduce of the step."""
+    (tmp_path / "short.py").write_text(SHORT)
+    nerf = name == "run_nerf"
+    flags = [*TINY, "--datadir", data] if nerf else [*DREAM_TINY, "--batch_views", 8]
+    flags = [*flags, "--lrate", 1e-4, "--basedir", tmp_path, "--N_iters", 4, "--i_weights", 4]
+    most = 8 if nerf else 12 * 12  # rays in a piece: one view of four
+    smaller = ["--chunk", 8] if nerf else ["--views_at_once", 1]
+    states = {}
+    for run, limit, more in (("whole", 10**9, []), ("small", 10**9, smaller), ("short", most, [])):
+        words = [1, limit, tmp_path, name, *flags, *more, "--expname", run]
+        done = run_script(words, ranks=2, script=str(tmp_path / "short.py"))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("rank 1: out of memory") == (2 if run == "short" else 0) or nerf
+        assert ("rank 1: out of memory" in done.stderr) == (run == "short")
+        one, other = (torch.load(tmp_path / f"rank{n}.pt", weights_only=True) for n in (0, 1))
+        assert all(torch.equal(one[key], other[key]) for key in one), "the ranks have parted"
+        states[run] = one
+    for run in ("whole", "small"):
+        for key, value in states[run].items():
+            torch.testing.assert_close(states["short"][key], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["run_nerf", "run_dreamfusion"])
+def test_a_killed_rank_ends_the_other_soon_with_one_line(data, tmp_path, name):
+    """Without torchrun, which would end it."""
+    flags = [*TINY, "--datadir", data] if name == "run_nerf" else DREAM_TINY
+    flags = [*flags, "--basedir", tmp_path, "--N_iters", 100000, "--expname", "run"]
+    flags += ["--i_print", 1, "--i_weights", 2]
+    words = [f"{name}.py", *map(str, flags)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    shared |= {**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = []
+    for rank in ("0", "1"):
+        texts = (str(tmp_path / f"out{rank}"), str(tmp_path / f"err{rank}"))
+        environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(SERVER.Process(target=_script, args=(words, environment, *texts)))
+    try:
+        for process in ranks:
+            process.start()
+        end = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("0*.tar")) and time.monotonic() < end:
+            time.sleep(0.05)
+        ranks[1].kill()
+        ranks[0].join(30)
+        code = ranks[0].exitcode
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    assert code not in (0, None, -9)
+    errors = (tmp_path / "err0").read_text()
+    assert "Traceback" not in errors and "another process of this run has ended" in errors
+    assert newest(tmp_path / "run")["global_step"] >= 2

@@ -98,16 +98,33 @@ class World:
                 raise OSError(f"{reason}, on rank {rank}")
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its mean over all ranks, with one all-reduce."""
+        """Replace every gradient by its mean over all ranks, with one all-reduce.
+
+        A rank without the gradient of a weight counts as 0; without it on all ranks there is none.
+        """
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.size
+        trained = [p for p in parameters if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        has_all = all(p.grad is not None for p in trained)
+        known = torch.ones(len(trained), device=self.device)
+        if not has_all:  # of several particles a step trains one; a view without light has no color
+            known = known.new_tensor([p.grad is not None for p in trained])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), known]) / self.size
         dist.all_reduce(flat)
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(mean.view_as(gradient))
+        *means, known = flat.split([*(gradient.numel() for gradient in gradients), len(trained)])
+        anywhere = [True] * len(trained) if has_all else (known > 0).tolist()
+        for parameter, mean, found in zip(trained, means, anywhere, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(mean.view_as(parameter))
+            elif found:
+                parameter.grad = mean.view_as(parameter).to(parameter.dtype).clone()
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Give every rank the weights and buffers that rank 0 has."""
+        if self.size > 1:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                dist.broadcast(tensor.detach(), 0)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -188,21 +205,13 @@ def choose_device(device: str, log: Callable[[str], None] | None = None) -> torc
     return chosen
 
 
-def data_parallel(
-    world: World, module: nn.Module, *, find_unused_parameters: bool = False
-) -> nn.Module:
-    """The module to call: with several processes, gradients are averaged in backward().
-
-    Buffers are not sent around: every rank updates the occupancy grid alike.
-    """
-    if world.size == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(
-        module,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused_parameters,
-    )
+def lost_process(error: RuntimeError) -> str:
+    """In what words ``error`` says that a collective failed since another process ended; or ""."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out")
+    said = [sign for sign in (*signs, "gloo", "NCCL") if sign.lower() in str(error).lower()]
+    return said[0] if said else type(error).__name__ * isinstance(error, dist.DistError)
 
 
 def cleanup() -> None:

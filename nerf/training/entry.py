@@ -11,12 +11,14 @@ from nerf.training import distributed, interrupts, last_net, launch
 from nerf.training.plain_text import one_line
 
 NOTHING_LEARNED = 4  # exit code of a run that ended, but whose start was dead, or guidance NaN
+LOST_A_PROCESS = 1  # exit code of a process that another process of the run has left alone
 
 
 def report_mistakes(program: str, body: Callable[[], int]) -> int:
     """The exit code of ``body``; on an error print one line to stderr.
 
-    ValueError, a mistake in flags or data, gives 2; OSError, such as a full disk, gives 3.
+    ValueError, a mistake in flags or data, gives 2; OSError, such as a full disk, gives 3; the
+    end of another process of the run 1.
     """
     try:
         return body()
@@ -26,6 +28,15 @@ def report_mistakes(program: str, body: Callable[[], int]) -> int:
     except OSError as error:
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 3
+    except RuntimeError as error:
+        if not (reason := distributed.lost_process(error)):
+            return last_net.report(program, error)
+        print(
+            f"{program}: another process of this run has ended or cannot be reached ({reason}); "
+            "see its messages; the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        return LOST_A_PROCESS
     except ModuleNotFoundError:  # the hook of nerf.training.installed says how to install it
         raise
     except Exception as error:  # nobody's mistake but the program's
@@ -66,7 +77,7 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
 def exit_process(code: int) -> None:
     """End this process with ``code``; call it after all files and the process group are closed.
 
-    One of several processes skips the interpreter's teardown. DDP and gloo leave threads behind
+    One of several processes skips the interpreter's teardown. gloo leaves threads behind
     that may still want Python's lock, and once the interpreter is gone they abort the process
     ("terminate called without an active exception", SIGABRT: on busy machines about once in a
     hundred exits), so that torchrun takes a finished run for a failed one. A process that a signal

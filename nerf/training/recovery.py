@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nerf.training import checkpoint, monitor, rng
 from nerf.training.checkpoint import SavedState
 from nerf.training.checkpoint_choice import BEST
-from nerf.training.distributed import World
+from nerf.training.distributed import World, print_to_stderr
 from nerf.training.run_folder import RunFolder
 
 T = TypeVar("T")
@@ -263,15 +263,13 @@ def halve_until_it_fits(
     size: int,
     log: Callable[[str], None] = print,
     *,
-    may_halve: bool = True,
     unit: str = "rays",
     advice: str = "lower --chunk, --N_rand, --netwidth or --N_samples",
 ) -> tuple[T, int]:
     """job(size), called again with half the size whenever memory runs out, and the size used.
 
     job must give the same result for every size, and work when it is called again after an error.
-    ValueError with ``advice`` if memory runs out at size 1 or if not ``may_halve`` (one of several
-    processes must not halve: the others would wait for it).
+    It must not talk to other processes. ValueError with ``advice`` if memory runs out at size 1.
     """
     while True:
         try:
@@ -281,7 +279,7 @@ def halve_until_it_fits(
                 raise
             reason = _reason(error)
         # Outside of the handler, because the error's traceback keeps the tensors alive.
-        if size <= 1 or not may_halve:
+        if size <= 1:
             raise ValueError(f"out of memory with {size} {unit} at a time ({reason}); {advice}")
         size //= 2
         if torch.cuda.is_available():
@@ -292,6 +290,9 @@ def halve_until_it_fits(
 class MicroBatches:
     """Accumulates a step's gradients over micro-batches, which are halved when memory runs out.
 
+    Of several ranks each halves its own: the others wait for it in the all-reduce that averages the
+    gradients, of which there is one a step however many micro-batches a rank needs.
+
     size: number of rays or views (``unit``) in a micro-batch; up to rounding, the gradients are
     those of the whole batch for every size. advice: see ``halve_until_it_fits``.
     """
@@ -299,17 +300,23 @@ class MicroBatches:
     def __init__(
         self, size: int, world: World, log: Callable[[str], None], unit: str, advice: str
     ) -> None:
-        self.size, self.log, self.unit, self.advice = size, log, unit, advice
-        self.may_halve = world.size == 1  # the other ranks would wait for the extra all-reduces
+        self.size, self.unit, self.advice = size, unit, advice
+        self.log, self.world = log, world
 
     def run(self, accumulate: Callable[..., T], *inputs: Any) -> T:
         """accumulate(*inputs, size), called again with half the size if memory runs out."""
         result, self.size = halve_until_it_fits(
             partial(accumulate, *inputs),
             self.size,
-            self.log,
-            may_halve=self.may_halve,
+            self._say,
             unit=self.unit,
             advice=self.advice,
         )
         return result
+
+    def _say(self, message: str) -> None:
+        """Log it; other ranks than 0, whose log goes nowhere, print it with their number."""
+        if self.world.is_main:
+            self.log(message)
+        else:
+            print_to_stderr(f"rank {self.world.rank}: {message}")
