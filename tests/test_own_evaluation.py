@@ -1,13 +1,16 @@
 """A run's evaluation is its own: nothing smaller, other or from elsewhere replaces it."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
-from helpers import NERF_TINY, run_main
+from helpers import NERF_TINY, newest, run_main
 
 import run_dreamfusion
 import run_nerf
+from nerf.outputs.evaluation import Evaluation
 
 
 def nerf(*words):
@@ -124,3 +127,85 @@ def test_a_turntable_of_other_settings_or_another_prompt_replaces_none(tiny_drea
     words = [*tiny_dream, "--expname", "ball", "--prompt", "a red mug", "--render_only"]
     result = run_main(run_dreamfusion.main, *words)
     assert result.returncode == 2 and "is of --prompt 'ball', not 'a red mug'" in result.stderr
+
+
+# ------------------------------------------- what a step is owed is made up for, also in the middle
+
+
+def artifacts(folder):
+    """Every file's bytes, but those of times."""
+    times = (".tar", ".csv", ".json", ".html", ".txt", ".lock")
+    files = [path for path in folder.rglob("*") if path.is_file() and "tb" not in path.parts]
+    files = [path for path in files if not path.name.endswith(times) and "code" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An unbroken run that validates, tests, films and saves at steps 2 and 4, and its flags."""
+    every = [word for name in ("img", "testset", "video", "weights") for word in (f"--i_{name}", 2)]
+    flags, folder = [*NERF_TINY, "--datadir", data, *every], tmp_path_factory.mktemp("whole")
+    flags += ["--N_samples", 4, "--N_importance", 4, "--N_iters", 4]
+    assert nerf(*flags, "--basedir", folder).returncode == 0
+    return folder / "tiny", flags
+
+
+def test_a_kill_in_the_middle_costs_no_validation_test_or_video(whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "tiny")
+    mid = [*whole[1], "--basedir", tmp_path]
+    before, rows = artifacts(run), (run / "val.csv").read_text()
+    # As a kill at step 2 leaves it, just after its save: half of the test, some frames.
+    (run / "000004.tar").unlink()
+    (run / "render_test_000002" / "metrics.json").unlink()
+    (run / "render_test_000002" / "002.png").write_bytes(b"half")
+    (run / "render_path_000002" / "depth.mp4").unlink()
+    (run / "render_path_000002" / "007.png").unlink()
+    (run / "val.csv").write_text("step,val_psnr\n")
+    (run / "report.html").unlink()
+    result = nerf(*mid)
+    assert result.returncode == 0, result.stderr
+    assert artifacts(run) == before and (run / "val.csv").read_text() == rows
+    assert (run / "render_test_000002" / "metrics.json").exists()
+    # Of a finished run the report alone is made again, where it is missing or older than its parts.
+    (run / "report.html").unlink()
+    again = nerf(*mid)
+    assert "nothing is left to do" in again.stderr and (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("where", ["validate", "measure_test", "render_camera_path"])
+def test_a_signal_while_rendering_in_the_middle_saves_that_step(
+    whole, tmp_path, monkeypatch, where
+):
+    mid = [*whole[1], "--basedir", tmp_path]
+    make, calls = getattr(Evaluation, where), []
+
+    def stopped(self, step):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(step)
+        return make(self, step)
+
+    monkeypatch.setattr(Evaluation, where, stopped)
+    result = nerf(*mid)
+    assert result.returncode == 143 and newest(tmp_path / "tiny")["global_step"] == 2
+    assert "step 2 is saved" in result.stderr
+    assert nerf(*mid).returncode == 0 and calls[:2] == [2, 2]
+    assert artifacts(tmp_path / "tiny") == artifacts(whole[0])
+    tables = [(folder / "val.csv").read_text() for folder in (tmp_path / "tiny", whole[0])]
+    assert tables[0] == tables[1]
+
+
+def test_a_kill_costs_no_turntable_and_no_report(tiny_dream, tmp_path):
+    flags = [*tiny_dream, "--N_iters", 4, "--i_video", 2, "--i_weights", 2]
+    assert run_main(run_dreamfusion.main, *flags).returncode == 0
+    run = tmp_path / "ball"
+    before = artifacts(run)
+    for name in ("000004.tar", "metrics.json", "report.html", "render_path_000002/opacity.mp4"):
+        (run / name).unlink()
+    (run / "render_path_000002" / "001.png").write_bytes(b"half")
+    result = run_main(run_dreamfusion.main, *flags)
+    assert result.returncode == 0, result.stderr
+    assert artifacts(run) == before and (run / "report.html").exists()
+    (run / "report.html").unlink()
+    assert run_main(run_dreamfusion.main, *flags).returncode == 0
+    assert (run / "report.html").exists()
