@@ -249,7 +249,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     state = prepare(args, world, attempt)
     renderer, optimizer, scaler = state.renderer, state.optimizer, state.scaler
     resume(args, run, state, guide)
-    world.broadcast(renderer)
+    # Call ``model``, never model.module: that skips DDP's averaging of gradients. Of several
+    # particles a step trains one: DDP has to be told to expect no more gradients.
+    model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
     # Of several ranks one could be through with its frames when the signal comes: none stops early.
     may_stop = stop if world.size == 1 else None
     outputs = build_outputs.object_outputs(
@@ -279,9 +281,9 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
             renderer.begin_step(state.step, generator)  # updates the occupancy grid
             inputs = draw_inputs(args, now, guide.prior, state.step, generator)  # for all ranks
             inputs = inputs.part(world.shard(args.batch_views))
-            stats = micro.run(accumulate_gradients, args, state, guide, inputs, now)
-            # One all-reduce, after all micro-batches: a rank may need more of them than others.
-            world.average_gradients(renderer.parameters())
+            stats = micro.run(accumulate_gradients, args, model, state, guide, inputs, now)
+            # DDP's all-reduce, once: of several ranks one may have needed more micro-batches.
+            distributed.sync_gradients(model)
             # fp16 only: gradients were scaled up for half precision; undo it before clipping.
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -418,7 +420,7 @@ class StepStats(NamedTuple):
 
 
 def accumulate_gradients(
-    args, state: TrainState, guide: Guide, inputs: StepInputs, now, views: int
+    args, model, state: TrainState, guide: Guide, inputs: StepInputs, now, views: int
 ) -> StepStats:
     """Forward and backward of ``inputs``, ``views`` at a time; their gradients add up.
 
@@ -431,9 +433,9 @@ def accumulate_gradients(
     for start in range(0, num_views, views):
         first, cameras, lighting, jitter, noise, lit = inputs.part(slice(start, start + views))
         renderer.first = first  # --space 2d only: each view is an image of its own
-        with system.autocast(jitter.device, args.amp):
+        with distributed.without_sync(model), system.autocast(jitter.device, args.amp):
             rays = cameras.rays(size, size)
-            rendered = renderer(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
+            rendered = model(rays, lighting.per_pixel(size * size), jitter.view(-1, 1), lit)
         images = rendered.rgb.float().view(-1, size, size, 3).permute(0, 3, 1, 2)
         shown = sds.resized(images, shown_size(args, guide.prior, size))
         # "front view", "back view": without view words the object would get a face on every side.

@@ -224,7 +224,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
     ceiling = machine.log_ceiling(renderer.fields, world, args.amp, run.log)  # samples/s
     build_run.compile_if_set(args, world, run.log, scene, renderer)
     pool = build.ray_pool(args, scene, renderer, run.log)  # --hull_rays: a part of the pixels
-    world.broadcast(renderer)
+    # Call ``model``, never model.module: that skips DDP's averaging of gradients.
+    model = distributed.data_parallel(world, renderer)
     evaluation = build_outputs.scene_evaluation(args, world, run, scene, state, stop)
     if viewer is not None:
         viewer.view = evaluation.free_view
@@ -262,6 +263,7 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
             run.log(f"step {state.step}: tri-planes of {renderer.field.encoding.finest} per side")
             state.replace_parameters(finer, resized_planes)
+            model = distributed.data_parallel(world, renderer)
             graphs = build_run.make_graphs(args, world, run.log, renderer)
         # ---- one update. Every random number comes from (seed, step), not from a running
         # generator: a resumed run, and a run on more processes, draws what an unbroken one draws.
@@ -285,9 +287,11 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
             position=state.rays_drawn,  # the order goes on where the last step ended
         )
         # accumulate_gradients(..., block), with a smaller block whenever memory runs out.
-        stats = micro.run(accumulate_gradients, args, world, state, graphs, (rays, target, noise))
-        # One all-reduce, after all micro-batches: a rank may need more of them than the others.
-        world.average_gradients(renderer.parameters())
+        stats = micro.run(
+            accumulate_gradients, args, world, model, state, graphs, (rays, target, noise)
+        )
+        # DDP's all-reduce, once: of several ranks one may have needed more micro-batches.
+        distributed.sync_gradients(model)
         # fp16 only: gradients were scaled up to survive half precision; undo it before clipping.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(  # inf: measured only, as in NeRF
@@ -379,16 +383,16 @@ class StepStats(NamedTuple):
 
 
 def accumulate_gradients(
-    args, world, state: TrainState, graphs: StepGraphs, batch, block: int
+    args, world, model, state: TrainState, graphs: StepGraphs, batch, block: int
 ) -> StepStats:
     """Forward and backward of batch = (rays, target, noise), ``block`` rays at a time."""
     if not state.renderer.static_shapes:
-        return forward_backward(args, world, state, block, batch)
+        return forward_backward(args, world, model, state, block, batch)
     kind = block, state.renderer.graph_kind()
-    return graphs.run(partial(forward_backward, args, world, state, block), batch, kind)
+    return graphs.run(partial(forward_backward, args, world, model, state, block), batch, kind)
 
 
-def forward_backward(args, world, state: TrainState, block: int, batch) -> StepStats:
+def forward_backward(args, world, model, state: TrainState, block: int, batch) -> StepStats:
     """Render, compare and backpropagate; on a GPU recorded as a graph, so nothing is read here.
 
     Micro-batches add up to the gradients of the whole batch. On a CPU they are so small that the
@@ -403,8 +407,8 @@ def forward_backward(args, world, state: TrainState, block: int, batch) -> StepS
     first_levels, terms = None, {}
     pieces = [slice(start, start + block) for start in range(0, len(target), block)]
     for piece in pieces:
-        with system.autocast(world.device, args.amp):
-            levels = renderer(rays.part(piece), noise.part(piece))  # (coarse, fine) or (coarse,)
+        with distributed.without_sync(model), system.autocast(world.device, args.amp):
+            levels = model(rays.part(piece), noise.part(piece))  # (coarse, fine) or (coarse,)
         weight = len(target[piece]) / len(target)  # its share of the batch
         # Both levels learn (NeRF eq. 6): the fine one needs the coarse one's density.
         errors = [pixel_loss(level.rgb, target[piece]) * weight for level in levels]

@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace, scene: Any, start: Start, steps: int) -> d
         else:
             crop = args.precrop_frac if step < args.precrop_iters else 1.0
             rays, target = scene.sample_rays(args.N_rand, generator, crop=crop)
-        run_nerf.forward_backward(args, world, state, args.N_rand, (rays, target, drawn))
+        run_nerf.forward_backward(args, world, renderer, state, args.N_rand, (rays, target, drawn))
         norm = torch.nn.utils.clip_grad_norm_(renderer.parameters(), args.grad_clip or math.inf)
         system.update_if_finite(optimizer, norm.isfinite())
     generator = rng.step_generator(args.seed, 10**6, world.device)

@@ -99,7 +99,7 @@ class NeRFField(Field):
             self.rgb_linear = nn.Linear(width // 2, 3)
         else:
             self.output_linear = nn.Linear(width, out_channels)
-            # The view layer is unused then; it gets no gradient.
+            # The view layer is unused then; without this DDP would wait for its gradient.
             self.views_linears.requires_grad_(False)
 
     @torch.no_grad()

@@ -192,7 +192,7 @@ class OccupancyRenderer(nn.Module):
             self.batch_samples = used * room
         if background is None:
             background = rays.origins.new_full((num_rays, 3), self.background)
-        if not len(samples.ray_indices):  # backward() needs something to go through even so
+        if not len(samples.ray_indices):  # DDP needs a gradient of every parameter even so
             connected_zero = 0.0 * sum(parameter.sum() for parameter in self.field.parameters())
             zero = rays.origins.new_zeros(num_rays)
             return (Rendered(background + connected_zero, zero, zero),)

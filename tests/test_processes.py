@@ -1,8 +1,10 @@
 """Several processes as one: gradients, weights, metrics, frames, failures. gloo ranks on a CPU."""
 
+import ast
 import csv
 import json
 import os
+import re
 import time
 from importlib.util import find_spec
 
@@ -35,22 +37,31 @@ from helpers import gradient_case
 from nerf.training import distributed, entry
 world = distributed.setup("cpu")
 renderer, rays, target, noise = gradient_case()
+model = distributed.data_parallel(world, renderer)
+assert world.size == 1 or isinstance(model, torch.nn.parallel.DistributedDataParallel)
 shard = world.shard(len(target))
-levels = renderer(rays.part(shard), noise.part(shard))
-sum(((level.rgb - target[shard]) ** 2).mean() for level in levels).backward()
+count = shard.stop - shard.start
+for size in (count // 2, count - count // 2):  # the second piece need not be like the first
+    piece = slice(shard.start, shard.start + size)
+    shard = slice(piece.stop, shard.stop)
+    with distributed.without_sync(model):
+        levels = model(rays.part(piece), noise.part(piece))
+    errors = [((level.rgb - target[piece]) ** 2).mean() for level in levels]
+    (sum(errors) * size / count).backward()
 if sys.argv[1] == "averaged":
-    world.average_gradients(renderer.parameters())
+    distributed.sync_gradients(model)
 found = torch.cat([p.grad.flatten() for p in renderer.parameters()])
 every = world.gather(found)
 # Weights without a gradient on rank 0, on all ranks, and with one on all.
-some = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
-some[2].grad = torch.full((2,), float(world.rank))
-if world.rank:
-    some[0].grad = torch.ones(2)
-world.average_gradients(some)
-half = None if world.size == 1 else (world.size - 1) / world.size
-assert world.size == 1 or some[0].grad.tolist() == [half, half]
-assert some[1].grad is None and some[2].grad.tolist() == [(world.size - 1) / 2] * 2
+some = torch.nn.ParameterList(torch.ones(2) for _ in range(3))
+other = distributed.data_parallel(world, some, find_unused_parameters=True)
+for _ in range(2):
+    some[0].grad = torch.ones(2) if world.rank else None
+    some[1].grad, some[2].grad = None, torch.full((2,), float(world.rank))
+    distributed.sync_gradients(other)
+    mean = (world.size - 1) / world.size
+    assert world.size == 1 or some[0].grad.tolist() == [mean, mean]
+    assert some[1].grad is None and some[2].grad.tolist() == [(world.size - 1) / 2] * 2
 if world.is_main:
     torch.save(torch.stack(every), sys.argv[2])
 world.barrier()
@@ -87,10 +98,14 @@ def test_gradients_are_averaged_and_a_loop_without_would_be_caught(tmp_path, cou
 
 
 @pytest.mark.parametrize("script", ["run_nerf.py", "run_dreamfusion.py"])
-def test_both_loops_average_once_a_step_after_all_micro_batches(script):
+def test_both_loops_go_through_ddp_and_average_once_a_step(script):
+    """After all micro-batches, which the wrapper's forward passes begin."""
     source = (REPOSITORY / script).read_text(encoding="utf-8")
-    order = ["micro.run(accumulate_gradients", "world.average_gradients(renderer.parameters())"]
-    order += ["scaler.unscale_(optimizer)"]
+    assert "model = distributed.data_parallel(world, renderer" in source
+    assert len(re.findall(r"= model\(", source)) == 1
+    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    assert not [node for node in attributes if node.attr == "module"]
+    order = ["micro.run(", "distributed.sync_gradients(model)", "scaler.unscale_(optimizer)"]
     places = [source.index(text) for text in order]
     assert places == sorted(places) and all(source.count(text) == 1 for text in order)
 
@@ -213,10 +228,10 @@ import os, sys, torch
 import run_dreamfusion
 rank, folder = sys.argv.pop(1), sys.argv.pop(1)
 accumulate, finish = run_dreamfusion.accumulate_gradients, run_dreamfusion.finish
-def poisoned(args, state, guide, inputs, now, views):
+def poisoned(args, model, state, guide, inputs, now, views):
     if state.step in (2, 3) and os.environ["RANK"] == rank:
         inputs.lighting.background[0] = float("nan")
-    return accumulate(args, state, guide, inputs, now, views)
+    return accumulate(args, model, state, guide, inputs, now, views)
 def kept(args, run, outputs, *more):
     torch.save(outputs.renderer.state_dict(), f"{folder}/rank{outputs.world.rank}.pt")
     return finish(args, run, outputs, *more)

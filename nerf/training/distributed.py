@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,33 +98,16 @@ class World:
                 raise OSError(f"{reason}, on rank {rank}")
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its mean over all ranks, with one all-reduce.
-
-        A rank without the gradient of a weight counts as 0; without it on all ranks there is none.
-        """
+        """Replace every gradient by its mean over all ranks, with one all-reduce."""
         if self.size == 1:
             return
-        trained = [p for p in parameters if p.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        has_all = all(p.grad is not None for p in trained)
-        known = torch.ones(len(trained), device=self.device)
-        if not has_all:  # of several particles a step trains one; a view without light has no color
-            known = known.new_tensor([p.grad is not None for p in trained])
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), known]) / self.size
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.size
         dist.all_reduce(flat)
-        *means, known = flat.split([*(gradient.numel() for gradient in gradients), len(trained)])
-        anywhere = [True] * len(trained) if has_all else (known > 0).tolist()
-        for parameter, mean, found in zip(trained, means, anywhere, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.copy_(mean.view_as(parameter))
-            elif found:
-                parameter.grad = mean.view_as(parameter).to(parameter.dtype).clone()
-
-    def broadcast(self, module: nn.Module) -> None:
-        """Give every rank the weights and buffers that rank 0 has."""
-        if self.size > 1:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor.detach(), 0)
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -203,6 +186,55 @@ def choose_device(device: str, log: Callable[[str], None] | None = None) -> torc
         why = f" ({reason})" if reason and chosen.type == "cuda" else ""
         raise ValueError(f"--device {device}: not available here{why}; use --device cpu or auto")
     return chosen
+
+
+class _Averaged(nn.Module):
+    """A module for DDP that, called without inputs, gives a loss of 0 with a gradient of 0.
+
+    Its backward pass changes no gradient, and lets DDP average those that micro-batches have left.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        if inputs:
+            return self.module(*inputs)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        left = [p for p in trained if p.grad is not None] or trained
+        return torch.stack([0.0 * parameter.sum() for parameter in left]).sum()
+
+
+def data_parallel(
+    world: World, module: nn.Module, *, find_unused_parameters: bool = False
+) -> nn.Module:
+    """The module to call: with several processes, one in DistributedDataParallel.
+
+    Micro-batches are called within ``without_sync``, so that a rank whose memory runs out may take
+    smaller ones: no other waits for an all-reduce that it has begun. ``sync_gradients`` follows.
+    Buffers are not sent around: every rank updates the occupancy grid alike.
+    """
+    if world.size == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(
+        _Averaged(module),
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused_parameters,
+    )
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, DDP leaves gradients as they are on each rank."""
+    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.no_sync() if ddp else nullcontext()
+
+
+def sync_gradients(model: nn.Module) -> None:
+    """Let DDP average the gradients of all ranks, once for all micro-batches of a step."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model().backward()
 
 
 def lost_process(error: RuntimeError) -> str:
