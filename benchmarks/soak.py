@@ -17,6 +17,7 @@ ends the others and restarts all. Exits with 1 if anything was lost.
 import argparse
 import collections
 import csv
+import importlib
 import json
 import os
 import random
@@ -278,6 +279,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="the scene; otherwise a small demo scene is made")
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     args = parser.parse_args()
+    if args.script == "tiny":
+        importlib.import_module("guidance.tiny.train")  # forks would take 20 s for diffusers
     draw, began = random.Random(args.seed), time.monotonic()
     total: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
     total["runs"], run = 0, one_run if args.ranks == 1 else one_run_of_ranks

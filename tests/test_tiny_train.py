@@ -1,7 +1,10 @@
 """guidance/tiny: training a micro model, its folder in diffusers, and the committed model."""
 
 import json
+import os
 import re
+import shutil
+import signal
 
 import pytest
 import torch
@@ -49,6 +52,32 @@ def test_interrupted_training_ends_with_the_same_bits(micro, tmp_path):
         assert weights.keys() == whole[part].keys()
         for name, value in weights.items():
             assert torch.equal(value, whole[part][name]), f"{part} {name}"
+
+
+def test_a_signal_is_no_success_and_a_kill_leaves_the_same_files(micro, tmp_path, monkeypatch):
+    """SIGTERM saves the step; with only the writing left, the tokenizer's file is the same, too."""
+    command = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "model"), *MICRO]
+    loss, calls = train.vae_loss, []
+
+    def signaled(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*given)
+
+    monkeypatch.setattr(train, "vae_loss", signaled)
+    with pytest.raises(SystemExit) as end:
+        train.main(command)
+    assert end.value.code == 143
+    assert torch.load(tmp_path / "work" / "vae.pt", weights_only=True)["step"] == 2
+    train.main(command)
+    shutil.rmtree(tmp_path / "model")  # as a kill leaves it that came after the last update
+    (tmp_path / ".model.abcdefgh.unfinished").mkdir()
+    train.main(command)
+    files = {path.relative_to(micro[0]) for path in (micro[0] / "model").rglob("*.*")}
+    assert len(files) > 8 and len(list(tmp_path.iterdir())) == 2
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (micro[0] / name).read_bytes(), name
 
 
 def test_the_folder_opens_with_the_sizes_asked_for(micro):

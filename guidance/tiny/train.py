@@ -165,7 +165,7 @@ def fit(
     """Minimize ``loss_of(generator)``; the module ends with its averaged weights, frozen.
 
     Resumes from <work>/<name>.pt and saves to it. peak: the highest learning rate. Returns False if
-    training was stopped before ``steps``.
+    --stop_after came before ``steps``; a signal ends the process after a save, with 128 + signal.
     """
     run = Fit(args.work / f"{name}.pt", module, peak, args, device)
     last, total = run.step, torch.zeros((), device=device)
@@ -194,6 +194,9 @@ def fit(
             late = time.monotonic() - run.saved > args.save_seconds
             if late or run.step == stop_at or stop.number:
                 run.save()
+    if stop.number and run.step < steps:
+        print(f"stopped by signal {stop.number}; {name} {run.step}/{steps} is saved", flush=True)
+        sys.exit(128 + stop.number)
     run.finish()
     return run.step >= steps
 
@@ -294,6 +297,8 @@ def train_unet(
         }
     ).to(device)
     both.train()
+    # A tokenizer keeps, and writes, the settings of its last call: also without a step to train.
+    tokenizer("", padding="max_length", truncation=True)
     scheduler, codes = build.make_scheduler(), latents["codes"].to(device)
 
     def loss_of(generator: Generator) -> Tensor:
