@@ -187,6 +187,7 @@ def test_ctrl_c_at_any_moment_is_130_and_no_traceback(data, tmp_path, mode):
     for number in range(14):
         again = (None, 0.0, 0.05)[number % 3]
         code, said = interrupted(0.2 + 0.4 * number, "run_nerf.py", *flags, *mode, again=again)
-        done += code == 0
-        assert code in (130, 0) and "Traceback" not in said, said
+        done += code in (0, -2)
+        # -2: met while Python itself ends, all work being done; a shell calls that 130 too
+        assert code in (130, 0, -2) and "Traceback" not in said, said
     assert done < 10

@@ -18,12 +18,14 @@ from nerf.flags.config_file import as_config as as_config  # part of this module
 from nerf.flags.optimization import add_optimization_flags
 from nerf.flags.parser import Parser, Section, add_help_flags
 from nerf.flags.types import (
+    cells,
     checkpoints_kept,
     decay,
     frequencies,
     grid_resolution,
     non_negative,
     non_negative_int,
+    parts,
     positive_int,
     seed,
 )
@@ -110,7 +112,7 @@ def add_network_flags(parser: Parser) -> Section:
         "MLPs")
     flag("grid_res", grid_resolution, 128,
         "cells per side of the finest feature grid (--field triplane or hashgrid), 16 or more")
-    flag("netdepth", positive_int, 8, "layers of the MLP (--field mlp)")
+    flag("netdepth", parts, 8, "layers of the MLP (--field mlp)")
     flag("netwidth", positive_int, 256, "channels per layer of the MLP")
     flag("i_embed", (0, -1), 0,
         "0: positional encoding of the MLP's inputs; -1: the coordinates as they are")
@@ -124,7 +126,7 @@ def add_grid_flags(parser: Parser) -> None:
         "occupancy", "The occupancy grid: rays are sampled in its occupied cells only."
     )
     flag = section.flag
-    flag("occ_res", positive_int, 64, "cells per side of the occupancy grid")
+    flag("occ_res", cells, 64, "cells per side of the occupancy grid")
     flag("march_steps", positive_int, 128,
         "samples along the diagonal of the scene box if all of its cells were occupied")
     flag("early_stop", decay, 1e-3,

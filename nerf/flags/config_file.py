@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import configargparse
 
 NOT_WRITTEN = ("config", "fast")  # what they stand for is written out
+MOST_BYTES = 1 << 20  # of a config file
 ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -72,8 +73,16 @@ def contradiction(values: dict[str, str]) -> str | None:
 
 
 def open_config(path: str) -> TextIO:
-    """The opened config file. ValueError names the nearest file if it cannot be opened."""
+    """The opened config file. ValueError names the nearest file if it cannot be opened.
+
+    Pipes and devices are refused: one may wait or go on for ever, and the run copies its config.
+    """
     try:
+        if Path(path).exists() and not Path(path).is_dir():
+            if not Path(path).is_file():
+                raise ValueError("it is a pipe or a device, not a file")
+            if Path(path).stat().st_size > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES} bytes, too many for a config")
         return open(path, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -32,7 +32,14 @@ from nerf.flags.object import (
 )
 from nerf.flags.optimization import SCHEDULE
 from nerf.flags.parser import Parser
-from nerf.flags.types import non_negative_int, number, positive_int, rate_schedule, unit_schedule
+from nerf.flags.types import (
+    non_negative_int,
+    number,
+    parts,
+    positive_int,
+    rate_schedule,
+    unit_schedule,
+)
 from nerf.media import MESH_FORMATS
 from nerf.training.schedules import highest, parse_schedule, schedule, scheduled
 
@@ -132,7 +139,7 @@ def add_vsd_flags(parser: Parser) -> None:
         "vsd", "Variational score distillation (--guidance vsd) and its LoRA score network."
     )
     flag = section.flag
-    flag("n_particles", positive_int, 1, "objects that are made together; each update trains one")
+    flag("n_particles", parts, 1, "objects that are made together; each update trains one")
     flag("lora_rank", positive_int, 4, "rank of the LoRA score network")
     flag("lora_model", "PATH", None,
         "folder or hub id of another model for the LoRA score network; not given: --sd_model")

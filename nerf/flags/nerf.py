@@ -27,6 +27,7 @@ from nerf.flags.types import (
     non_negative,
     non_negative_int,
     non_negative_schedule,
+    parts,
     positive_float,
     positive_int,
     reduction,
@@ -115,7 +116,7 @@ def add_field_flags(parser: Parser) -> None:
     """Flags of the coarse and the fine network."""
     section = add_network_flags(parser)
     flag, switch = section.flag, section.switch
-    flag("netdepth_fine", positive_int, 8, "layers of the fine network (--N_importance above 0)")
+    flag("netdepth_fine", parts, 8, "layers of the fine network (--N_importance above 0)")
     flag("netwidth_fine", positive_int, 256,
         "channels per layer of the fine network (--N_importance above 0)")
     switch("use_viewdirs", "color depends on the viewing direction")

@@ -15,9 +15,11 @@ from nerf.training.schedules import parse_schedule
 
 T = TypeVar("T")
 
+MOST = 10**12  # more of anything is a mistake, and torch's sizes end at 2^63
 
-def _whole(text: str, expected: str, low: int, high: int | None = None) -> int:
-    """``text`` as a whole number from low to high (None: no limit)."""
+
+def _whole(text: str, expected: str, low: int, high: int | None = None, *, most: int = MOST) -> int:
+    """``text`` as a whole number from low to high, which ``expected`` names (None: to ``most``)."""
     try:
         value = int(text)
     except ValueError:
@@ -25,6 +27,9 @@ def _whole(text: str, expected: str, low: int, high: int | None = None) -> int:
             if float(text) == int(float(text)):  # 1e5, 300.0
                 expected += f" (written as {int(float(text))})"
         raise argparse.ArgumentTypeError(f"expected {expected}") from None
+    if value > most and high is None:
+        limit = str(most) if most < MOST else "10^12"
+        raise argparse.ArgumentTypeError(f"expected {expected}, at most {limit}")
     if value < low or (high is not None and value > high):
         raise argparse.ArgumentTypeError(f"expected {expected}")
     return value
@@ -59,8 +64,18 @@ def non_negative_int(text: str) -> int:
 
 
 def grid_resolution(text: str) -> int:
-    """Cells per side of a grid: 16 or more."""
-    return _whole(text, "a whole number, 16 or more", 16)
+    """Cells per side of a grid: 16 or more; the cells of 2^16 per side can still be counted."""
+    return _whole(text, "a whole number, 16 or more", 16, most=2**16)
+
+
+def cells(text: str) -> int:
+    """Cells per side of an occupancy grid, 1 to 4096; more take 64 GiB and above."""
+    return _whole(text, "a whole number, 1 or more", 1, most=2**12)
+
+
+def parts(text: str) -> int:
+    """Layers, or copies of an object, each of which is made on its own."""
+    return _whole(text, "a whole number, 1 or more", 1, most=1000)
 
 
 def hashmap_size(text: str) -> int:

@@ -100,6 +100,8 @@ def _check_archive(path: Path, *, checksums: bool = True) -> None:
     """CheckpointError unless all checksums match and no entry claims more bytes than the file."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; expected a .tar file that a run wrote")
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise CheckpointError(f"{path}: is no file; expected a .tar file that a run wrote")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(4)
