@@ -140,10 +140,9 @@ def known_metrics(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for number, view in enumerate(views if isinstance(views, list) else []):
         if isinstance(view, dict):
             known = {name: _number(view.get(name)) for name in MEASUREMENTS}
-            name = view.get("name")
-            kept["views"].append(
-                (number, known | {"name": name if isinstance(name, str) else None})
-            )
+            title = view.get("name")
+            own = known | {"name": title if isinstance(title, str) else None}
+            kept["views"].append((number, own))
             wrong = [name for name in known if view.get(name) is not known[name]]
         else:
             wrong = ["all"]

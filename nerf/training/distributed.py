@@ -227,8 +227,9 @@ def data_parallel(
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Inside the block, DDP leaves gradients as they are on each rank."""
-    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.no_sync() if ddp else nullcontext()
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
 
 
 def sync_gradients(model: nn.Module) -> None:
