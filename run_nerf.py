@@ -5,9 +5,10 @@
     python run_nerf.py --config configs/lego.txt --export lego.glb --export_points lego.ply
     torchrun --nproc_per_node=2 run_nerf.py --config configs/lego.txt
 
-Exit codes: 0 done; 2 a mistake in flags or data; 3 done, or stopped, but something could not be
-written (the log says what); 4 done, but nothing was learned; 130 / 143 / 138 stopped by SIGINT /
-SIGTERM / SIGUSR1 with the step saved, so that the same command resumes there.
+Exit codes: 0 done; 1 a fault of the program, or another process of the run has ended; 2 a mistake
+in flags or data; 3 done, or stopped, but something could not be written (the log says what); 4
+done, but nothing was learned; 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1 with the step
+saved, so that the same command resumes there.
 """
 
 import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
