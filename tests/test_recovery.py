@@ -260,6 +260,24 @@ def test_a_dead_start_of_an_earlier_version_goes_on_with_mixed_seeds(tmp_path):
     assert rolled.weights_seed == old.weights_seed and rolled.rng_seed != old.rng_seed
 
 
+def test_tests_and_videos_of_steps_that_were_taken_back_are_owed_again(tmp_path):
+    """Else a kill after the new step's save would leave pictures of the old weights."""
+    run = RunFolder(tmp_path / "run", is_main=True, lock=False)
+    names = [
+        f"render_{kind}_{step:06d}{end}"
+        for step in (4, 8)
+        for kind, end in (("test", "/metrics.json"), ("path", "/rgb.mp4"), ("path_1", "/lit.gif"))
+    ]
+    with run:
+        for name in names:
+            (run.folder / name).parent.mkdir()
+            (run.folder / name).write_text("old")
+        saved = (run.folder / "000004.tar", small_state(4))
+        broken = recovery.NonFinite(9, "the loss (NaN)", None)
+        recovery.next_attempt(Attempt(5), broken, run, World(0, 1, CPU), lambda: saved)
+    assert [name for name in names if (run.folder / name).exists()] == names[:3]
+
+
 # --------------------------------------------------------------------------------- dead starts
 
 

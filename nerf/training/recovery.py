@@ -11,6 +11,7 @@ checkpoint and the random numbers with which to train.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -192,6 +193,7 @@ def next_attempt(
     if world.is_main:
         for path in [*checkpoint.list_checkpoints(run.folder), run.folder / BEST]:
             path.unlink(missing_ok=True)
+    _forget_outputs(run, 0)
     run.close_tables()
     world.barrier()
     # Nothing of an earlier version goes on.
@@ -216,8 +218,18 @@ def _roll_back(
         f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row skipped, {error.cause}; "
         f"rolling back to {target}, with other random numbers"
     )
+    _forget_outputs(run, checkpoint.finished_updates(saved[1]) if saved else 0)
     run.close_tables()
     return replace(attempt, saved=saved, rollback_count=count, failed_at=error.step)
+
+
+def _forget_outputs(run: RunFolder, step: int) -> None:
+    """Remove what marks tests and videos of later steps as complete: they show other weights."""
+    for folder in run.folder.glob("render_*_[0-9]*") if run.is_main else ():
+        found = re.search(r"_(\d{6,})", folder.name)
+        if found and int(found[1]) > step:
+            for mark in [folder / "metrics.json", *folder.glob("*.mp4"), *folder.glob("*.gif")]:
+                mark.unlink(missing_ok=True)
 
 
 def _write_dump(error: NonFinite, run: RunFolder) -> str:
