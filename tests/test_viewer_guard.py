@@ -363,7 +363,7 @@ def test_half_open_handshakes_run_out_and_closing_waits_for_nobody(shown, monkey
     assert_others_see_pictures(shown)
     start = time.monotonic()
     shown.close()
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 10.0  # a fraction of a second on an idle machine
     for link in links:
         link.close()
 
