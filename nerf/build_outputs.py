@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nerf import build_run, build_schedules
+from nerf import build_optimizer, build_run, build_schedules
 from nerf.build import SceneRenderer
 from nerf.datasets.scene import Scene
 from nerf.outputs import forecast, validation
@@ -127,6 +127,8 @@ def make_up(
         if every(step, args.i_img) and evaluation.owes_validation(step):
             state.record_score(*validation.score(evaluation, step, args.monitor))
             if step in state.ranking.steps:
+                # Restored with those of the flags; the file holds those of its last update.
+                build_optimizer.set_learning_rates(state.optimizer, step - 1, args)
                 save()
         if step < args.N_iters:  # else ``Evaluation.finish`` makes them
             with evaluation.run.guard("a rendering"):
