@@ -25,8 +25,8 @@ from nerf.training.system import peak_memory_mb
 STOPPED = 128 + signal.SIGUSR1  # exit code of a run that ``BlockTimer`` has stopped
 
 
-class Enough(Exception):
-    """Ends a run that only reads, once its measurement is complete."""
+class Enough(BaseException):
+    """Ends a run once its measurement is complete; every Exception would be taken for a fault."""
 
 
 def now(device: torch.device) -> float:

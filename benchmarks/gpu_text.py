@@ -52,6 +52,7 @@ def guidance(settings: dict[str, Any], report: Report) -> None:
     from benchmarks import full_size  # needs diffusers and transformers, text3d's own import too
     from guidance import sds
     from guidance.stable_diffusion import StableDiffusion
+    from nerf.training.graph import WARM_UP, FunctionGraphs, StepGraphs
 
     device, quick = torch.device(settings["device"]), settings["quick"]
     folder = Path(settings["work"]) / "full_size"
@@ -70,8 +71,12 @@ def guidance(settings: dict[str, Any], report: Report) -> None:
 
     programs = {
         "ours": (full_size.ours, plain_encode, plain_predict),
+        "ours, without CUDA graphs": (full_size.ours, plain_encode, plain_predict),
         "stable-dreamfusion's formula": (full_size.peer, peer_encode, peer_unet),
     }
+    on_gpu, eager = device.type == "cuda", (prior.run_unet, prior.run_encoder)
+    unet = StepGraphs(torch.nn.Module(), report.note, enabled=on_gpu)
+    graphs = (unet.run, FunctionGraphs(report.note, enabled=on_gpu).run)  # as in training
     conditions = sds.Conditions(prior.embed([""]), prior.embed(["a dslr photo of a hamburger"]))
     size = 16 if quick else 64
 
@@ -80,6 +85,7 @@ def guidance(settings: dict[str, Any], report: Report) -> None:
         generator = torch.Generator(device).manual_seed(0)
 
         def call() -> None:
+            prior.run_unet, prior.run_encoder = graphs if name == "ours" else eager
             images = torch.rand(VIEWS, 3, size, size, generator=generator, device=device)
             step(prior, images.requires_grad_(), conditions, generator, encode, predict)
 
@@ -89,7 +95,8 @@ def guidance(settings: dict[str, Any], report: Report) -> None:
     peaks = {}
     for name, side in sides.items():
         start_memory(device)
-        side()
+        for _ in range(WARM_UP + 2):  # until graphs are recorded
+            side()
         peaks[name] = peak_memory_mb(device)
     times = alternate(sides, device, blocks=7, seconds=0.05 if quick else 0.7)
     ratio = statistics.median(times["ours"]) / statistics.median(
