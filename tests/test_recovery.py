@@ -98,8 +98,8 @@ def poison(monkeypatch, where: str, steps) -> None:
         object.__setattr__(scene, "to", lambda device: scene)
         return scene
 
-    def spoiled(args, world, state, *given):
-        stats = accumulate(args, world, state, *given)
+    def spoiled(args, world, model, state, *given):
+        stats = accumulate(args, world, model, state, *given)
         if now():
             if where == "loss":
                 return stats._replace(loss=torch.tensor(float("nan")))

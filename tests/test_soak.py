@@ -25,6 +25,7 @@ def soaked(*flags):
     )
 
 
+@pytest.mark.slow
 def test_kills_of_a_run_lose_nothing():
     done = soaked("--script", "nerf", "--kills", 2)
     assert done.returncode == 0, done.stdout + done.stderr

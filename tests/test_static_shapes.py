@@ -192,6 +192,7 @@ def test_a_step_reads_the_device_at_most_once_and_15_of_16_not_at_all(
     assert sum(waits[2 * READ_EVERY].values()) == 1, waits[2 * READ_EVERY]
 
 
+@pytest.mark.slow
 def test_static_shapes_train_as_well_as_dynamic_ones(data, tmp_path):
     psnr = {}
     for name in ("off", "on"):

@@ -371,7 +371,7 @@ def test_one_of_several_processes_leaves_without_the_interpreters_end(size, ende
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True,
-        env={**os.environ, "WORLD_SIZE": size},
+        env={**os.environ, "WORLD_SIZE": size, "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.split("\n")[:-1] == ["done", "torn down"][: 1 + ended]

@@ -319,8 +319,8 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
          "--space 2d keeps one size; give --train_res one number"),
         (args.space == "2d" and args.n_particles > 1,
          "--space 2d makes --batch_views pictures; leave out --n_particles"),
-        (min(sizes) < 8 or any(size % 1 for size in sizes),
-         f"--train_res {args.train_res}; expected whole numbers, at least 8 pixels"),
+        (min(sizes) < 8 or max(sizes) > 8192 or any(size % 1 for size in sizes),
+         f"--train_res {args.train_res}; expected whole numbers of pixels, at least 8 and at most 8192"),
         (not set(shapes) <= {"linear", "step"},
          f"--train_res {args.train_res}; expected no exp and cosine: sizes jump"),
     ])  # fmt: skip
