@@ -320,7 +320,7 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
         (args.space == "2d" and args.n_particles > 1,
          "--space 2d makes --batch_views pictures; leave out --n_particles"),
         (min(sizes) < 8 or max(sizes) > 8192 or any(size % 1 for size in sizes),
-         f"--train_res {args.train_res}; expected whole numbers of pixels, at least 8 and at most 8192"),
+         f"--train_res {args.train_res}; expected whole numbers, at least 8, at most 8192"),
         (not set(shapes) <= {"linear", "step"},
          f"--train_res {args.train_res}; expected no exp and cosine: sizes jump"),
     ])  # fmt: skip
