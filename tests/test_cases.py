@@ -91,6 +91,7 @@ def test_b13_photos(case, tmp_path):
     assert len(found) == 4 and not any("duplicates" in line for line in said)
 
 
+@pytest.mark.slow
 def test_b01_and_b09_train(case):
     for name, least in (("B01", 38), ("B09", 36)):
         result, folder = run(case(name), "--testskip", "1")

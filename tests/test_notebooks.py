@@ -98,6 +98,7 @@ def test_the_stored_nerf_is_recognizable():
     assert sum(psnrs) / 5 == pytest.approx(float(mean[1]), abs=0.11)  # both were rounded
 
 
+@pytest.mark.slow
 def test_score_distillation_in_two_dimensions_runs(run, tmp_path):
     printed = run(SOURCES[1])
     assert "mean distance from mu" in printed

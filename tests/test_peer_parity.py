@@ -100,6 +100,7 @@ def test_renders_agree_within_1e_4(run, number):
     assert torch.isfinite(disparity(fine.depth)).all()
 
 
+@pytest.mark.slow
 def test_first_gradients_and_twenty_losses_agree():
     for name in RUNS:
         run = Run(name)  # fresh weights: this test trains them

@@ -168,6 +168,7 @@ def psnr(first, second):
     return -10 * np.log10(np.mean((frames(first) - frames(second)) ** 2))
 
 
+@pytest.mark.slow
 def test_an_object_moves_into_other_fields_and_looks_the_same(ball, monkeypatch):
     """MLP to tri-planes, to finer ones, back to a smaller MLP; each of the one before."""
     base, flags = ball
