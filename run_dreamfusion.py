@@ -26,7 +26,7 @@ from torch import Tensor
 
 from guidance import sds
 from guidance.build import Guide, make_guide, make_recipe, next_memory_saving, shown_size
-from guidance.build_pictures import attention_grid, guidance_grid
+from guidance.build_pictures import Seen, attention_grid, guidance_grid
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center, view_word
 from nerf import build, build_optimizer, build_outputs, build_run, build_schedules
@@ -337,13 +337,11 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                     progress.rendering = build_outputs.preview(args, outputs, state.step)
             if every(state.step, args.i_attn) and run.is_main:
                 with state.clock.paused(), run.guard("attention maps"):
-                    shown = stats.distilled, inputs.noise, stats.images, stats.text
-                    grid = attention_grid(args, guide, state.step, inputs.cameras, *shown)
+                    grid = attention_grid(args, guide, state.step, seen(inputs, stats))
                     run.picture(state.step, "attention", labeled_grid(*grid))
             if every(state.step, args.i_guidance) and run.is_main:
                 with state.clock.paused(), run.guard("pictures of the guidance"):
-                    shown = stats.distilled, inputs.noise, stats.images, inputs.lighting.background
-                    grid = guidance_grid(args, guide, state.step, now, inputs.cameras, *shown)
+                    grid = guidance_grid(args, guide, state.step, now, seen(inputs, stats))
                     run.picture(state.step, "guidance", labeled_grid(*grid))
             if verdict.signal:
                 content = {"args": vars(args), **guide.checkpoint_state()}
@@ -470,6 +468,12 @@ def join_stats(pieces: list[StepStats], lambda_sds: float) -> StepStats:
     loss = lambda_sds * whole.loss + shape
     views = torch.cat(images), torch.cat(texts)
     return StepStats(whole, shape, each, loss, *views, opacity, sum(samples))
+
+
+def seen(inputs: StepInputs, stats: StepStats) -> Seen:
+    """What pictures of the guidance show of a step."""
+    views = inputs.cameras, inputs.lighting.background, stats.images, stats.text
+    return Seen(*views, stats.distilled, inputs.noise)
 
 
 def step_tensors(renderer, inputs: StepInputs, stats: StepStats) -> StepTensors:

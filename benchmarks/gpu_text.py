@@ -99,9 +99,8 @@ def guidance(settings: dict[str, Any], report: Report) -> None:
             side()
         peaks[name] = peak_memory_mb(device)
     times = alternate(sides, device, blocks=7, seconds=0.05 if quick else 0.7)
-    ratio = statistics.median(times["ours"]) / statistics.median(
-        times["stable-dreamfusion's formula"]
-    )
+    formula = statistics.median(times["stable-dreamfusion's formula"])
+    ratio = statistics.median(times["ours"]) / formula
     what = "embedded model, fp32" if quick else "SD 1.5's sizes, fp16"
     for name, seconds in times.items():
         results = {"ms": spread([1e3 * time for time in seconds])}

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,59 +17,46 @@ from guidance.stable_diffusion import StableDiffusion
 Grid = tuple[list[np.ndarray], list[str], list[str], str]
 
 
-def attention_grid(
-    args: argparse.Namespace,
-    guide: Guide,
-    step: int,
-    cameras: Any,
-    distilled: Distilled,
-    noise: GuidanceNoise,
-    images: Tensor,
-    text: Tensor,
-) -> Grid:
-    """``--i_attn``: each view, and where in it each word of the prompt attends to.
+class Seen(NamedTuple):
+    """What a step's views were, and what guidance made of them."""
 
-    images [V, 3, H, W] in [0, 1], text [V, ...]: of the step's views.
-    """
-    prior = guide.prior
+    cameras: Any  # orbit cameras, with azimuth_deg and elevation_deg [V]
+    background: Tensor  # [V, 3]
+    images: Tensor  # [V, 3, H, W] in [0, 1]
+    text: Tensor  # [V, ...] embedded prompt of each view
+    distilled: Distilled
+    noise: GuidanceNoise
+
+
+def attention_grid(args: argparse.Namespace, guide: Guide, step: int, seen: Seen) -> Grid:
+    """``--i_attn``: each view, and where in it each word of the prompt attends to."""
+    prior, cameras, distilled = guide.prior, seen.cameras, seen.distilled
     assert isinstance(prior, StableDiffusion), "the closed form has no words"
     words = prior.tokens(args.prompt)
     positions = picked_tokens(words, args.attn_tokens)
-    noisy = add_noise(distilled.latents, noise.epsilon, prior.alphas_cumprod[distilled.t])
-    maps = prior.attention(noisy, distilled.t, text)
+    alpha_bar = prior.alphas_cumprod[distilled.t]
+    noisy = add_noise(distilled.latents, seen.noise.epsilon, alpha_bar)
+    maps = prior.attention(noisy, distilled.t, seen.text)
     maps = maps[:, [position + 1 for position in positions]]  # the first token starts the text
     names = ["render", *(words[position] for position in positions)]
     views = sheets.view_names(cameras.azimuth_deg, cameras.elevation_deg)
-    return sheets.attention_rows(images, maps), views, names, f"step {step}"
+    return sheets.attention_rows(seen.images, maps), views, names, f"step {step}"
 
 
 def guidance_grid(
-    args: argparse.Namespace,
-    guide: Guide,
-    step: int,
-    now: Mapping[str, float],
-    cameras: Any,
-    distilled: Distilled,
-    noise: GuidanceNoise,
-    images: Tensor,
-    background: Tensor,
+    args: argparse.Namespace, guide: Guide, step: int, now: Mapping[str, float], seen: Seen
 ) -> Grid:
     """``--i_guidance``: each view as the model is shown it, noisy, and as it predicts it.
 
-    now: the flags that are schedules, at this step; background [V, 3] of the views.
+    now: the flags that are schedules, at this step.
     """
-    size = int(now["train_res"])
-    shown = resized(images, shown_size(args, guide.prior, size))
-    conditions = guide.conditions(cameras, size, background)
+    size, cameras, distilled = int(now["train_res"]), seen.cameras, seen.distilled
+    shown = resized(seen.images, shown_size(args, guide.prior, size))
+    conditions = guide.conditions(cameras, size, seen.background)
     recipe = make_recipe(args, now, progress=min(1.0, (step - 1) / args.N_iters))
-    rows = sheets.guidance_rows(
-        guide.prior, shown, distilled.latents, distilled.t, noise.epsilon, conditions, recipe
-    )
+    noisy = distilled.latents, distilled.t, seen.noise.epsilon
+    rows = sheets.guidance_rows(guide.prior, shown, *noisy, conditions, recipe)
     angles = cameras.azimuth_deg, cameras.elevation_deg
     views = sheets.view_names(*angles, conditions.words, distilled.t)
-    return (
-        rows,
-        views,
-        list(sheets.GUIDANCE_COLUMNS),
-        (f"step {step}, guidance scale {recipe.scale:g}"),
-    )
+    title = f"step {step}, guidance scale {recipe.scale:g}"
+    return rows, views, list(sheets.GUIDANCE_COLUMNS), title

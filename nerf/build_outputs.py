@@ -179,11 +179,8 @@ def foretell_scene(
         forecast.occasions(args.N_iters, args.i_video, at_end=args.i_video > 0),
     )
     pictures = forecast.rehearse_scene(evaluation, state.step)
-    memory = forecast.memory_of_run(state, evaluation.outputs.world.device)
-    updates = min(updates, args.max_minutes * 60 or math.inf)
-    for line in forecast.foretell(updates, pictures, times, memory, forecast.SCENE):
-        log(line)
-    return 0
+    world = evaluation.outputs.world
+    return _foretell(args, log, state, world, (updates, pictures, times, forecast.SCENE))
 
 
 def foretell_object(
@@ -202,8 +199,20 @@ def foretell_object(
     )
     size = preview_size(args, args.N_iters)
     pictures = forecast.rehearse_object(outputs, size, args.video_frames, args.mesh_res**3)
-    memory = forecast.memory_of_run(state, outputs.world.device)
+    return _foretell(args, log, state, outputs.world, (updates, pictures, times, forecast.OBJECT))
+
+
+def _foretell(
+    args: argparse.Namespace,
+    log: Log,
+    state: TrainState[Any],
+    world: World,
+    run: tuple[float, forecast.Pictures, tuple[int, int, int], tuple[str, str, str]],
+) -> int:
+    """Log the forecast of ``run``: seconds of updates, pictures, how many of each, their names."""
+    updates, pictures, times, names = run
+    memory = forecast.memory_of_run(state, world.device)  # after the rehearsal
     updates = min(updates, args.max_minutes * 60 or math.inf)
-    for line in forecast.foretell(updates, pictures, times, memory, forecast.OBJECT):
+    for line in forecast.foretell(updates, pictures, times, memory, names):
         log(line)
     return 0
