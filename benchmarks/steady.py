@@ -3,11 +3,12 @@
     python benchmarks/steady.py --minutes 120                        # run_nerf.py
     python benchmarks/steady.py --minutes 120 --script dreamfusion
 
-The script trains with previews, videos, test sets and checkpoints far more often than usual. Every
-few seconds its resident memory, threads and open files are read from Linux's /proc, and the files
-and bytes of its run folder are counted. The first third is warm-up; the slope of a line fitted to
-the rest is the growth per hour. Every save is timed, and its share of the time at the default
---ckpt_secs is printed. At the end the run gets SIGTERM and must save and exit with code 143.
+The script trains with previews, videos, test sets and checkpoints far more often than usual, and
+with a viewer, whose one client comes, turns its camera and goes again and again. Every few seconds
+its resident memory, threads and open files are read from Linux's /proc, and the files and bytes of
+its run folder are counted. The first third is warm-up; the slope of a line fitted to the rest is
+the growth per hour. Every save is timed, and its share of the time at the default --ckpt_secs is
+printed. At the end the run gets SIGTERM and must save and exit with code 143.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ import numpy as np
 from nerf.flags.nerf import nerf_parser
 
 ROOT = Path(__file__).resolve().parents[1]
+VISIT = "--clients 1 --rate 20 --stay 20"  # of benchmarks/viewer_clients.py
 
 COMMANDS = {
     "nerf": "run_nerf.py --config configs/demo.txt --N_iters 100000000 --i_print 20 --i_img 200 "
@@ -93,6 +96,13 @@ def watch(process, run: Path, minutes: float, every: float) -> np.ndarray:
     return np.array(rows)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def last_step(run: Path) -> int:
     """The last step in metrics.csv."""
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
@@ -110,21 +120,27 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="steady_"))
     saves, run = folder / "saves.txt", folder / "run"
     words = shlex.split(f"{COMMANDS[args.script]} {args.flags}")
+    port = str(free_port())
     launcher = [sys.executable, "-c", TIMED.format(log=str(saves)), *words]
+    launcher += ["--viewer", "--viewer_port", port, "--basedir", str(folder), "--expname", "run"]
+    visitor = [sys.executable, "benchmarks/viewer_clients.py", "--port", port, *VISIT.split()]
     try:
         with open(folder / "out.txt", "w") as log:
-            command = [*launcher, "--basedir", str(folder), "--expname", "run"]
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            process = subprocess.Popen(launcher, cwd=ROOT, stdout=log, stderr=log)
+            visits = subprocess.Popen(visitor, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             try:
                 rows = watch(process, run, args.minutes, args.every)
                 process.send_signal(signal.SIGTERM)
                 code = process.wait(timeout=600)
+                seen = json.loads(visits.communicate(timeout=60)[0])
             finally:
                 process.kill()
+                visits.kill()
         if code != 128 + signal.SIGTERM or len(rows) < 3:
             print((folder / "out.txt").read_text()[-3000:], file=sys.stderr)
             print(f"exit code {code} after {len(rows)} readings", file=sys.stderr)
             return 1
+        print(f"{seen['visits']} visits to the viewer, {seen['pictures']} pictures")
         report(args, rows, [float(line) for line in saves.read_text().split()], last_step(run))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
