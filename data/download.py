@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -214,13 +214,25 @@ def empty_folder(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def unpacking(target: Path) -> Path:
+    """The hidden folder in which ``target`` is made."""
+    return target.with_name(f".{target.name}.unpacking")
+
+
+def remove_rest(target: Path) -> None:
+    """Remove what a process that was killed after making ``target`` left beside it."""
+    if unpacking(target).is_dir():
+        with suppress(DownloadError, OSError), empty_folder(unpacking(target)):
+            pass
+
+
 def unpack(archive: Path, scene: str, target: Path, *, remove_damaged: bool = False) -> None:
     """Unpack the folder of ``scene`` from a zip archive to ``target``, checking all checksums.
 
     remove_damaged: whether a damaged archive is removed, as nobody but this program wrote it.
     DownloadError if the archive is damaged or has no such scene.
     """
-    with empty_folder(target.with_name(f".{target.name}.unpacking")) as temporary:
+    with empty_folder(unpacking(target)) as temporary:
         try:
             with zipfile.ZipFile(archive) as file:
                 infos = [i for i in file.infolist() if not i.filename.startswith("__MACOSX")]
@@ -267,6 +279,7 @@ def download(scene: str, root: Path, url: str | None = None, sha256: str | None 
         raise DownloadError(f"--sha256 {sha256!r}; expected 64 hexadecimal digits")
     if target.is_dir():
         print(f"{target}: exists already")
+        remove_rest(target)
         return target
     archive = root / archive_name(url, scene)
     for path in (target, archive):

@@ -228,7 +228,8 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
         shutil.rmtree(work / "sfm")
         model = read_model(work / "sparse" / "0")
         text = report(found, photos, model, time.monotonic() - start)
-        log(text)
+        for line in text.splitlines():
+            log(line)
         (work / "report.txt").write_text(text + "\n")
         (work / "config.txt").write_text(config(out, photos, model))
         draw(model, work / "cameras.png")

@@ -107,12 +107,15 @@ class Run:
         self.step = self.saved = state["step"]
 
     def save(self, out: Path) -> None:
-        """Write the state, and the LoRA to ``out``; each is replaced as a whole."""
+        """Write the LoRA to ``out``, then the state; each is replaced as a whole.
+
+        In this order, since a start that finds the last step's state has nothing left to write.
+        """
         content = io.BytesIO()
         parts = {name: getattr(self, name).state_dict() for name in ("lora", "optimizer", "scaler")}
         torch.save({**parts, "settings": self.settings, "step": self.step}, content)
-        replace_file(self.path, content.getvalue())
         save_lora(out, self.lora)
+        replace_file(self.path, content.getvalue())
         self.saved = self.step
 
 
@@ -174,13 +177,18 @@ def class_pictures(args: Namespace, model: StableDiffusion, folder: Path, size: 
     return torch.stack([read_picture(path, size) for path in paths])
 
 
+def samples_of(run: Run) -> Path:
+    """The sheet of samples of this step."""
+    return run.path.parent / "samples" / f"{run.step:06d}.png"
+
+
 def draw_samples(args: Namespace, model: StableDiffusion, run: Run, text: str, size: int) -> None:
     """A sheet of samples with the LoRA of this step, in the folder samples/."""
     with run.lora.switched():
         images = sample(
             model, [text] * SAMPLES, negative=args.negative, scale=args.guidance_scale, size=size
         )
-    path = run.path.parent / "samples" / f"{run.step:06d}.png"
+    path = samples_of(run)
     write_png(path, sheet(images, columns=SAMPLES))
     log(f"step {run.step}: {path}")
 
@@ -281,7 +289,8 @@ def fine_tune(args: Namespace, folder: Path, device: torch.device, amp: str) -> 
         others = encode(model, drawn, [args.class_prompt] * len(drawn))
     own = encode(model, pictures.images, pictures.captions)
     shown = args.prompt or pictures.captions[0]
-    if args.sample_every and not run.step:
+    due = args.sample_every and run.step % args.sample_every == 0
+    if due and not (run.step and samples_of(run).exists()):  # also what a kill left undone
         draw_samples(args, model, run, shown, size)
     try:
         return train(

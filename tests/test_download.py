@@ -308,6 +308,22 @@ def test_archives_that_cannot_be_unpacked_are_one_line(served, tmp_path, monkeyp
         assert [path.name for path in tmp_path.rglob("*")] == ["nerf_synthetic"], what
 
 
+def test_what_a_kill_after_the_last_rename_left_is_cleared(served, tmp_path):
+    """The scene is there, and so is the rest of the archive in a hidden folder."""
+    folder = download.download("lego", tmp_path, served["url"])
+    rest = folder.parent / ".lego.unpacking"
+    (rest / "nerf_llff_data" / "fern").mkdir(parents=True)
+    with download.empty_folder(rest):  # while another process is at work
+        download.download("lego", tmp_path, served["url"])
+        assert rest.is_dir()
+        rest.joinpath("fern").mkdir()
+        rest.rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(rest)
+    download.download("lego", tmp_path, served["url"])
+    assert [path.name for path in folder.parent.iterdir()] == ["lego"]
+    assert len(served["ranges"]) == 1
+
+
 def test_what_a_killed_process_left_is_cleared(served, tmp_path):
     left = tmp_path / "nerf_synthetic" / ".lego.unpacking" / "nerf_synthetic" / "lego" / "train"
     left.mkdir(parents=True)

@@ -121,6 +121,49 @@ def test_a_signal_saves_its_step_and_samples_change_nothing(
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
 
 
+def test_a_kill_while_it_saves_or_draws_is_made_up_for(
+    pictures, sd_folder, whole, tmp_path, capsys, monkeypatch, quick_samples
+):
+    """Killed while it draws the samples of a saved step, and between the last save's two files."""
+    out, draw, written = tmp_path / "own.safetensors", finetune.draw_samples, []
+    flags = (pictures, sd_folder, out, "--steps", 12, "--sample_every", 6)
+
+    def killed(args, model, run, text, size):
+        if run.step == 6:
+            raise KeyboardInterrupt
+        draw(args, model, run, text, size)
+
+    def dying(write, *given):
+        written.append(write)
+        if len(written) == 6:  # saves of steps 8, 10 and 12, two files each
+            raise KeyboardInterrupt
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "draw_samples", killed)
+        assert run(capsys, *flags)[0] == 130
+    samples = tmp_path / "own_run" / "samples"
+    assert [path.name for path in samples.iterdir()] == ["000000.png"]
+    save_lora, replace_file = finetune.save_lora, finetune.replace_file
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_lora", partial(dying, save_lora))
+        patch.setattr(
+            finetune,
+            "replace_file",
+            lambda path, content: (
+                dying(replace_file, path, content)
+                if path.name == "state.pt"
+                else replace_file(path, content)
+            ),
+        )
+        assert run(capsys, *flags)[0] == 130
+    assert len(written) == 6
+    assert run(capsys, *flags)[0] == 0
+    assert_same(out, whole)
+    names = ["000000.png", "000006.png", "000012.png"]
+    assert sorted(path.name for path in samples.iterdir()) == names
+
+
 def test_other_settings_are_refused_and_more_steps_are_not(pictures, sd_folder, tmp_path, capsys):
     out, folder = tmp_path / "own.safetensors", tmp_path / "own_run"
     assert run(capsys, pictures, sd_folder, out, "--steps", 2)[0] == 0

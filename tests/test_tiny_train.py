@@ -78,6 +78,24 @@ def test_a_signal_is_no_success_and_a_kill_leaves_the_same_files(micro, tmp_path
     assert len(files) > 8 and len(list(tmp_path.iterdir())) == 2
     for name in files:
         assert (tmp_path / name).read_bytes() == (micro[0] / name).read_bytes(), name
+    # Started again: a kill while it writes leaves the files that are there whole.
+    write = build.write_folder
+
+    def killed(folder, *parts):
+        write(folder, *parts)
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "write_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    monkeypatch.setattr(build, "write_folder", write)
+    assert all((tmp_path / name).read_bytes() != b"half" for name in files)
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    train.main(command)
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (micro[0] / name).read_bytes(), name
 
 
 def test_the_folder_opens_with_the_sizes_asked_for(micro):

@@ -340,11 +340,20 @@ def main(argv: list[str] | None = None) -> None:
         parts = tokenizer, both["text"], vae, both["unet"], pictures.vocabulary()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with unfinished_folder(args.out) as temporary:
-            new = args.out if args.out.exists() else temporary / "model"
-            build.write_folder(new, *parts)
-            if new != args.out:
-                new.rename(args.out)
+            build.write_folder(temporary / "model", *parts)
+            put(temporary / "model", args.out)
         print(f"written: {args.out}", flush=True)
+
+
+def put(new: Path, out: Path) -> None:
+    """Move the folder ``new`` to ``out``; if that exists, file by file, so that each is whole."""
+    if not out.exists():
+        new.rename(out)
+        return
+    for path in sorted(path for path in new.rglob("*") if path.is_file()):
+        target = out / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
 
 def script(argv: list[str] | None = None) -> None:
