@@ -1,7 +1,7 @@
 """Does a killed run lose anything? Real runs, killed where they write and started again.
 
     python benchmarks/soak.py --kills 100                       # run_nerf.py
-    python benchmarks/soak.py --kills 100 --script dreamfusion  # or fast, demo, llff, store, tiny
+    python benchmarks/soak.py --kills 100 --script download     # or another of COMMANDS
     python benchmarks/soak.py --kills 20 --ranks 2              # one rank at a time, under torchrun
 
 A tiny run, which renders, films, exports, reports and saves all the time, is killed with SIGKILL or
@@ -9,14 +9,14 @@ SIGTERM at a random file that it opens, renames or removes, or up to 30 ms later
 by the same command until it finishes; half of the kills choose the kind of file first, so that
 rare ones (reports, meshes, videos) get their share. Further runs follow until --kills kills are
 done. After each kill the newest checkpoint must verify and be at most the saving cadence behind the
-last logged step. At the end everything that the run left must be what an unbroken one left
+last logged step, what is complete or absent must be so, and no process may go on
+(``soak_checks``). At the end everything that the run left must be what an unbroken one left
 (``soak_compare``). With --ranks, one of torchrun's processes is killed at a random moment; torchrun
 ends the others and restarts all. Exits with 1 if anything was lost.
 """
 
 import argparse
 import collections
-import csv
 import importlib
 import json
 import os
@@ -43,8 +43,7 @@ import make_demo  # noqa: E402
 
 import run_dreamfusion  # noqa: E402, F401  so that forks have imported what both need
 import run_nerf  # noqa: E402, F401
-from benchmarks import soak_compare  # noqa: E402
-from nerf.training import checkpoint, checkpoint_choice  # noqa: E402
+from benchmarks import soak_checks, soak_compare, soak_inputs  # noqa: E402
 
 CADENCE, STEPS, MOST_KILLS = 4, 16, 10  # MOST_KILLS: of one run
 COMMON = (
@@ -70,9 +69,18 @@ COMMANDS = {
     "tiny": "guidance/tiny/train.py --work {home}/work --out {home}/model --size 16 "
     "--pictures 512 --held_out 32 --batch 4 --vae_steps 5 --unet_steps 6 --device cpu "
     "--ema_decay 0.9 --save_seconds 0 --amp off",
+    "download": "data/download.py lego --root {home}/root --url {url}",
+    "photos": "data/from_photos.py {given} --out {home}/scene --camera_model SIMPLE_RADIAL "
+    "--threads 1",
+    "finetune": "guidance/finetune.py --pictures {given} --out {home}/own.safetensors "
+    "--prompt ball --class_prompt cube --num_class_pictures 4 --rank 2 --batch 2 --size 16 "
+    "--steps 6 --save_every 2 --sample_every 2 --print_every 1 --device cpu",
 }
 FORMATS = {"nerf": "blender", "fast": "blender", "store": "blender", "llff": "llff"}
+VIEWS = {"train": 5, "val": 2, "test": 3}
 TRAINED = ("nerf", "fast", "dreamfusion")
+LONGEST = {"download": 0.3, "photos": 8.0, "finetune": 0.3}  # seconds after an event; others 0.03
+SLOW_IMPORTS = {"tiny": "guidance.tiny.train", "finetune": "guidance.finetune"}  # 20 s: diffusers
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
@@ -86,16 +94,16 @@ class Strike(NamedTuple):
 
 
 def kind_of(event: str, given: tuple, home: str) -> str | None:
-    """What an audit event writes inside ``home``: a suffix, "rename", "remove", "encode"; None."""
+    """What an audit event writes inside ``home``: a suffix, "rename", "encode", ...; None."""
     if event == "subprocess.Popen":
         return "encode"
-    if event not in ("open", "os.rename", "os.remove", "os.rmdir") or not given:
+    if event not in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or not given:
         return None
     path = given[1] if event == "os.rename" else given[0]
     if not isinstance(path, str | bytes | os.PathLike) or home not in os.fsdecode(path):
         return None
     if event != "open":
-        return event.removeprefix("os.")
+        return event.partition(".")[2]
     writes = given[2] & (os.O_WRONLY | os.O_RDWR) if isinstance(given[2], int) else 0
     if not writes and not set(given[1] or "") & set("wax+"):
         return None
@@ -154,27 +162,14 @@ def run_forked(words: list[str], home: Path, strike: Strike | None) -> int:
         os._exit(code)
 
 
-def logged_step(run: Path) -> int:
-    """The last step in metrics.csv, without a line that the kill cut short; 0 without a file."""
-    try:
-        rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines(keepends=True)))
-    except OSError:
-        return 0
-    steps = [int(row["step"]) for row in rows if row["step"].isdigit() and None not in row.values()]
-    return max(steps, default=0)
-
-
-def after_kill(run: Path) -> tuple[int, str]:
-    """The step of the newest valid checkpoint, and a sentence about what was lost, or ""."""
-    reached, complaints = logged_step(run), []
-    found = checkpoint_choice.newest_checkpoint(run, complaints.append) if run.is_dir() else None
-    step = checkpoint.finished_updates(found[1]) if found else 0
-    if complaints:
-        return step, f"a broken checkpoint: {'; '.join(complaints)}"
-    # The last logged step may still be saving.
-    if reached - step > CADENCE:
-        return step, f"step {reached} was logged, the newest checkpoint is {step}"
-    return step, ""
+def after_kill(script: str, home: Path) -> list[str]:
+    """What a killed run has lost, and what it left half done: a line for each."""
+    found = soak_checks.half_written(script, home.with_name("unbroken"), home)
+    if script in TRAINED:
+        found.append(soak_checks.progress_lost(home / "run", CADENCE)[1])
+    if script == "finetune":
+        found.append(soak_checks.fine_tuning_lost(home, cadence=2))
+    return [line for line in found if line]
 
 
 def prepare(args, folder: Path, name: str) -> tuple[list[str], Path]:
@@ -183,15 +178,15 @@ def prepare(args, folder: Path, name: str) -> tuple[list[str], Path]:
     home.mkdir()
     if args.script in FORMATS:
         shutil.copytree(args.data or folder / "data", home / "data")
-    return COMMANDS[args.script].format(home=home).split(), home
+    return COMMANDS[args.script].format(home=home, **args.given).split(), home
 
 
-def draw_strike(draw: random.Random, kinds: collections.Counter[str]) -> Strike:
-    """A random kill of a run that writes ``kinds`` of files so often."""
+def draw_strike(draw: random.Random, kinds: collections.Counter[str], longest: float) -> Strike:
+    """A random kill of a run that writes ``kinds`` of files so often, ``longest`` s later."""
     kind = draw.choice(sorted(kinds)) if draw.random() < 0.5 else ""
     most = kinds[kind] if kind else kinds.total()
     count = 1 + int(most * draw.random() ** 2)  # early ones more often: a run is killed repeatedly
-    delay = 0.0 if draw.random() < 0.34 else draw.uniform(0.0, 0.03)
+    delay = 0.0 if draw.random() < 0.34 else draw.uniform(0.0, longest)
     number = signal.SIGTERM if draw.random() < 0.34 else signal.SIGKILL
     return Strike(kind, count, delay, number)
 
@@ -200,10 +195,14 @@ def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, kind
     """Kill and restart a run up to ``kills`` times, then let it finish; counts and losses."""
     words, home = prepare(args, folder, name)
     result: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
+    longest = LONGEST.get(args.script, 0.03)
     while True:
-        strike = draw_strike(draw, kinds) if result["kills"] < kills else None
+        strike = draw_strike(draw, kinds, longest) if result["kills"] < kills else None
         code = run_forked(words, home, strike)
-        if code == 0:
+        if why := soak_checks.left_running():
+            result["lost"].append(f"{name}, {strike}: {why}")
+        # A program that was killed after its last rename has nothing left to do.
+        if code == 0 or (code == 2 and "exists already" in _tail(home).rpartition("\n")[2]):
             return result
         ended = (-signal.SIGKILL,) if strike and strike.signal == signal.SIGKILL else STOPPED
         if strike is None or code not in ended:
@@ -212,22 +211,14 @@ def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, kind
         result["kills"] += 1
         result["terms"] += strike.signal == signal.SIGTERM
         result["kinds"][strike.kind or "any"] += 1
-        if args.script in TRAINED:
-            lost = after_kill(home / "run")[1]
-            result["lost"] += [f"{name}, {strike}: {lost}"] if lost else []
+        result["lost"] += [f"{name}, {strike}: {line}" for line in after_kill(args.script, home)]
 
 
 def _tail(home: Path) -> str:
-    return home.with_suffix(".out").read_text(errors="replace")[-1500:]
+    return home.with_suffix(".out").read_text(errors="replace")[-1500:].strip()
 
 
 # ------------------------------------------------------------------------------- several processes
-
-
-def children(pid: int) -> set[int]:
-    """The processes that ``pid`` has started and that still run."""
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return {int(word) for path in lists for word in path.read_text().split()}
 
 
 def one_run_of_ranks(args, folder: Path, name: str, kills: int, draw: random.Random, _) -> dict:
@@ -246,17 +237,17 @@ def one_run_of_ranks(args, folder: Path, name: str, kills: int, draw: random.Ran
         while process.poll() is None and _changed(home / "run" / "metrics.csv") == stamp:
             time.sleep(0.02)
         time.sleep(draw.uniform(0.0, args.longest))
-        ranks = children(process.pid)
+        ranks = soak_checks.children(process.pid)
         if result["kills"] < kills and len(ranks) == args.ranks:
             os.kill(draw.choice(sorted(ranks)), signal.SIGKILL)
             result["kills"] += 1
             deadline = time.monotonic() + 120
-            while ranks & children(process.pid):  # until torchrun has ended the others
+            while ranks & soak_checks.children(process.pid):  # until torchrun has ended the others
                 if time.monotonic() > deadline:
                     raise SystemExit("the other ranks hang after one was killed")
                 time.sleep(0.02)
-            lost = after_kill(home / "run")[1]
-            result["lost"] += [f"{name}, kill {result['kills']}: {lost}"] if lost else []
+            lost = after_kill(args.script, home)
+            result["lost"] += [f"{name}, kill {result['kills']}: {line}" for line in lost]
     if process.returncode:
         result["lost"].append(f"{name}: exit code {process.returncode}: {_tail(home)}")
     return result
@@ -279,16 +270,18 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="the scene; otherwise a small demo scene is made")
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     args = parser.parse_args()
-    if args.script == "tiny":
-        importlib.import_module("guidance.tiny.train")  # forks would take 20 s for diffusers
+    if args.script in SLOW_IMPORTS:
+        importlib.import_module(SLOW_IMPORTS[args.script])
     draw, began = random.Random(args.seed), time.monotonic()
     total: dict[str, Any] = {"kills": 0, "terms": 0, "kinds": collections.Counter(), "lost": []}
     total["runs"], run = 0, one_run if args.ranks == 1 else one_run_of_ranks
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     try:
         if args.script in FORMATS and args.data is None:
-            counts = {"train": 5, "val": 2, "test": 3}
-            make_demo.make(folder / "data", FORMATS[args.script], 16, counts)
+            make_demo.make(folder / "data", FORMATS[args.script], 16, VIEWS)
+        args.given = soak_inputs.give(args.script, folder / "given", VIEWS)
+        if args.ranks == 1:
+            soak_checks.adopt_orphans()
         first = run(args, folder, "unbroken", 0, draw, kinds := collections.Counter())
         if first["lost"]:
             sys.exit("\n".join(first["lost"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nerf.training import checkpoint
 
@@ -23,7 +24,12 @@ PLACES = ("args", "file", "folder", "checkpoint")
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """One line for each artifact that differs between two folders, or that only one of them has."""
+    """One line for each artifact that differs between two folders, or that only one of them has.
+
+    Also of two files.
+    """
+    if first.is_file():
+        return [why] if (why := _difference(first, second)) else []
     one, other = _files(first), _files(second)
     found = [f"{name}: missing" for name in sorted(one - other) if not name.endswith(".tar")]
     found += [f"{name}: left behind" for name in sorted(other - one) if not name.endswith(".tar")]
@@ -37,10 +43,15 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _files(folder: Path) -> set[str]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in OWN]
+    paths = [path for path in folder.rglob("*") if _is_left(path) and path.name not in OWN]
     paths = [path for path in paths if not re.fullmatch(r"\.pictures(\.lock|_\w+\.npy)", path.name)]
     names = [path.relative_to(folder) for path in paths]
     return {str(name) for name in names if not set(name.parts[:-1]) & set(OWN_FOLDERS)}
+
+
+def _is_left(path: Path) -> bool:
+    """Whether it is a file, or a hidden folder such as a killed program leaves behind."""
+    return path.is_file() or path.name.startswith(".")
 
 
 def _difference(first: Path, second: Path) -> str:
@@ -60,7 +71,19 @@ def _difference(first: Path, second: Path) -> str:
         return "" if one == other else "other pictures"
     if first.name.endswith(".made_from") or first.name.startswith(".stored"):
         return ""  # fingerprints of times of files
+    if first.suffix in (".pt", ".safetensors"):
+        return "" if same(tensors(first), tensors(second)) else "other tensors"
+    if first.name == "report.txt":  # of photos; it says how long they took
+        one, other = (re.sub(r" in \d+ s;", "", path.read_text()) for path in (first, second))
+        return "" if one == other else "other text"
     return "" if first.read_bytes() == second.read_bytes() else "other bytes"
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """The content of a .safetensors or .pt file; the order of the former's metadata is random."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, weights_only=True)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
