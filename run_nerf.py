@@ -261,6 +261,8 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         args, state, evaluation, partial(state.save, run, args.keep_ckpts, **content)
     )
     while state.step < args.N_iters:
+        if scene.stored is not None and every(state.step, monitor.read_every):
+            scene.stored.check_on_all_ranks(world)
         if finer := refine(renderer, build.grid_schedule(args).size(state.step)):  # --grid_steps
             run.log(f"step {state.step}: tri-planes of {renderer.field.encoding.finest} per side")
             state.replace_parameters(finer, resized_planes)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nerf.training.distributed import World
+
 SAMPLED_ROWS = 1024  # rows of pixels whose checksum is compared whenever a store is opened
 FOOTER = len(hashlib.sha256().hexdigest())  # bytes
 
@@ -85,9 +87,20 @@ class StoredFile:
 
     def check(self) -> None:
         """ValueError if the file has become shorter. 1 us; call it before the mapping is read."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < self.end:
+        if (size := self._size()) < self.end:
             self._lost(f"has become shorter, {size} of {self.end} bytes")
+
+    def check_on_all_ranks(self, world: World) -> None:
+        """``check``, at the start of a step: ValueError on every rank if it fails on any.
+
+        A rank that left alone would take the others with it before the first one could save.
+        """
+        if world.all_reduce_max(float(self._size() < self.end))[0]:
+            self.check()
+            self._lost("has become shorter for another process")
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
 
     def read(self, out: np.ndarray, start: int) -> None:
         """Fill ``out``, uint8 [N], with what follows byte ``start`` of the pixels."""
