@@ -1,24 +1,26 @@
-"""The viewer's frame rate on this machine, and how much an open viewer slows training.
+"""The viewer's frame rate on this machine, and how much open viewers slow training.
 
     python benchmarks/viewer.py --config configs/demo.txt    # frames per second while idle
-    python benchmarks/viewer.py --moving 3 --config configs/demo.txt --N_iters 400
+    python benchmarks/viewer.py --turns 3 --clients 10 --config configs/demo.txt --N_iters 400
 
-The first command needs a finished run. The second trains again under another name, three times
-without a viewer and three times with a client whose camera always turns (a stand-in for a browser:
-the server renders, encodes and queues every picture as for a real one). Both take run_nerf.py's
-flags. Results depend on the machine and its other load: report both.
+The first command needs a finished run. The second trains again under another name, by turns without
+a viewer, with one that nobody opens, and with clients whose cameras always turn: processes of their
+own that talk to the server as browsers do (viewer_clients.py). Both take run_nerf.py's flags.
+Seconds of the clock depend on the machine's other load; seconds of the CPU, of all threads of the
+run, hardly do, and are what training would take longer on one core. Report both.
 """
 
 import argparse
-import math
+import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-
-import numpy as np
+from typing import NamedTuple
 
 import run_nerf
+from benchmarks.steady import free_port
 from nerf import build, build_outputs
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import viewer
@@ -26,6 +28,8 @@ from nerf.outputs.scene import render_free_view
 from nerf.training import checkpoint, checkpoint_choice, distributed, rng
 from nerf.training.recovery import Attempt
 from nerf.training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def frames_per_second(flags: list[str]) -> None:
@@ -48,78 +52,75 @@ def frames_per_second(flags: list[str]) -> None:
         print(f"{side} x {round(side / 1.5)}: median {1 / sorted(times)[4]:.1f} frames/s")
 
 
-class Turning(viewer.Viewer):
-    """A viewer with one client, whose camera turns once in ten seconds."""
+class Cost(NamedTuple):
+    """Seconds from the first step to the last: of the clock, of the CPU."""
 
-    pictures: list[float] = []  # time at which each was sent
-
-    def _clients(self):
-        server = self.server
-
-        def show(*picture, **settings):
-            server.scene.set_background_image(*picture, **settings)
-            Turning.pictures.append(time.perf_counter())
-
-        pose = viewer_pose(self.scene, 2 * math.pi * time.monotonic() / 10)
-        camera = SimpleNamespace(
-            update_timestamp=1.0, fov=0.8, aspect=1.5,
-            wxyz=viewer.quaternion(pose), position=pose[:, 3],
-        )  # fmt: skip
-        return [
-            (0, SimpleNamespace(camera=camera, scene=SimpleNamespace(set_background_image=show)))
-        ]
+    wall: float
+    cpu: float
 
 
-def viewer_pose(scene, angle: float) -> np.ndarray:
-    """The pose [3, 4] of the first camera, turned about z by ``angle`` radians."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ scene.c2w[0].cpu().numpy()
-
-
-def train(flags: list[str]) -> tuple[float, float]:
-    """Time at which main was called, and seconds from the first step to the last, of one run."""
+def train(flags: list[str]) -> Cost:
+    """Train once in this process."""
     steps, draw = [], rng.step_generator
 
     def timed(*given):
-        steps.append(time.perf_counter())
+        steps.append((time.perf_counter(), time.process_time()))
         return draw(*given)
 
-    rng.step_generator, called = timed, time.perf_counter()
+    rng.step_generator = timed
     try:
         code = run_nerf.main(flags)
     finally:
         rng.step_generator = draw
     assert code == 0, code
-    return called, steps[-1] - steps[0]
+    return Cost(*(last - first for first, last in zip(steps[0], steps[-1], strict=True)))
 
 
-def slow_down(turns: int, flags: list[str]) -> None:
-    """Run without and with a client in turn; print how much slower the latter is."""
-    viewer.Viewer = Turning
+def train_viewed(flags: list[str], clients: int) -> tuple[Cost, dict[str, int]]:
+    """Train with a viewer and its clients; what these sent and received."""
+    port = str(free_port())
+    command = [sys.executable, str(ROOT / "benchmarks" / "viewer_clients.py"), "--port", port]
+    command += ["--clients", str(clients)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as browsers:
+        try:
+            cost = train([*flags, "--viewer", "--viewer_port", port])
+            counts = json.loads(browsers.communicate(timeout=60)[0])
+        finally:
+            browsers.kill()
+    return cost, counts
+
+
+def slow_down(turns: int, clients: int, flags: list[str]) -> None:
+    """Run all ways in turn; print how much slower training is with a viewer and clients."""
     flags = [*flags, "--expname", "viewer_benchmark", "--no_reload", "--i_img", "0"]
-    flags += ["--i_video", "0", "--ckpt_secs", "0"]
-    walls, waits, rates = {False: [], True: []}, [], []
+    flags += ["--i_video", "0", "--i_testset", "0", "--ckpt_secs", "0"]
+    costs: dict[int | None, list[Cost]] = {None: [], 0: [], clients: []}
+    rates = []
     for turn in range(turns):
-        for viewed in (False, True) if turn % 2 == 0 else (True, False):
-            Turning.pictures = []
-            called, wall = train([*flags, *(["--viewer"] if viewed else [])])
-            walls[viewed].append(wall)
-            if viewed:
-                waits.append(Turning.pictures[0] - called)
-                rates.append(len(Turning.pictures) / wall)
-    for viewed, found in walls.items():
-        listed = ", ".join(f"{seconds:.1f}" for seconds in found)
-        print(f"{'with' if viewed else 'without'} a client: {listed} s")
-    ratio = statistics.median(walls[True]) / statistics.median(walls[False])
-    print(f"{100 * (ratio - 1):+.1f} % (medians); {statistics.median(rates):.1f} pictures/s")
-    print(f"first picture {max(waits):.1f} s after the start, data and all, at the latest")
+        for number in list(costs)[:: 1 if turn % 2 == 0 else -1]:
+            if number is None:
+                costs[None].append(train(flags))
+                continue
+            cost, counts = train_viewed(flags, number)
+            costs[number].append(cost)
+            rates += [counts["pictures"] / cost.wall] if number else []
+    for number, found in costs.items():
+        name = "no viewer" if number is None else f"a viewer, {number} clients"
+        for kind in Cost._fields:
+            seconds = [getattr(cost, kind) for cost in found]
+            alone = statistics.median(getattr(cost, kind) for cost in costs[None])
+            more = 100 * (statistics.median(seconds) / alone - 1)
+            listed = ", ".join(f"{value:.1f}" for value in seconds)
+            print(f"{name}: {listed} s {kind}, {more:+.1f} % (medians)")
+    print(f"{statistics.median(rates):.1f} pictures/s for all clients together")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    parser.add_argument("--moving", type=int, default=0, help="runs of each kind")
+    parser.add_argument("--turns", type=int, default=0, help="runs of each kind")
+    parser.add_argument("--clients", type=int, default=1)
     own, flags = parser.parse_known_args()
-    slow_down(own.moving, flags) if own.moving else frames_per_second(flags)
+    slow_down(own.turns, own.clients, flags) if own.turns else frames_per_second(flags)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,62 @@ def test_a_fault_switches_the_viewer_off_and_is_said_once(monkeypatch, tmp_path)
     assert not shown.active and [s for s in said if "broken" in s] == said[1:]
 
 
+class Clock:
+    """A clock that stands until it is moved on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return 0.0
+
+
+def seconds_of_pictures(monkeypatch, tmp_path, hours_before, message_seconds):
+    """What pictures of 0.2 s each took of 100 s of training with steps of 0.1 s."""
+    clock = Clock()
+    monkeypatch.setattr(viewer, "time", clock)
+    taken = []
+
+    def view(pose, fov, size, mode, box, stopped):
+        taken.append(0.2)
+        clock.now += 0.2
+        return np.zeros((*size, 3))
+
+    shown, client, _, _ = open_viewer(monkeypatch, tmp_path, view)
+    monkeypatch.setattr(shown.guard, "close", lambda loop: None)
+    from nerf.outputs import viewer_guard
+
+    monkeypatch.setattr(viewer_guard, "time", clock)
+    shown.budget = viewer_guard.Bucket(viewer.BUDGET, viewer.SAVED)
+    try:
+        clock.now += 3600 * hours_before
+        end = clock.now + 100
+        while clock.now < end:
+            clock.now += 0.1
+            shown.guard.cpu_seconds += 0.1 * message_seconds
+            client.camera.position = client.camera.position + 0.01
+            shown.tick()
+    finally:
+        monkeypatch.setattr(viewer_guard, "time", time)
+        monkeypatch.setattr(viewer, "time", time)
+        shown.server.stop()
+    return sum(taken)
+
+
+def test_pictures_and_messages_together_stay_within_the_budget(monkeypatch, tmp_path):
+    """Also after hours in which nobody looked: what was not used then is not made up for."""
+    most = 100 * viewer.BUDGET + viewer.SAVED + 0.2
+    alone = seconds_of_pictures(monkeypatch, tmp_path, 0, 0.0)
+    later = seconds_of_pictures(monkeypatch, tmp_path, 3, 0.0)
+    beside = seconds_of_pictures(monkeypatch, tmp_path, 0, 0.03)
+    assert most - 1 < alone <= most and most - 1 < later <= most
+    assert alone - 3.5 < beside < alone - 2.5  # messages took 3 s of it
+    assert seconds_of_pictures(monkeypatch, tmp_path, 0, 0.2) < 1  # no picture after the first
+
+
 def test_an_occupied_port_ends_before_training():
     pytest.importorskip("viser")
     with socket.socket() as taken:

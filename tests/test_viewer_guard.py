@@ -306,6 +306,36 @@ def test_the_page_itself_can_do_all_that_it_shows(shown, monkeypatch, tmp_path):
         assert len(shown.keys) == 1 and shown.new_text() is None
 
 
+def test_while_training_only_the_last_of_many_cameras_is_passed_on(shown, monkeypatch):
+    """Clients are read a few times per second; a button still meets the camera before it."""
+    monkeypatch.setattr(viewer, "CLICK_SECONDS", 0.0)
+    passed, allows = [], shown.guard.allows
+    monkeypatch.setattr(shown.guard, "allows", lambda message: passed.append(1) or allows(message))
+    seen, add_key = [], next(
+        handle
+        for handle in shown.server.gui._gui_input_handle_from_uuid.values()
+        if getattr(handle, "label", "") == "add key"
+    )  # fmt: skip
+    with open_page(shown) as tab:
+        sent(tab, CAMERA)
+        wait_for(shown._clients)
+        client = shown._clients()[0][1]
+        client.camera.on_update(lambda camera: seen.append(float(camera.position[0])))
+        shown.guard.interval = 0.4
+        sent(tab, CAMERA)  # after it nobody reads for a while
+        wait_for(lambda: seen)
+        for number in range(1, 40):
+            sent(tab, {**CAMERA, "position": (float(number), -3, 1)})
+        click = {"type": "GuiUpdateMessage", "uuid": add_key._impl.uuid, "updates": {"value": True}}
+        sent(tab, click)
+        for number in range(40, 60):
+            sent(tab, {**CAMERA, "position": (float(number), -3, 1)})
+        wait_for(lambda: seen[-1] == 59 and shown.keys)
+    assert len(passed) == 62  # every message was looked at
+    assert len(seen) <= 8 and seen == sorted(seen)
+    assert 39 <= shown.keys[0][0][0, 3] <= 59
+
+
 # -------------------------------------------------------------------- how much they may ask for
 
 

@@ -1,8 +1,8 @@
 """The live viewer: a scene in the browser during and after training, served by viser.
 
-Pictures are rendered in the training thread between steps, for at most ``BUDGET`` of the wall time.
-viser's own threads only record requests (camera poses, pressed buttons), after ``viewer_guard`` has
-checked who asks and for what. Nothing here draws random numbers or changes what is trained, and any
+Pictures are rendered in the training thread between steps. viser's own threads only record requests
+(camera poses, pressed buttons), after ``viewer_guard`` has checked who asks and for what. Both
+together take at most ``BUDGET`` of the time. Nothing here draws random numbers or changes what is trained, and any
 error of a picture switches the viewer off.
 """
 
@@ -25,9 +25,12 @@ from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer_cameras import address, camera_pose, picture_size, quaternion
 
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
-# Part of the wall time spent on pictures during training. The whole cost stays below a tenth: a
-# picture evicts data from the caches, which slows down the next steps by nearly as much again.
-BUDGET = 0.05
+BUDGET = 0.05  # part of the time that pictures and messages may take during training
+SAVED = 0.5  # seconds of it that are kept while nobody looks, so that who comes sees a picture soon
+INTERVAL = (
+    0.1  # seconds between two readings of what a client sent; twice that where there are many
+)
+MANY = 3  # clients
 SIDES = (96, 192, 384, 640)  # pixels of the longer side: first in motion, the others at rest
 REST = 0.3  # seconds without motion before a picture is refined
 REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training
@@ -95,11 +98,12 @@ class Viewer:
     ) -> None:
         import viser
 
-        from nerf.outputs.viewer_guard import Guard
+        from nerf.outputs.viewer_guard import Bucket, Guard
 
         self.scene, self.folder, self.log = scene, folder, log
         self.active, self.paused = True, False
-        self.render_seconds, self.budget_start = 0.0, time.monotonic()
+        self.budget, self.cpu_seconds = Bucket(BUDGET, SAVED), 0.0
+        self.training = False  # whether what is shown changes by itself
         self.keys: list[tuple[np.ndarray, float]] = []  # c2w, vertical field of view in degrees
         self._pending_text: str | None = None
         self.num_texts = 0
@@ -255,21 +259,25 @@ class Viewer:
         """Between two steps: render a picture if the budget allows it; wait while paused."""
         if not self.active:
             return
-        if self.render_seconds <= BUDGET * (time.monotonic() - self.budget_start):
+        self.training = True
+        self.guard.interval = INTERVAL * (2 if len(self.guard.connections) >= MANY else 1)
+        taken, self.cpu_seconds = self.guard.cpu_seconds - self.cpu_seconds, self.guard.cpu_seconds
+        if self.budget.take(taken):
+            start = time.monotonic()
             self._render_pending(stopped)
-        while self.active and self.paused and not stopped():
-            time.sleep(0.0 if self._render_pending(stopped) else 0.02)
-            # A pause is not training time: the budget starts again after it.
-            self.render_seconds, self.budget_start = 0.0, time.monotonic()
+            self.budget.take(time.monotonic() - start)
+        if self.paused:
+            self.serve(lambda: stopped() or not self.paused)
+            self.cpu_seconds = self.guard.cpu_seconds  # a pause is not training time
 
     def serve(self, stopped: Callable[[], bool]) -> None:
         """Render pictures without a budget until ``stopped()``."""
+        self.training, self.guard.interval = False, 0.0
         while self.active and not stopped():
             time.sleep(0.0 if self._render_pending(stopped) else 0.02)
 
     def _render_pending(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Render a picture for the client that has waited longest; whether any needed one."""
-        start = time.monotonic()
         try:
             clients = dict(self._clients())
             self.served_at = {number: self.served_at.get(number, 0.0) for number in clients}
@@ -282,8 +290,6 @@ class Viewer:
             self.active = False
             self.log(f"viewer switched off: {type(error).__name__}: {error}")
             return False
-        finally:
-            self.render_seconds += time.monotonic() - start
 
     def _clients(self) -> list[tuple[int, Any]]:
         """The connected browsers: viser's number and handle of each."""
@@ -303,7 +309,7 @@ class Viewer:
             level, moved_at = 0, now
         elif level + 1 < len(SIDES) and now - moved_at >= REST:
             level += 1
-        elif level + 1 == len(SIDES) and self.render_seconds > 0 and now - moved_at > REFRESH:
+        elif level + 1 == len(SIDES) and self.training and now - moved_at > REFRESH:
             level, moved_at = 1, now  # training has gone on: render again
         else:
             return False

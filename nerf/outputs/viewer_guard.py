@@ -8,8 +8,10 @@ message names. ``Guard`` stands in front of it:
 * Beyond this machine every request needs the token of the printed address. The page's cookie then
   carries it to the websocket.
 * A client gets a limited number of connections, seconds, bytes and messages; one that wants more
-  is disconnected. Messages other than a camera and the value of a control are dropped, and so are
-  values that no control of the page could send.
+  is disconnected. While something trains, all clients are read at the same moments, a few times
+  per second, and of the cameras that came since then only the last is passed on.
+* Messages other than a camera and the value of a control are dropped, and so are values that no
+  control of the page could send.
 """
 
 import asyncio
@@ -132,6 +134,8 @@ class Guard:
     """The rules of one viewer, and its connections.
 
     ``controls`` has a check for every control of the page: viser's uuid -> ``Check``.
+    ``interval`` is the time in seconds between two readings of what the clients sent; 0: at once.
+    ``cpu_seconds`` is the time that the server's thread has taken.
     """
 
     def __init__(self) -> None:
@@ -140,6 +144,7 @@ class Guard:
         self.connections: set[GuardedConnection] = set()
         self.connection_rate = Bucket(*CONNECTION_RATE)
         self.closing = False
+        self.interval = self.cpu_seconds = 0.0
 
     def allows(self, message: bytes) -> bool:
         """Whether viser may see a message; ValueError if it is none at all."""
@@ -261,6 +266,7 @@ class GuardedConnection(ServerConnection):
         super().__init__(*arguments, **options)
         self.guard = guard
         self.message_rate, self.byte_rate = Bucket(*MESSAGE_RATE), Bucket(*BYTE_RATE)
+        self.next_message: bytes | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the handshake, unless there are too many connections."""
@@ -279,22 +285,49 @@ class GuardedConnection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of any kind (a request, messages, pings) up to BYTE_RATE."""
-        if self.byte_rate.take(len(data)):
-            super().data_received(data)
-        else:
+        if not self.byte_rate.take(len(data)):
             self.transport.abort()
+            return
+        super().data_received(data)
+        interval = self.guard.interval
+        if interval and self.state is websockets.protocol.State.OPEN:
+            # All connections wait for the same moment, so that the thread wakes once for all.
+            self.transport.pause_reading()
+            moment = (self.loop.time() // interval + 1) * interval
+            self.loop.call_at(moment, self.transport.resume_reading)
+        self.guard.cpu_seconds = time.thread_time()
 
     async def recv(self, decode: bool | None = None) -> Any:
-        """The next message that viser may see."""
+        """The next message that viser may see; of cameras that have come, the last."""
+        if self.next_message is not None:
+            message, self.next_message = self.next_message, None
+            return message
+        camera = None
         while True:
-            message = await super().recv(decode)
             try:
-                if not self.message_rate.take(1) or not isinstance(message, bytes):
-                    raise ValueError("too many messages, or a text")
-                if self.guard.allows(message):
-                    return message
-            except ValueError:
-                self.transport.abort()
+                async with asyncio.timeout(None if camera is None else 0):
+                    message = await super().recv(decode)
+            except TimeoutError:
+                return camera  # nothing else has come
+            if not self._allows(message):
+                continue
+            if b"ViewerCameraMessage" in message:
+                camera = message
+            elif camera is None:
+                return message
+            else:  # a button, pressed after the camera was there
+                self.next_message = message
+                return camera
+
+    def _allows(self, message: Any) -> bool:
+        """Whether viser may see a message; ends the connection if it is none, or one too many."""
+        try:
+            if not self.message_rate.take(1) or not isinstance(message, bytes):
+                raise ValueError("too many messages, or a text")
+            return self.guard.allows(message)
+        except ValueError:
+            self.transport.abort()
+            return False
 
 
 def _peer(connection: ServerConnection) -> str | None:
