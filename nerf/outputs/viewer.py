@@ -2,8 +2,8 @@
 
 Pictures are rendered in the training thread between steps. viser's own threads only record requests
 (camera poses, pressed buttons), after ``viewer_guard`` has checked who asks and for what. Both
-together take at most ``BUDGET`` of the time. Nothing here draws random numbers or changes what is trained, and any
-error of a picture switches the viewer off.
+together take at most ``BUDGET`` of the time. Nothing here draws random numbers or changes what is
+trained, and any error of a picture switches the viewer off.
 """
 
 import io
@@ -27,10 +27,8 @@ from nerf.outputs.viewer_cameras import address, camera_pose, picture_size, quat
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
 BUDGET = 0.05  # part of the time that pictures and messages may take during training
 SAVED = 0.5  # seconds of it that are kept while nobody looks, so that who comes sees a picture soon
-INTERVAL = (
-    0.1  # seconds between two readings of what a client sent; twice that where there are many
-)
-MANY = 3  # clients
+INTERVAL = 0.1  # seconds between two readings of the clients' messages during training;
+MANY = 3  # twice that from so many clients on
 SIDES = (96, 192, 384, 640)  # pixels of the longer side: first in motion, the others at rest
 REST = 0.3  # seconds without motion before a picture is refined
 REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training
