@@ -20,7 +20,7 @@ from nerf.datasets.frames import (
     NGP_KEYS,
     Capture,
     expected_sizes,
-    find_picture,
+    find_pictures,
     present,
     read,
     subset,
@@ -143,7 +143,7 @@ def is_plain(datadir: Path, found: Capture) -> bool:
     top, frames = found.top, found.frames
     if any(key in top for key in NGP_KEYS):
         return False
-    files = [find_picture(datadir, frame["file_path"], frame["where"]) for frame in frames]
+    files = find_pictures(datadir, frames)
     for frame in frames:
         if "fl_x" in frame or "fl_y" in frame or frame.get("mask_path"):
             return False

@@ -8,6 +8,8 @@ coordinates fit for training:
 * the file's own scale and shift, where it states them (``nerf.datasets.transforms``).
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,8 @@ from nerf.cameras import (
     recenter,
     spiral_path,
 )
-from nerf.datasets.arrays import must_fit, padded
-from nerf.datasets.images import read_sized, store_sized
+from nerf.datasets.arrays import must_fit
+from nerf.datasets.images import read_padded, store_sized
 from nerf.datasets.masks import Masks, read_masks
 from nerf.datasets.scene import Scene
 from nerf.datasets.store import Store, as_tensor
@@ -92,7 +94,7 @@ def pictures_of(views: Views, factor: int, store: Store | None = None) -> dict[s
         sizes = np.tile(images.shape[1:3], (len(images), 1))
     else:
         with must_fit(len(views.files)):
-            images, sizes = padded(read_sized(views.files, views.sizes, factor))
+            images, sizes = read_padded(views.files, views.sizes, factor)
     intrinsics = views.intrinsics.copy()
     ratio = sizes / views.sizes  # [V, 2]
     intrinsics[:, :4] *= ratio[:, [1, 0, 1, 0]]
@@ -117,8 +119,9 @@ def pictures_of(views: Views, factor: int, store: Store | None = None) -> dict[s
 
 def _check_all_usable(views: Views, cameras: torch.Tensor, height: int, width: int) -> None:
     """ValueError unless every pixel is usable: a mapped file is drawn from without exceptions."""
-    invalid = cameras.shape[-1] > 4 and not all(
-        bool(_in_lens_domain(row, height, width).all()) for row in cameras
+    domain = _lens_domains()
+    invalid = cameras.shape[-1] > 4 and any(
+        domain(tuple(row), height, width) is not None for row in cameras.tolist()
     )
     if invalid or any(views.masks):
         raise ValueError(
@@ -134,20 +137,37 @@ def _usable(
 
     Views without any such pixel are left out later, by ``checks``.
     """
-    usable = torch.zeros(len(sizes), height, width, dtype=torch.bool)
+    usable: torch.Tensor | None = None  # a byte per pixel: made when a pixel is not usable
+    domain = _lens_domains()
     for view, (own_height, own_width) in enumerate(sizes.tolist()):
-        inside = usable[view, :own_height, :own_width]
-        inside.fill_(True)
+        inside = torch.ones(own_height, own_width, dtype=torch.bool)
         masks = views.masks[view]
         if masks:
             inside &= torch.from_numpy(read_masks(masks, (own_height, own_width)))
         if cameras.shape[-1] > 4:
-            inside &= _in_lens_domain(cameras[view], own_height, own_width)
-    return None if bool(usable.all()) else usable
+            valid = domain(tuple(cameras[view].tolist()), own_height, own_width)
+            if valid is not None:
+                inside &= valid
+        if inside.shape == (height, width) and bool(inside.all()):
+            continue
+        if usable is None:
+            usable = torch.ones(len(sizes), height, width, dtype=torch.bool)
+        usable[view] = False
+        usable[view, :own_height, :own_width] = inside
+    return usable
 
 
-def _in_lens_domain(camera: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """bool [H, W]: pixels for which the lens model has a ray direction."""
+def _lens_domains() -> Callable[[tuple[float, ...], int, int], torch.Tensor | None]:
+    """``_in_lens_domain`` of a camera's numbers, which remembers the last few: many share one."""
+
+    def domain(camera: tuple[float, ...], height: int, width: int) -> torch.Tensor | None:
+        return _in_lens_domain(torch.tensor(camera), height, width)
+
+    return lru_cache(maxsize=8)(domain)
+
+
+def _in_lens_domain(camera: torch.Tensor, height: int, width: int) -> torch.Tensor | None:
+    """bool [H, W]: pixels for which the lens model has a ray direction; None: all of them."""
 
     def valid(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         plane = (torch.stack([x, y], dim=-1) + 0.5 - camera[2:4]) / camera[:2]
@@ -158,7 +178,7 @@ def _in_lens_domain(camera: torch.Tensor, height: int, width: int) -> torch.Tens
     borders = [valid(x, torch.full_like(x, float(row))) for row in (0, height - 1)]
     borders += [valid(torch.full_like(y, float(column)), y) for column in (0, width - 1)]
     if all(bool(border.all()) for border in borders):
-        return torch.ones(height, width, dtype=torch.bool)
+        return None
     y, x = torch.meshgrid(y, x, indexing="ij")
     return valid(x, y)
 
@@ -279,7 +299,8 @@ def arc_path(c2w: np.ndarray, inward: bool, num_views: int = 60) -> np.ndarray:
 def hold_out(num_views: int, every: int) -> dict[str, list[int]]:
     """Splits of views in order: every n-th for val and test; 0: only the middle one."""
     test = list(range(0, num_views, every)) if every else [num_views // 2]
-    train = [view for view in range(num_views) if view not in set(test)]
+    held = set(test)
+    train = [view for view in range(num_views) if view not in held]
     return {"train": train, "val": test, "test": test}
 
 

@@ -21,6 +21,7 @@ PLAIN_VIEWS = 0.8  # part of the views whose border must have that color
 STRIDE = 8  # pixels between those that are looked at first
 SHORTEST, LONGEST = 0.15, 30.0  # focal lengths of pinholes, of the width; others are named
 FAR_OFF = 0.3  # of the width or height: principal points farther from the middle are named
+SAME_POSE = 1e-6  # largest difference of the numbers of one pose
 USUAL_DISTANCE = 2.0  # of cameras from what they look at, in scene units
 Warn = Callable[[str], object]
 
@@ -55,12 +56,12 @@ def without_masked_views(scene: Scene, warn: Warn) -> Scene:
     if not empty:
         return scene
     names, train = [scene.names[view] for view in empty], scene.splits["train"]
-    lost = len(set(train) & set(empty))
+    masked = set(empty)
+    lost = len(set(train) & masked)
     too_few(len(train), lost, "", "wholly masked, or behind masks that cannot be read", names)
     warn(f"the mask or the lens leaves no pixel of {len(empty)} pictures, left out: {some(names)}")
     kept = {
-        name: [view for view in views if view not in set(empty)]
-        for name, views in scene.splits.items()
+        name: [view for view in views if view not in masked] for name, views in scene.splits.items()
     }
     return replace(scene, splits={name: views for name, views in kept.items() if views})
 
@@ -284,7 +285,7 @@ def check_splits(scene: Scene, warn: Warn) -> None:
     repeated = [view for view in train if place.setdefault(scene.names[view], view) != view]
     if repeated:
         poses = scene.c2w[[place[scene.names[view]] for view in repeated]]
-        others = int(((poses - scene.c2w[repeated]).abs().amax((1, 2)) > 1e-6).sum())
+        others = int(((poses - scene.c2w[repeated]).abs().amax((1, 2)) > SAME_POSE).sum())
         warn(
             f"{len(repeated)} of {len(train)} training views repeat another one's picture, "
             f"{others} of them with another pose: "
@@ -294,7 +295,7 @@ def check_splits(scene: Scene, warn: Warn) -> None:
         views = scene.splits.get(split, [])
         if split == "test" and views == scene.splits.get("val"):
             continue
-        both = [view for view in views if _is_among(scene, view, train)]
+        both = _repeats(scene, views, train)
         if both:
             names = some([scene.names[view] for view in both])
             warn(
@@ -303,10 +304,25 @@ def check_splits(scene: Scene, warn: Warn) -> None:
             )
 
 
-def _is_among(scene: Scene, view: int, others: list[int]) -> bool:
-    """Whether a view has the camera and the picture of one of the others."""
-    near = (scene.c2w[view] - scene.c2w[others]).abs().amax((1, 2)) <= 1e-6
-    same = [others[index] for index in near.nonzero()[:, 0].tolist()]
-    return any(
-        other == view or torch.equal(scene.images[view], scene.images[other]) for other in same
-    )
+def _repeats(scene: Scene, views: list[int], others: list[int]) -> list[int]:
+    """Those of ``views`` that have the camera and the picture of one of the others."""
+    numbers = scene.c2w.double().cpu().numpy().reshape(len(scene.c2w), -1)
+    # Equal cameras have equal sums, however weighted: of all others only these are compared.
+    weights = np.random.default_rng(0).uniform(0.5, 1, numbers.shape[1])
+    sums, reach = numbers @ weights, 2 * SAME_POSE * weights.sum()
+    order = np.argsort(sums[others])
+    sorted_sums = sums[others][order]
+    low = np.searchsorted(sorted_sums, sums[views] - reach)
+    high = np.searchsorted(sorted_sums, sums[views] + reach)
+    return [
+        view
+        for view, start, end in zip(views, low.tolist(), high.tolist(), strict=True)
+        if any(_is_same(scene, view, others[index]) for index in order[start:end].tolist())
+    ]
+
+
+def _is_same(scene: Scene, view: int, other: int) -> bool:
+    """Whether two views have the same camera and picture."""
+    if float((scene.c2w[view] - scene.c2w[other]).abs().max()) > SAME_POSE:
+        return False
+    return other == view or torch.equal(scene.images[view], scene.images[other])

@@ -14,6 +14,7 @@ from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store
 
+CHUNK = 1 << 16  # observations whose depths are computed together
 PERCENTILES = (0.1, 99.9)  # of a view's depths, as in LLFF: single points may be wrong
 
 
@@ -83,8 +84,10 @@ def registered(
     folder: of the model, for messages. factor: see ``picture_folder``.
     """
     images = picture_folder(datadir, model.names, factor, warn)
+    names = pictures.Names()
     files = [
-        pictures.existing(inside(images, name, f"{folder}: image name")) for name in model.names
+        pictures.existing(inside(images, name, f"{folder}: image name"), names)
+        for name in model.names
     ]
     if not any(file.is_file() for file in files):  # names may begin with the folder's own
         whole = [inside(datadir, name, f"{folder}: image name") for name in model.names]
@@ -98,8 +101,9 @@ def registered(
     kept = pictures.readable(files, None, str(images), warn, "registered pictures")
     model, files = _subset(model, kept), [files[view] for view in kept]
     intrinsics: dict[int, list[float]] = {}
+    used = set(model.camera_ids)
     for number, camera in model.cameras.items():
-        if number in set(model.camera_ids):
+        if number in used:
             try:
                 intrinsics[number] = lenses.from_colmap(camera.model, list(camera.params))
             except ValueError as error:
@@ -155,9 +159,10 @@ def picture_folder(
     """
     images, reduced = pictures.existing(datadir / "images"), datadir / f"images_{factor}"
     if factor > 1:
-        small = [pictures.existing(inside(reduced, name, "image name")) for name in names]
+        there = pictures.Names()
+        small = [pictures.existing(inside(reduced, name, "image name"), there) for name in names]
         if all(path.is_file() for path in small):
-            large = [pictures.existing(inside(images, name, "image name")) for name in names]
+            large = [pictures.existing(inside(images, name, "image name"), there) for name in names]
             stale = why_stale(small, large)
             broken = [path.name for path in small if why_unreadable(path)]
             if broken and images.is_dir():
@@ -175,6 +180,13 @@ def picture_folder(
     return images
 
 
+def _depths(model: Model, part: slice) -> np.ndarray:
+    """Depths [N] along the cameras' axes of a part of the observations."""
+    point, view = model.tracks[part].T
+    poses = model.c2w[view]
+    return -((model.points[point] - poses[:, :, 3]) * poses[:, :, 2]).sum(-1)
+
+
 def depth_bounds(model: Model) -> np.ndarray | None:
     """Nearest and farthest depth [V, 2] of each view's points, in the model's units.
 
@@ -182,15 +194,18 @@ def depth_bounds(model: Model) -> np.ndarray | None:
     """
     if not len(model.tracks):
         return None
-    point, view = model.tracks.T
-    poses = model.c2w[view]
-    depth = -((model.points[point] - poses[:, :, 3]) * poses[:, :, 2]).sum(-1)
+    view = model.tracks[:, 1]
+    starts = range(0, len(view), CHUNK)
+    depth = np.concatenate([_depths(model, slice(start, start + CHUNK)) for start in starts])
     good = np.isfinite(depth) & (depth > 0)
     if not good.any():
         return None
     depth, view = depth[good], view[good]
-    rows = []
-    for number in range(len(model.c2w)):
-        own = depth[view == number]
-        rows.append(np.percentile(own if len(own) >= 10 else depth, PERCENTILES))
+    together = np.percentile(depth, PERCENTILES)
+    of_view = depth[np.argsort(view, kind="stable")]
+    ends = np.bincount(view, minlength=len(model.c2w)).cumsum()
+    rows = [
+        np.percentile(own, PERCENTILES) if len(own) >= 10 else together
+        for own in np.split(of_view, ends[:-1])
+    ]
     return np.array(rows)

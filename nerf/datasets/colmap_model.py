@@ -6,17 +6,24 @@ z forward. (Formats: COLMAP's documentation, "Output Format".)
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nerf.datasets.binary_values import BinaryValues
 from nerf.lenses import COLMAP_MODELS
 
 MODEL_NAMES = {number: name for name, (number, _) in COLMAP_MODELS.items()}
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0])
 MOST_PIXELS = 10**6  # of a picture's side
+# A point in points3D.bin, before its track: number, place, color, error, length of the track.
+POINT_HEAD = struct.Struct("<35sdQ")
+POINT_ROW = np.dtype(
+    [("number", "<u8"), ("xyz", "<f8", 3), ("rgb", "u1", 3), ("error", "<f8"), ("length", "<u8")]
+)
 
 
 class Camera(NamedTuple):
@@ -54,7 +61,7 @@ class _Points(NamedTuple):
 
     xyz: np.ndarray  # [P, 3]
     rgb: np.ndarray  # [P, 3] uint8
-    tracks: list[tuple[int, int]]  # index of a point, the file's number of an image
+    tracks: np.ndarray  # [T, 2] index of a point, the file's number of an image
 
 
 def find_model(datadir: Path, warn: Callable[[str], object] | None = None) -> Path | None:
@@ -115,11 +122,12 @@ def read_model(folder: Path) -> Model:
                 raise ValueError(
                     f"{folder}: has no {name}.bin or {name}.txt; export the whole model again"
                 )
-            parts[name] = _points_of([], [], [])
+            parts[name] = _points_of(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), [], [])
             continue
         try:
             if files[0].suffix == ".bin":
-                parts[name] = READERS[name](_Bytes(files[0].read_bytes()))
+                with open(files[0], "rb") as file:
+                    parts[name] = READERS[name](BinaryValues(file))
             else:
                 parts[name] = TEXT_READERS[name](
                     files[0].read_text(encoding="utf-8-sig").split("\n")
@@ -158,7 +166,8 @@ def _joined(
                 "file lacks; export the whole model again"
             )
     index = {image.number: view for view, image in enumerate(images)}
-    kept = [(point, index[image]) for point, image in points.tracks if image in index]
+    numbers, place = np.unique(points.tracks[:, 1], return_inverse=True)
+    views = np.array([index.get(number, -1) for number in numbers.tolist()], int)[place]
     return Model(
         cameras,
         names=[image.name for image in images],
@@ -166,7 +175,7 @@ def _joined(
         c2w=np.stack([_camera_to_world(i.pose, f"{folder}: {i.name}") for i in images]),
         points=points.xyz,
         colors=points.rgb,
-        tracks=np.array(kept, int).reshape(-1, 2),
+        tracks=np.stack([points.tracks[:, 0], views], -1)[views >= 0],
     )
 
 
@@ -191,12 +200,11 @@ def _camera_to_world(pose: np.ndarray, where: str) -> np.ndarray:
 
 
 def _points_of(
-    xyz: list[Iterable[float]], rgb: list[Iterable[int]], tracks: list[tuple[int, int]]
+    xyz: np.ndarray, rgb: np.ndarray, images: Sequence[int] | np.ndarray, lengths: Sequence[int]
 ) -> _Points:
-    """Lists as arrays; without points the arrays are [0, 3]."""
-    if not xyz:
-        return _Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), [])
-    return _Points(np.array(xyz), np.array(rgb, np.uint8), tracks)
+    """The points [P, 3] with the images of all tracks, one after the other, and their lengths."""
+    point = np.arange(len(xyz)).repeat(np.asarray(lengths, int))
+    return _Points(xyz, rgb, np.stack([point, np.asarray(images, int)], -1))
 
 
 def _check_camera_model(model: str, count: int) -> None:
@@ -210,32 +218,7 @@ def _check_camera_model(model: str, count: int) -> None:
 # ------------------------------------------------------------------------------------- binary
 
 
-class _Bytes:
-    """A reader of consecutive little-endian values; struct.error at the end of the file."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.position = content, 0
-
-    def take(self, layout: str) -> tuple[Any, ...]:
-        """The next values, in a ``struct`` layout."""
-        values = struct.unpack_from("<" + layout, self.content, self.position)
-        self.position += struct.calcsize("<" + layout)
-        return values
-
-    def take_bytes(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
-        start, self.position = self.position, self.position + count
-        if self.position > len(self.content):
-            raise struct.error(f"{self.position} bytes needed, the file has {len(self.content)}")
-        return self.content[start : self.position]
-
-    def take_string(self) -> str:
-        """The next zero-terminated string."""
-        end = self.content.index(b"\0", self.position)
-        return self.take_bytes(end - self.position + 1)[:-1].decode("utf-8")
-
-
-def _read_cameras(data: _Bytes) -> dict[int, Camera]:
+def _read_cameras(data: BinaryValues) -> dict[int, Camera]:
     cameras = {}
     for _ in range(*data.take("Q")):
         number, model, width, height = data.take("iiQQ")
@@ -246,27 +229,32 @@ def _read_cameras(data: _Bytes) -> dict[int, Camera]:
     return cameras
 
 
-def _read_images(data: _Bytes) -> list[_Image]:
+def _read_images(data: BinaryValues) -> list[_Image]:
     images = []
     for _ in range(*data.take("Q")):
         number, *pose, camera = data.take("i7di")
         name = data.take_string()
-        data.take_bytes(24 * data.take("Q")[0])  # features: x, y, number of the point
+        data.skip(24 * data.take("Q")[0])  # features: x, y, number of the point
         images.append(_Image(number, np.array(pose), camera, name))
     return images
 
 
-def _read_points(data: _Bytes) -> _Points:
-    xyz: list[Iterable[float]] = []
-    rgb: list[Iterable[int]] = []
-    tracks: list[tuple[int, int]] = []
-    for number in range(*data.take("Q")):
-        values = data.take("Q3d3BdQ")
-        xyz.append(values[1:4])
-        rgb.append(values[4:7])
-        track = np.frombuffer(data.take_bytes(8 * values[8]), "<i4")[::2]
-        tracks += [(number, image) for image in track.tolist()]
-    return _points_of(xyz, rgb, tracks)
+def _read_points(data: BinaryValues) -> _Points:
+    (count,) = data.take("Q")
+    rows, position = memoryview(data.take_rest()), 0
+    heads, tracks, lengths = [], [], array("q")
+    for _ in range(count):
+        (length,) = POINT_HEAD.unpack_from(rows, position)[2:]
+        start, end = position + POINT_HEAD.size, position + POINT_HEAD.size + 8 * length
+        if end > len(rows):
+            raise struct.error(f"{end} bytes of points needed, the file has {len(rows)}")
+        heads.append(rows[position:start])
+        tracks.append(rows[start:end])  # pairs of an image and the number of its feature
+        lengths.append(length)
+        position = end
+    found = np.frombuffer(b"".join(heads), POINT_ROW)
+    images = np.frombuffer(b"".join(tracks), "<i4")[::2]
+    return _points_of(found["xyz"].copy(), found["rgb"].copy(), images, lengths)
 
 
 # --------------------------------------------------------------------------------------- text
@@ -315,16 +303,19 @@ def _is_number(word: str) -> bool:
 
 
 def _text_points(lines: list[str]) -> _Points:
-    xyz: list[Iterable[float]] = []
-    rgb: list[Iterable[int]] = []
-    tracks: list[tuple[int, int]] = []
+    xyz: list[list[float]] = []
+    rgb: list[list[int]] = []
+    images, lengths = array("q"), array("q")
     for line in _without_comments(lines):
         words = line.split()
         if words:
-            tracks += [(len(xyz), int(word)) for word in words[8::2]]
             xyz.append([float(word) for word in words[1:4]])
             rgb.append([int(word) for word in words[4:7]])
-    return _points_of(xyz, rgb, tracks)
+            track = [int(word) for word in words[8::2]]
+            images.extend(track)
+            lengths.append(len(track))
+    colors = np.array(rgb, np.uint8).reshape(-1, 3)
+    return _points_of(np.array(xyz, float).reshape(-1, 3), colors, images, lengths)
 
 
 READERS = {"cameras": _read_cameras, "images": _read_images, "points3D": _read_points}

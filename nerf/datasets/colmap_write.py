@@ -12,6 +12,8 @@ import torch
 from nerf.datasets.colmap_model import OPENCV_TO_OPENGL, Model
 from nerf.lenses import COLMAP_MODELS, from_colmap, project
 
+FEATURE = np.dtype([("place", "<f8", 2), ("point", "<i8")])  # of an image, in images.bin
+
 
 def quaternion(rotation: np.ndarray) -> np.ndarray:
     """The unit quaternion w x y z [4], w >= 0, of a rotation [3, 3].
@@ -41,15 +43,29 @@ def write_model(folder: Path, model: Model, text: bool = False) -> None:
     for c2w in model.c2w:
         rotation = (c2w[:, :3] @ OPENCV_TO_OPENGL).T
         poses.append([*quaternion(rotation).tolist(), *(-rotation @ c2w[:, 3]).tolist()])
-    features: list[np.ndarray] = []  # by view [N, 3]: x, y, number of the point
-    for view in range(len(poses)):
-        points = model.tracks[model.tracks[:, 1] == view, 0]
-        features.append(np.column_stack([_project(model, view, points), points]))
-    row_of = {(int(p), v): i for v, rows in enumerate(features) for i, p in enumerate(rows[:, 2])}
-    tracks: list[list[tuple[int, int]]] = [[] for _ in model.points]  # (image id, feature) pairs
-    for point, view in model.tracks.tolist():
-        tracks[point].append((view + 1, row_of[point, view]))
+    point, view = model.tracks.T
+    features = [  # by view [N, 3]: x, y, number of the point
+        np.column_stack([_project(model, number, point[own]), point[own]])
+        for number, own in enumerate(_by_group(view, len(poses)))
+    ]
+    pairs = np.stack([view + 1, _feature_numbers(model.tracks, len(poses))], -1)
+    tracks = [pairs[own] for own in _by_group(point, len(model.points))]  # image id, feature
     (_write_text if text else _write_binary)(folder, model, poses, features, tracks)
+
+
+def _by_group(groups: np.ndarray, count: int) -> list[np.ndarray]:
+    """For each of ``count`` groups the indices of its rows in order; groups [N]: of each row."""
+    ends = np.bincount(groups, minlength=count).cumsum()
+    return np.split(np.argsort(groups, kind="stable"), ends[:-1])
+
+
+def _feature_numbers(tracks: np.ndarray, count: int) -> np.ndarray:
+    """The number [T] of each observation's feature in its image; of repeated ones the last."""
+    numbers = np.empty(len(tracks), int)
+    for own in _by_group(tracks[:, 1], count):
+        last = dict(zip(tracks[own, 0].tolist(), range(len(own)), strict=True))
+        numbers[own] = [last[point] for point in tracks[own, 0].tolist()]
+    return numbers
 
 
 def _project(model: Model, view: int, points: np.ndarray) -> np.ndarray:
@@ -65,7 +81,7 @@ def _write_text(
     model: Model,
     poses: list[list[float]],
     features: list[np.ndarray],
-    tracks: list[list[tuple[int, int]]],
+    tracks: list[np.ndarray],
 ) -> None:
     def row(*values: object) -> str:
         return " ".join(str(value) for value in values) + "\n"
@@ -82,7 +98,7 @@ def _write_text(
     with open(folder / "points3D.txt", "w") as file:
         file.write("# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[]\n")
         for number, (xyz, rgb) in enumerate(zip(model.points, model.colors, strict=True)):
-            track = (value for pair in tracks[number] for value in pair)
+            track = tracks[number].ravel().tolist()
             file.write(row(number, *xyz.tolist(), *rgb.tolist(), 0.0, *track))
 
 
@@ -91,7 +107,7 @@ def _write_binary(
     model: Model,
     poses: list[list[float]],
     features: list[np.ndarray],
-    tracks: list[list[tuple[int, int]]],
+    tracks: list[np.ndarray],
 ) -> None:
     data = [struct.pack("<Q", len(model.cameras))]
     for number, (name, width, height, params) in model.cameras.items():
@@ -102,11 +118,13 @@ def _write_binary(
     for view, pose in enumerate(poses):
         data.append(struct.pack("<i7di", view + 1, *pose, model.camera_ids[view]))
         data.append(model.names[view].encode() + b"\0" + struct.pack("<Q", len(features[view])))
-        data += [struct.pack("<2dq", x, y, int(point)) for x, y, point in features[view].tolist()]
+        own = np.empty(len(features[view]), FEATURE)
+        own["place"], own["point"] = features[view][:, :2], features[view][:, 2]
+        data.append(own.tobytes())
     (folder / "images.bin").write_bytes(b"".join(data))
     data = [struct.pack("<Q", len(model.points))]
     for number, (xyz, rgb) in enumerate(zip(model.points, model.colors, strict=True)):
         track = tracks[number]
         data.append(struct.pack("<Q3d3BdQ", number, *xyz, *rgb.tolist(), 0.0, len(track)))
-        data += [struct.pack("<2i", *pair) for pair in track]
+        data.append(track.astype("<i4").tobytes())
     (folder / "points3D.bin").write_bytes(b"".join(data))

@@ -189,7 +189,7 @@ def _listed_splits(top: dict[str, Any], frames: list[dict[str, Any]], where: str
     if not any(given.values()):
         return None
     for frame in frames:  # a path out of the folder is reported as such, not as missing in a list
-        find_picture(Path(where).parent, frame["file_path"], where)
+        inside(Path(where).parent, frame["file_path"], where)
     index_of = {_normalized(frame["file_path"]): index for index, frame in enumerate(frames)}
     splits: Splits = {}
     for split, names in given.items():
@@ -225,7 +225,7 @@ def present(datadir: Path, found: Capture, warn: Warn) -> tuple[Capture, list[Pa
     """
     check_keys(found.top, found.frames, str(datadir))
     name_unused(found.top, found.frames, str(datadir), warn)
-    files = [find_picture(datadir, frame["file_path"], frame["where"]) for frame in found.frames]
+    files = find_pictures(datadir, found.frames)
     kept = pictures.readable(files, found.splits, str(datadir), warn)
     return subset(found, kept), [files[index] for index in kept]
 
@@ -240,8 +240,9 @@ def subset(found: Capture, kept: list[int]) -> Capture:
 
 def views_of(datadir: Path, found: Capture, files: list[Path], warn: Warn) -> capture.Views:
     """Cameras and masks of the frames with pictures ``files``. ValueError names a wrong frame."""
+    names = pictures.Names()
     named = [
-        find_picture(datadir, frame["mask_path"], frame["where"])
+        find_picture(datadir, frame["mask_path"], frame["where"], names)
         if frame.get("mask_path")
         else None
         for frame in found.frames
@@ -267,7 +268,7 @@ def expected_sizes(
     """
     expected = views.sizes.copy()
     upright = [own[-1] for own in sizes]
-    common = max(sorted(set(upright)), key=upright.count)
+    common = pictures.most_common(upright)
     odd = [
         index
         for index, (frame, size) in enumerate(zip(found.frames, upright, strict=True))
@@ -278,20 +279,29 @@ def expected_sizes(
     return expected
 
 
-def find_picture(datadir: Path, file_path: object, where: str) -> Path:
+def find_pictures(datadir: Path, frames: list[dict[str, Any]]) -> list[Path]:
+    """``find_picture`` for the "file_path" of each frame."""
+    names = pictures.Names()
+    return [find_picture(datadir, frame["file_path"], frame["where"], names) for frame in frames]
+
+
+def find_picture(
+    datadir: Path, file_path: object, where: str, names: pictures.Names | None = None
+) -> Path:
     """The file at ``file_path``, whose extension may be missing and slashes may be backward.
 
     Accents may be composed in the one and decomposed in the other, letters small in the one and
-    capital in the other. ValueError, beginning with
+    capital in the other. names: shared by the calls for many files. ValueError, beginning with
     ``where``, if it is not a path inside ``datadir``.
     """
     if not isinstance(file_path, str):
         raise ValueError(f"{where}: {file_path!r} is not a file path")
     path = inside(datadir, file_path, where)
     endings = ("", *IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
-    names = [path.with_name(path.name + ending) for ending in endings]
-    exact = next((name for name in names if name.is_file()), None)
+    places = [path.with_name(path.name + ending) for ending in endings]
+    exact = next((place for place in places if place.is_file()), None)
     if exact is not None:
         return exact
-    similar = (pictures.existing(name) for name in names)
-    return next((name for name in similar if name.is_file()), path)
+    names = names or pictures.Names()
+    similar = (pictures.existing(place, names) for place in places)
+    return next((place for place in similar if place.is_file()), path)

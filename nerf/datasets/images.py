@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nerf.datasets.arrays import must_fit, shrink, with_alpha
+from nerf.datasets.arrays import must_fit, padded, shrink, with_alpha
 from nerf.datasets.store import Store
 from nerf.training.plain_text import one_line
 
@@ -279,23 +279,35 @@ def _together(count: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
     return images
 
 
-def read_sized(paths: list[Path], sizes: np.ndarray, factor: int) -> list[np.ndarray]:
-    """Pictures of any sizes, ``factor`` times smaller by area averaging: uint8 [H, W, C] each.
+def read_padded(paths: list[Path], sizes: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of any sizes, ``factor`` times smaller by area averaging, and their sizes [V, 2].
 
-    sizes: [V, 2] height and width that their cameras are for. C is 4 for all if any has alpha.
+    They are one array uint8 [V, H, W, C], each at its top left; C is 4 if any has alpha. Of one
+    size they are never twice in memory. sizes: [V, 2] height and width that their cameras are for.
     ValueError if a picture's proportions differ from its camera's.
     """
+    others: dict[int, np.ndarray] = {}  # of another size than the first
+
+    def read(number: int) -> np.ndarray:
+        picture = _sized(paths[number], sizes[number], factor) if number else first
+        if picture.shape[:2] == first.shape[:2]:
+            return picture
+        others[number] = picture
+        return np.zeros((*first.shape[:2], picture.shape[-1]), np.uint8)
+
     with must_fit(len(paths)):
-        pictures = [_sized(path, size, factor) for path, size in zip(paths, sizes, strict=True)]
-        if any(picture.shape[-1] == 4 for picture in pictures):
-            pictures = [with_alpha(picture) for picture in pictures]
-    return pictures
+        first = _sized(paths[0], sizes[0], factor)
+        images = _together(len(paths), read)
+        if not others:
+            return images, np.tile(images.shape[1:3], (len(images), 1))
+        rows = [others.get(number, row) for number, row in enumerate(images)]
+        return padded([row if images.shape[-1] == 3 else with_alpha(row) for row in rows])
 
 
 def store_sized(
     paths: list[Path], sizes: np.ndarray, factor: int, store: Store
 ) -> np.ndarray | None:
-    """The pictures of ``read_sized`` in a mapped file, uint8 [V, H, W, C]; None if not wanted.
+    """The pictures of ``read_padded`` in a mapped file, uint8 [V, H, W, C]; None if not wanted.
 
     ValueError if their sizes differ.
     """

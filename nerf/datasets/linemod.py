@@ -41,9 +41,10 @@ def load(
     files: list[Path] = []
     poses: list[np.ndarray] = []
     numbers: dict[str, list[int]] = {}
+    names = pictures.Names()
     for split, (_, frames, split_poses) in splits.items():
         numbers[split] = list(range(len(files), len(files) + len(frames)))
-        files += [_picture_path(datadir, frame["file_path"]) for frame in frames]
+        files += [_picture_path(datadir, frame["file_path"], names) for frame in frames]
         poses += split_poses
     last_split = list(splits)[-1]
     where = f"{datadir}/transforms_{last_split}.json"
@@ -82,12 +83,13 @@ def load(
     )
 
 
-def _picture_path(datadir: Path, file_path: str) -> Path:
+def _picture_path(datadir: Path, file_path: str, names: pictures.Names) -> Path:
     """The picture of a frame, inside ``datadir``.
 
     ``file_path`` is relative to the working directory, as in nerf-pytorch, or to ``datadir``.
+    names: shared by all frames.
     """
     # Not Path.exists, which raises OSError for names that are too long.
     if not Path(file_path).is_absolute() and os.path.exists(file_path):
         file_path = str(Path(file_path).absolute())
-    return pictures.existing(inside(datadir, file_path, f"{datadir}: file_path"))
+    return pictures.existing(inside(datadir, file_path, f"{datadir}: file_path"), names)

@@ -236,14 +236,13 @@ def read_pictures(
     if factor == 1:
         return Pictures(_without_opaque_alpha(read_images(files, size, store=store)), files, kept)
     reduced = [_reduced(file, factor, size) for file in files]
-    if len({picture.size for picture in reduced}) > 1:
+    if len({picture.shape[:2] for picture in reduced}) > 1:
         read_images(files, size)  # raises ValueError with the name of the file that differs
     if (not complaint or rebuild) and len(files) == len(poses):
         _write_cache(cache, files, reduced, warn, replace=rebuild)
-    arrays = [np.asarray(picture) for picture in reduced]
-    if any(array.shape[-1] == 4 for array in arrays):
-        arrays = [with_alpha(array) for array in arrays]
-    return Pictures(np.stack(arrays), files, kept)
+    if any(picture.shape[-1] == 4 for picture in reduced):
+        reduced = [with_alpha(picture) for picture in reduced]
+    return Pictures(np.stack(reduced), files, kept)
 
 
 def _whole(reduced: list[Path], originals: Path, warn: Warn) -> list[int]:
@@ -259,7 +258,7 @@ def _whole(reduced: list[Path], originals: Path, warn: Warn) -> list[int]:
     if not gone or not there < {file.stem for file in reduced}:
         return kept
     choice.leave_out(reduced, gone, warn, f"no longer in {originals.name}/")
-    return [row for row in kept if row not in set(gone)]
+    return [row for row in kept if reduced[row].stem in there]
 
 
 def _without_opaque_alpha(images: np.ndarray) -> np.ndarray:
@@ -301,8 +300,8 @@ def _why_unusable(
     return None
 
 
-def _reduced(file: Path, factor: int, size: Size) -> Image.Image:
-    """One RGB or RGBA picture, ``factor`` times smaller by area averaging, weighted by alpha.
+def _reduced(file: Path, factor: int, size: Size) -> np.ndarray:
+    """One picture, uint8 [H, W, 3|4], ``factor`` times smaller: averages weighted by alpha.
 
     size: as in ``read_image``.
     """
@@ -312,13 +311,13 @@ def _reduced(file: Path, factor: int, size: Size) -> Image.Image:
         raise ValueError(
             f"{file}: {picture.width}x{picture.height} is too small for --factor {factor}; lower it"
         )
-    return picture.resize(small, Image.Resampling.BOX, reducing_gap=None)
+    return np.asarray(picture.resize(small, Image.Resampling.BOX, reducing_gap=None))
 
 
 def _write_cache(
     cache: Path,
     files: Sequence[Path],
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[np.ndarray],
     warn: Warn,
     *,
     replace: bool,
@@ -333,7 +332,7 @@ def _write_cache(
             reduced, old = temporary / "reduced", temporary / "old"
             reduced.mkdir()
             for file, picture in zip(files, pictures, strict=True):
-                picture.save(reduced / f"{file.stem}.png")
+                Image.fromarray(picture).save(reduced / f"{file.stem}.png")
             if replace and cache.is_dir():
                 os.rename(cache, old)
             # Before the folder has its name: without them nobody knows who made it.

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from nerf.datasets.images import IMAGE_SUFFIXES, read_image, why_unreadable
-from nerf.datasets.pictures import existing, some
+from nerf.datasets.pictures import Names, existing, some
 
 DYNAMIC = "dynamic_mask_"
 OTHER_FOLDERS = ("mask", "mattes", "segmentation", "segmentations", "silhouettes")
@@ -49,11 +49,11 @@ def find_masks(
     found: list[Masks] = []
     used: dict[Path, int] = {}  # folder -> number of pictures with a mask in it
     broken: list[str] = []
-    dynamic = 0
+    dynamic, names = 0, Names()
     for file, path in zip(files, named or [None] * len(files), strict=True):
         masks = [Mask(path)] if path is not None else []
         for folder, relative in () if masks else _places(datadir, file):
-            if (other := _in_folder(folder / relative)) is not None:
+            if (other := _in_folder(folder / relative, names)) is not None:
                 masks.append(Mask(other))
                 used[folder] = used.get(folder, 0) + 1
                 break
@@ -107,11 +107,10 @@ def _places(datadir: Path, file: Path) -> list[tuple[Path, Path]]:
     return [place for place in places if place[0].is_dir()]
 
 
-def _in_folder(place: Path) -> Path | None:
+def _in_folder(place: Path, names: Names) -> Path | None:
     """The mask of a picture that would itself lie at ``place``; None without one."""
-    names = [place.name + ".png", *(place.stem + suffix for suffix in IMAGE_SUFFIXES)]
-    for name in names:
-        found = existing(place.with_name(name))
+    for name in [place.name + ".png", *(place.stem + suffix for suffix in IMAGE_SUFFIXES)]:
+        found = existing(place.with_name(name), names)
         if found.is_file():
             return found
     return None

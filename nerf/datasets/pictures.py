@@ -6,6 +6,7 @@ refused only where too little remains.
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,25 +31,51 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def existing(path: Path) -> Path:
-    """``path``, or the one file whose name differs only in capital letters or composed accents."""
+def _folded(name: str) -> str:
+    """A name with its accents composed and in small letters."""
+    return composed(name).casefold()
+
+
+class Names:
+    """The names in folders, each folder listed once: for looking up many files of a capture.
+
+    It does not see what changes afterwards, so it is made anew for every use.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, list[dict[str, list[str]]]] = {}
+
+    def similar(self, folder: Path, name: str) -> str:
+        """The only name in ``folder`` that is ``name`` but for accents, then for case.
+
+        ``name`` itself where there is none, or more than one.
+        """
+        if folder not in self._folders:
+            forms: list[dict[str, list[str]]] = [{}, {}]
+            for other in os.listdir(folder):
+                for form, convert in zip(forms, (composed, _folded), strict=True):
+                    form.setdefault(convert(other), []).append(other)
+            self._folders[folder] = forms
+        for form, convert in zip(self._folders[folder], (composed, _folded), strict=True):
+            same = form.get(convert(name))
+            if same:
+                return same[0] if len(same) == 1 else name
+        return name
+
+
+def existing(path: Path, names: Names | None = None) -> Path:
+    """``path``, or the one file whose name differs only in capital letters or composed accents.
+
+    names: shared by the calls for many files.
+    """
     if path.exists():
         return path
-    found = Path(path.anchor)
+    names, found = names or Names(), Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
         if not (found / part).exists() and found.is_dir():
-            part = _similar(part, os.listdir(found))
+            part = names.similar(found, part)
         found = found / part
     return found
-
-
-def _similar(name: str, names: list[str]) -> str:
-    """The only one of ``names`` that is ``name`` but for accents, then for case; else ``name``."""
-    for form in (composed, lambda text: composed(text).casefold()):
-        same = [other for other in names if form(other) == form(name)]
-        if same:
-            return same[0] if len(same) == 1 else name
-    return name
 
 
 def renumbered(splits: Splits, kept: list[int]) -> Splits:
@@ -82,7 +109,8 @@ def readable(
         if name != "train" and views and lost.issuperset(views):
             why = "exists" if set(missing).issuperset(views) else "can be read"
             warn(f"{where}: none of the {len(views)} {name} pictures {why}; that split is empty")
-            missing = [index for index in missing if index not in set(views)]
+            own = set(views)
+            missing = [index for index in missing if index not in own]
     train = splits["train"] if splits and splits.get("train") else range(len(files))
     shown = {i: files[i].name + (f" ({broken[i]})" if i in broken else "") for i in lost}
     names = [shown[index] for index in train if index in lost]
@@ -121,17 +149,29 @@ def too_few(count: int, lost: int, where: str, why: str, names: list[str], hint:
         )
 
 
+def most_common(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The most frequent size; of several the smallest."""
+    counts = Counter(sizes)
+    return max(sorted(counts), key=lambda size: counts[size])
+
+
+def _others(count: int, wrong: list[int]) -> list[int]:
+    """The numbers below ``count`` that are not ``wrong``."""
+    lost = set(wrong)
+    return [index for index in range(count) if index not in lost]
+
+
 def of_one_size(files: list[Path], found: list[list[tuple[int, int]]], warn: Warn) -> list[int]:
     """The numbers of the files that have the most common size; ``warn`` names the others.
 
     found: as in ``of_their_cameras``. ValueError if too many differ.
     """
     upright = [own[-1] for own in found]
-    common = max(sorted(set(upright)), key=upright.count)
+    common = most_common(upright)
     wrong = [index for index, own in enumerate(found) if common not in own]
     if wrong:
         leave_out(files, wrong, warn, f"not {common[0]}x{common[1]} pixels as the others")
-    return [index for index in range(len(files)) if index not in set(wrong)]
+    return _others(len(files), wrong)
 
 
 def of_their_cameras(
@@ -159,7 +199,7 @@ def of_their_cameras(
         (w, h), (height, width) = found[wrong[0]][-1], sizes[wrong[0]]
         reason = f"{w}x{h} pixels where its camera is for {width:g}x{height:g}"
         leave_out(files, wrong, warn, f"of another shape or size than their cameras ({reason})")
-    return [index for index in range(len(files)) if index not in set(wrong)]
+    return _others(len(files), wrong)
 
 
 def leave_out(files: list[Path], wrong: list[int], warn: Warn, why: str) -> None:

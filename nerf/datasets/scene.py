@@ -283,6 +283,7 @@ class Scene:
         assert self.usable is not None
         if (split, crop) not in self._pools:
             parts, starts = [], [0]
+            small = self.usable.numel() < 2**31
             for view in self.splits[split]:
                 height, width = self.view_size(view)
                 (y0, y1), (x0, x1) = (
@@ -290,7 +291,8 @@ class Scene:
                     for side in (height, width)
                 )
                 y, x = self.usable[view, y0:y1, x0:x1].nonzero().unbind(-1)
-                parts.append((view * self.height + y + y0) * self.width + x + x0)
+                part = (view * self.height + y + y0) * self.width + x + x0
+                parts.append(part.to(torch.int32) if small else part)
                 starts.append(starts[-1] + len(y))
                 if not len(y):
                     raise ValueError(
@@ -298,9 +300,7 @@ class Scene:
                         + (f" in the middle (--precrop_frac {crop:g})" if crop < 1 else "")
                         + "; remove the picture, or change the mask"
                     )
-            small = self.usable.numel() < 2**31
-            pool = torch.cat([part.to(torch.int32) if small else part for part in parts])
-            self._pools[split, crop] = pool, starts
+            self._pools[split, crop] = torch.cat(parts), starts
         return self._pools[split, crop]
 
     def place(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
