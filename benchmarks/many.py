@@ -244,8 +244,9 @@ def show(results: dict[tuple[int, str], dict[str, Any]]) -> None:
     heads = [f"{count:,} pictures, {name}" for count, name in results]
     print(f"\n| seconds, peak MB | {' | '.join(heads)} |")
     print("|---" * (len(heads) + 1) + "|")
-    phases = dict.fromkeys(row["phase"] for run in results.values() for row in run["phases"])
-    for phase in phases:
+    names = list(dict.fromkeys(phase for _, _, phase in PHASES))
+    middle = names.index("test views")
+    for phase in ["imports", *names[:middle], "first step", *names[middle:], "end"]:
         cells = []
         for run in results.values():
             own = [row for row in run["phases"] if row["phase"] == phase]

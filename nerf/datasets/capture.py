@@ -140,15 +140,17 @@ def _usable(
     usable: torch.Tensor | None = None  # a byte per pixel: made when a pixel is not usable
     domain = _lens_domains()
     for view, (own_height, own_width) in enumerate(sizes.tolist()):
+        masks, whole = views.masks[view], (own_height, own_width) == (height, width)
+        if whole and not masks and cameras.shape[-1] == 4:
+            continue
         inside = torch.ones(own_height, own_width, dtype=torch.bool)
-        masks = views.masks[view]
         if masks:
             inside &= torch.from_numpy(read_masks(masks, (own_height, own_width)))
         if cameras.shape[-1] > 4:
             valid = domain(tuple(cameras[view].tolist()), own_height, own_width)
             if valid is not None:
                 inside &= valid
-        if inside.shape == (height, width) and bool(inside.all()):
+        if whole and bool(inside.all()):
             continue
         if usable is None:
             usable = torch.ones(len(sizes), height, width, dtype=torch.bool)
