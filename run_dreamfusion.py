@@ -16,7 +16,7 @@ import nerf.training.startup  # noqa: F401  before torch, which reads how its th
 # isort: split
 import math
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,6 @@ from nerf.outputs.object import (
     write_turntable,
 )
 from nerf.outputs.report import try_report
-from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.text3d.collapse import Collapse
 from nerf.text3d.losses import SHAPE_LOSSES, shape_losses
@@ -238,9 +237,9 @@ def train(args, world, run, models) -> int:
                     return train_attempt(args, world, run, guide, attempt, stop)
                 except Restart as reason:
                     attempt = next_attempt(attempt, reason, run, world, find)
-                except Interrupted:
-                    run.log(f"stopped by signal {stop.number} while rendering; training is saved")
-                    return 128 + stop.number
+                except system.Interrupted as reason:
+                    run.log(f"stopped by signal {reason.number} while rendering; training is saved")
+                    return 128 + reason.number
     finally:
         guide.release()  # the next prompt's LoRA hangs on the same model
 
@@ -253,11 +252,7 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
     # Call ``model``, never model.module: that skips DDP's averaging of gradients. Of several
     # particles a step trains one: DDP has to be told to expect no more gradients.
     model = distributed.data_parallel(world, renderer, find_unused_parameters=True)
-    # Of several ranks one could be through with its frames when the signal comes: none stops early.
-    may_stop = stop if world.size == 1 else None
-    outputs = build_outputs.object_outputs(
-        args, world, run, renderer, state.ema, view_word, may_stop
-    )
+    outputs = build_outputs.object_outputs(args, world, run, renderer, state.ema, view_word, stop)
     micro = build_run.view_batches(args, world, run.warn, next_memory_saving(args, world.device))
     read_every = build.read_every(args, world.device)
     monitor = Monitor(world, stop, state.clock, args.max_minutes, read_every)
@@ -351,14 +346,14 @@ def train_attempt(args, world, run, guide: Guide, attempt: Attempt, stop) -> int
                     content = {"args": vars(args), **guide.checkpoint_state()}
                     state.save(run, args.keep_ckpts, **content)
             if every(state.step, args.i_video) and not last:
-                # After a signal the turntable ends early; the next start makes it whole.
-                with state.clock.paused(), run.guard("turntable"), suppress(Interrupted):
-                    write_turntable(outputs, state.step, args.video_frames)
+                try:
+                    with state.clock.paused(), run.guard("turntable"):
+                        write_turntable(outputs, state.step, args.video_frames)
+                except system.Interrupted as reason:  # on all ranks; the next start makes the rest
+                    content = {"args": vars(args), **guide.checkpoint_state()}
+                    return state.save_and_stop(run, reason.number, args.keep_ckpts, **content)
             if last:
                 break
-            if stop.number and world.size == 1:
-                content = {"args": vars(args), **guide.checkpoint_state()}
-                return state.save_and_stop(run, stop.number, args.keep_ckpts, **content)
     progress.close()
     finish(args, run, outputs, state, guide)
     if views_left_out and views_left_out >= (state.step - progress.first_step) * len(inputs.jitter):

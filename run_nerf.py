@@ -17,7 +17,7 @@ import nerf.training.startup  # noqa: F401  before torch, which reads how its th
 # isort: split
 import math
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,6 @@ from nerf.losses import PIXEL_LOSSES
 from nerf.metrics import psnr_from_mse
 from nerf.outputs import forecast, validation
 from nerf.outputs.camera_path import read_path
-from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer import Viewer, check_server, open_viewer
 from nerf.renderer import squared_error
 from nerf.training import checkpoint, distributed, entry, machine, rng, startup, system
@@ -212,9 +211,9 @@ def train(args, world, run) -> int:
                 return train_attempt(args, world, run, scene, attempt, stop, viewer)
             except Restart as reason:
                 attempt = next_attempt(attempt, reason, run, world, find)
-            except Interrupted:
-                run.log(f"stopped by signal {stop.number} while rendering; training is saved")
-                return 128 + stop.number
+            except system.Interrupted as reason:
+                run.log(f"stopped by signal {reason.number} while rendering; training is saved")
+                return 128 + reason.number
 
 
 def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewer | None) -> int:
@@ -344,24 +343,23 @@ def train_attempt(args, world, run, scene, attempt: Attempt, stop, viewer: Viewe
         progress.advance(run.log)
         if args.dry_run and (world.all_reduce_max(progress.tried())[0] or last):
             return build_outputs.foretell_scene(args, run.log, state, progress, evaluation)
-        # After a signal a rendering ends early; of several processes none can by itself.
-        interrupted = suppress(Interrupted) if world.size == 1 else nullcontext()
-        if every(state.step, args.i_img):
-            with state.clock.paused(), interrupted:
-                state.record_score(*validation.score(evaluation, state.step, args.monitor))
-            progress.rendering = rendering_seconds()
-        if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
-            with state.clock.paused():
-                state.save(run, args.keep_ckpts, **content)
-        if last:
-            break
-        with state.clock.paused(), run.guard("a rendering"), interrupted:
-            if every(state.step, args.i_testset):
-                evaluation.measure_test(state.step)
-            if every(state.step, args.i_video):
-                evaluation.render_camera_path(state.step)
-        if stop.number and world.size == 1:
-            return state.save_and_stop(run, stop.number, args.keep_ckpts, **content)
+        try:
+            if every(state.step, args.i_img):
+                with state.clock.paused():
+                    state.record_score(*validation.score(evaluation, state.step, args.monitor))
+                progress.rendering = rendering_seconds()
+            if every(state.step, args.i_weights) or state.due(args.ckpt_secs) or last:
+                with state.clock.paused():
+                    state.save(run, args.keep_ckpts, **content)
+            if last:
+                break
+            with state.clock.paused(), run.guard("a rendering"):
+                if every(state.step, args.i_testset):
+                    evaluation.measure_test(state.step)
+                if every(state.step, args.i_video):
+                    evaluation.render_camera_path(state.step)
+        except system.Interrupted as reason:  # on all ranks; the next start makes the rest
+            return state.save_and_stop(run, reason.number, args.keep_ckpts, **content)
     progress.close()
     with run.guard("a rendering"):  # also what an earlier start was stopped before rendering
         evaluation.finish(state.step, video=args.i_video > 0)

@@ -52,9 +52,7 @@ def scene_evaluation(
 
     run.write_json("world.json", scene.world_record())
     block = build_run.render_block(args, renderer, world)
-    # Of several ranks one could be through with its views when a signal comes: none stops early.
-    may_stop = stop if world.size == 1 else None
-    outputs = SceneOutputs(render, scene, block, world, may_stop, run.log)
+    outputs = SceneOutputs(render, scene, block, world, stop, run.log)
     settings = EvaluationSettings(
         args.render_factor,
         args.metres_per_unit,

@@ -288,6 +288,58 @@ def test_a_disk_that_fails_one_rank_costs_pictures_only(data, tmp_path, name):
     assert newest(tmp_path / "run")["global_step"] == 6
 
 
+SIGNALED = """
+import os, signal, sys
+from pathlib import Path
+from nerf.outputs import object, scene
+name, folder, codes = (sys.argv.pop(1) for _ in range(3))
+def write_and_signal(path, picture):
+    write(path, picture)
+    if folder in str(path) and os.environ["RANK"] == "1" and not signaled:
+        signaled.append(os.kill(os.getpid(), signal.SIGTERM))
+signaled, write = [], scene.write_png
+scene.write_png = object.write_png = write_and_signal
+code = __import__(name).main()
+Path(codes, os.environ["RANK"]).write_text(str(code))
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        pytest.param("run_nerf", "render_test_000006", marks=pytest.mark.slow),
+        ("run_nerf", "render_path_000004"),
+        pytest.param("run_dreamfusion", "render_path_000004", marks=pytest.mark.slow),
+        ("run_dreamfusion", "render_path_000006"),
+    ],
+)
+def test_a_signal_to_one_rank_ends_the_rendering_of_all(data, tmp_path, name, folder):
+    """Also where the other has no signal: both end with 143, and the next start makes the rest."""
+    (tmp_path / "signaled.py").write_text(SIGNALED)
+    flags = [*TINY, "--datadir", data] if name == "run_nerf" else [*DREAM_TINY, "--mesh_res", 16]
+    flags += ["--basedir", tmp_path, "--expname", "run", "--N_iters", 6, "--i_weights", 2]
+    flags += (
+        ["--i_video", 4, "--video_frames", 40] if name == "run_dreamfusion" else ["--i_video", 4]
+    )
+    script = str(tmp_path / "signaled.py")
+    done = run_script([name, folder, tmp_path, *flags], ranks=2, script=script)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["143", "143"]
+    run = tmp_path / "run"
+    assert newest(run)["global_step"] == int(folder[-6:])
+    assert "Traceback" not in done.stderr and not (run / folder / "rgb.mp4").exists()
+    if name == "run_dreamfusion":  # where there are many pictures, rank 1 has not made its own
+        assert len(list((run / folder).glob("*.png"))) < 40
+    done = run_script(flags, ranks=2, script=f"{name}.py")
+    assert done.returncode == 0, done.stderr
+    assert newest(run)["global_step"] == 6
+    assert all((run / made).exists() for made in ("metrics.json", "report.html"))
+    assert list(run.glob("render_path_000004*/*.mp4")) and list(
+        run.glob("render_path_000006*/*.mp4")
+    )
+
+
 FAILING = """
 import os, sys
 from nerf.datasets.scene import Scene

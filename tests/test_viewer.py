@@ -23,6 +23,7 @@ from nerf.outputs import scene as scene_outputs
 from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
 from nerf.renderer import Rendered
+from nerf.training import system
 from nerf.training.distributed import World
 from nerf.training.ema import EMA
 
@@ -288,14 +289,14 @@ def test_a_picture_is_given_up_between_two_blocks(demo_blender):
     view = (look_at((0.0, -3.0, 1.0), (0, 0, 0)), 0.7, (16, 24), "rgb", None)
     assert scene_outputs.render_free_view(outputs, *view).shape == (16, 24, 3)
     assert len(blocks) == 8
-    with pytest.raises(scene_outputs.Interrupted):
+    with pytest.raises(system.Interrupted):
         scene_outputs.render_free_view(outputs, *view, lambda: len(blocks) == 8 + 3)
     assert len(blocks) == 8 + 3
     module = ball_renderer()
     place = {"elevation_deg": 0.0, "radius": 3.0, "fov_deg": 40.0, "bound": 1.0}
     parts = (None, world, module, EMA(module, 0.0), "off", 32, "white")
     shown = object_outputs.ObjectOutputs(*parts, **place)
-    with pytest.raises(scene_outputs.Interrupted):
+    with pytest.raises(system.Interrupted):
         object_outputs.render_free_view(shown, *view, lambda: True)
 
 

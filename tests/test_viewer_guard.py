@@ -24,7 +24,7 @@ from websockets.exceptions import (  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from nerf.outputs import viewer, viewer_guard  # noqa: E402
-from nerf.outputs.scene import Interrupted  # noqa: E402
+from nerf.training.system import Interrupted  # noqa: E402
 
 PROTOCOL = f"viser-v{viser.__version__}"
 UPGRADE = (

@@ -68,8 +68,9 @@ class Evaluation:
         """The validation PSNR over a fixed set of pixels, logged with the picture of one view."""
         with self.ema.swap():
             psnr = validation_psnr(self.outputs)
-            if self.run.is_main:
-                self.run.validation(step, psnr, validation_strip(self.outputs, step))
+            with self.outputs.world.raise_on_all_ranks():
+                if self.run.is_main:
+                    self.run.validation(step, psnr, validation_strip(self.outputs, step))
         self.run.log(f"step {step}: validation PSNR {psnr:.2f}")
         release_memory()
         return psnr

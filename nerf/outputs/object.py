@@ -25,7 +25,6 @@ from nerf.media import (
 from nerf.metrics import to_8bit
 from nerf.outputs import mesh
 from nerf.outputs.render import clip_rays
-from nerf.outputs.scene import Interrupted
 from nerf.rays import Rays
 from nerf.text3d.orbit import OrbitCameras, orbit_cameras
 from nerf.text3d.particles import members_of
@@ -173,7 +172,7 @@ def render_free_view(
     with torch.no_grad(), outputs.ema.swap():
         for start in range(0, height * width, BLOCK):
             if stopped():
-                raise Interrupted
+                raise system.Interrupted
             part = rays.part(slice(start, start + BLOCK))
             parts.append(render(part, lighting.per_pixel(len(part.origins))))
     members = [torch.cat(member).cpu() for member in zip(*parts, strict=True)]
@@ -275,8 +274,8 @@ def _write_frames(
     with world.raise_on_all_ranks():
         for start in frames(starts, "frame", outputs.run.log, total=count,
                             stride=together * world.size, show=world.is_main):  # fmt: skip
-            if outputs.stop is not None and outputs.stop.number:
-                raise Interrupted
+            if outputs.stop is not None:
+                outputs.stop.check()
             numbers = own_numbers[start : start + together]
             part = cameras.part(slice(numbers.start, numbers.stop, world.size))
             albedo = render_cameras(render, part, outputs.size, outputs.background)

@@ -24,17 +24,13 @@ from nerf.renderer import Rendered
 from nerf.training.distributed import World
 from nerf.training.progress import frames
 from nerf.training.recovery import halve_until_it_fits
-from nerf.training.system import StopSignal
+from nerf.training.system import Interrupted, StopSignal
 
 VAL_PIXELS = 4096  # the same at every step, so that validation PSNRs can be compared
 STRIP = 1 << 20  # pixels of a large picture that are converted to floats together
 STRIP_SIDE = 200  # approximate pixels of the longer side of a validation strip's panels
 
 T = TypeVar("T")
-
-
-class Interrupted(Exception):
-    """A stop signal arrived while pictures were being rendered."""
 
 
 class SceneOutputs:
@@ -66,8 +62,8 @@ class SceneOutputs:
 
         scene: its bounds, NDC and pixel centers apply. size: height and width; None: the scene's.
         """
-        if self.stop is not None and self.stop.number:
-            raise Interrupted
+        if self.stop is not None:
+            self.stop.check()
         size = size or (scene.height, scene.width)
         rays_of, start = scene.view_rays(c2w, intrinsics, size[1]), time.perf_counter()
         picture = self.halve_block_until_it_fits(

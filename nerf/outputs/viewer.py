@@ -21,8 +21,8 @@ import numpy as np
 from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.outputs.camera_path import interpolate, write_path
-from nerf.outputs.scene import Interrupted
 from nerf.outputs.viewer_cameras import address, camera_pose, picture_size, quaternion
+from nerf.training.system import Interrupted
 
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
 BUDGET = 0.05  # part of the time that pictures and messages may take during training

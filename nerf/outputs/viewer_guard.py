@@ -24,7 +24,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import msgspec
 import viser
@@ -300,9 +300,9 @@ class GuardedConnection(ServerConnection):
     async def recv(self, decode: bool | None = None) -> Any:
         """The next message that viser may see; of cameras that have come, the last."""
         if self.next_message is not None:
-            message, self.next_message = self.next_message, None
-            return message
-        camera = None
+            waiting, self.next_message = self.next_message, None
+            return waiting
+        camera: bytes | None = None
         while True:
             try:
                 async with asyncio.timeout(None if camera is None else 0):
@@ -319,7 +319,7 @@ class GuardedConnection(ServerConnection):
                 self.next_message = message
                 return camera
 
-    def _allows(self, message: Any) -> bool:
+    def _allows(self, message: str | bytes) -> TypeGuard[bytes]:
         """Whether viser may see a message; ends the connection if it is none, or one too many."""
         try:
             if not self.message_rate.take(1) or not isinstance(message, bytes):

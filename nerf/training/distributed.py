@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nerf.training.launch import MEETING, find_place
 from nerf.training.plain_text import one_line
+from nerf.training.system import Interrupted
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,24 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """An OSError of one rank inside the block is raised on all ranks at its end.
+        """An OSError or Interrupted of one rank in the block is raised on all ranks at its end.
 
         Otherwise the others would wait for that rank in their next collective. The block must not
         call collectives itself.
         """
-        error: OSError | None = None
+        error: OSError | Interrupted | None = None
         try:
             yield
-        except OSError as caught:
+        except (OSError, Interrupted) as caught:
             error = caught
-        reasons = self.gather(None if error is None else error.strerror or str(error))
+        reason = error.strerror or str(error) if isinstance(error, OSError) else None
+        signal = error.number if isinstance(error, Interrupted) else None
+        found = self.gather((reason, signal))
         if error is not None:
             raise error
-        for rank, reason in enumerate(reasons):
+        for rank, (reason, signal) in enumerate(found):
+            if signal is not None:
+                raise Interrupted(signal)
             if reason is not None:
                 raise OSError(f"{reason}, on rank {rank}")
 

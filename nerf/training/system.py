@@ -131,6 +131,14 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+class Interrupted(Exception):
+    """A stop signal came while pictures were being rendered. number: of the signal, if known."""
+
+    def __init__(self, number: int = 0) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class StopSignal:
     """Inside its block, a signal of ``KINDS`` sets ``number`` instead of ending the process.
 
@@ -148,6 +156,11 @@ class StopSignal:
     def is_set(self) -> bool:
         """Whether a signal has come."""
         return self.number != 0
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.number:
+            raise Interrupted(self.number)
 
     def __enter__(self) -> Self:
         for number in self.KINDS:
