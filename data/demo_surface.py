@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from demo_scene import SOLIDS, Solid, rotation_of
 
+from nerf.training import last_net
+
 CLOSE = (0.02, 0.05)  # distances in scene units for the completeness ratios
 SAMPLES = 400_000  # points on a surface
 LOWEST = -0.78  # z; surfaces below it (the plate's underside) are left out
@@ -126,24 +128,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="meshes or point clouds, .ply or .obj")
     args = parser.parse_args()
+    return last_net.exit_code("demo_surface.py", lambda: print_distances(args.files))
+
+
+def print_distances(files: list[Path]) -> None:
+    """Print the distances of each file's surface; ValueError for what is none."""
     import trimesh
 
-    for file in args.files:
+    for file in files:
         try:
             loaded: Any = trimesh.load(file, process=False)
             points = loaded.vertices
         except Exception as error:  # a broken file may raise anything inside trimesh's readers
-            print(
-                f"demo_surface.py: {file}: is not a mesh or point cloud ({error}); give a .ply or "
-                ".obj file",
-                file=sys.stderr,
-            )
-            return 2
+            raise ValueError(
+                f"{file}: is not a mesh or point cloud ({error}); give a .ply or .obj file"
+            ) from None
         if hasattr(loaded, "faces") and len(loaded.faces):
             points = trimesh.sample.sample_surface(loaded, SAMPLES, seed=0)[0]
         figures = compare(np.asarray(points))
         print(f"{file}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
+from nerf.training import last_net
 from nerf.training.plain_text import one_line
 
 EXAMPLE = "http://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip"
@@ -317,24 +318,26 @@ def main() -> int:
         for name, (url, folder) in SCENES.items():
             print(f"{name:10} {folder:26} {url}")
         return 0
-    try:
-        if args.scene in LLFF_SCENES and not args.url:
-            raise DownloadError(
-                f"{args.scene}: has no direct link; download nerf_llff_data.zip in a browser from "
-                f"{LLFF_MANUAL} and unpack it into {args.root}/nerf_llff_data"
-            )
-        if args.scene in LLFF_SCENES:
-            SCENES[args.scene] = (args.url, f"nerf_llff_data/{args.scene}")
-        if args.scene not in SCENES:
-            raise DownloadError(f"scene {args.scene!r}; expected one of {', '.join(SCENES)}")
-        download(args.scene, args.root, args.url, args.sha256)
-    except (DownloadError, OSError) as error:
-        print(f"download.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("download.py: stopped; run the same command again to resume", file=sys.stderr)
-        return 130
-    return 0
+    return last_net.exit_code(
+        "download.py",
+        lambda: download_scene(args.scene, args.root, args.url, args.sha256),
+        mistakes=(DownloadError, OSError),
+        after_stop="; the same command goes on from there",
+    )
+
+
+def download_scene(name: str | None, root: Path, url: str | None, sha256: str | None) -> None:
+    """``download`` of a scene by its name; DownloadError for one that is not known."""
+    if name in LLFF_SCENES and not url:
+        raise DownloadError(
+            f"{name}: has no direct link; download nerf_llff_data.zip in a browser from "
+            f"{LLFF_MANUAL} and unpack it into {root}/nerf_llff_data"
+        )
+    if name in LLFF_SCENES and url:
+        SCENES[name] = (url, f"nerf_llff_data/{name}")
+    if name not in SCENES:
+        raise DownloadError(f"scene {name!r}; expected one of {', '.join(SCENES)}")
+    download(name, root, url, sha256)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
+from nerf.training import last_net
 from nerf.training.files import unfinished_folder
 from nerf.training.plain_text import one_line
 
@@ -258,14 +259,8 @@ def main() -> int:
     add("--all_pairs", action="store_true", help="use pairs that match on a small area, too")
     add("--threads", type=positive, default=os.cpu_count() or 1, help="processor threads")
     args = parser.parse_args()
-    try:
-        make(args.source, args.out, args, lambda line: print(one_line(line), flush=True))
-    except (ValueError, OSError) as error:
-        print(f"from_photos.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    log = lambda line: print(one_line(line), flush=True)  # noqa: E731
+    return last_net.exit_code("from_photos.py", lambda: make(args.source, args.out, args, log))
 
 
 CAMERA_MODELS = ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE")

@@ -31,8 +31,8 @@ from nerf.datasets.colmap_model import Camera, Model
 from nerf.datasets.colmap_write import write_model
 from nerf.lenses import from_colmap
 from nerf.media import write_png
+from nerf.training import last_net
 from nerf.training.files import unfinished_folder
-from nerf.training.plain_text import one_line
 
 RADIUS = 4.0  # distance of the cameras from the origin
 FORMATS = ("blender", "llff", "deepvoxels", "linemod", "transforms", "colmap")
@@ -255,14 +255,10 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=25, help="test views")
     args = parser.parse_args()
     counts = {"train": args.train, "val": args.val, "test": args.test}
-    try:
-        make(args.out, args.format, args.size, counts, show=sys.stderr.isatty())
-    except (ValueError, OSError) as error:
-        print(f"make_demo.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    show = sys.stderr.isatty()
+    return last_net.exit_code(
+        "make_demo.py", lambda: make(args.out, args.format, args.size, counts, show=show)
+    )
 
 
 if __name__ == "__main__":

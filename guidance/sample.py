@@ -24,6 +24,7 @@ from guidance.samplers import SAMPLERS, check_steps, make_sampler, sample_with
 from guidance.schedule import add_noise, to_epsilon, to_x0
 from guidance.sds import Prior, guide, rescaled_x0
 from guidance.stable_diffusion import DTYPES, StableDiffusion
+from nerf.training import last_net
 from nerf.training.plain_text import one_line
 
 
@@ -307,12 +308,9 @@ def write(path: Path, picture: np.ndarray) -> None:
 
 
 def script(argv: list[str] | None = None) -> None:
-    """Run ``main``; print a user's mistake as one line and exit with code 2."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as error:
-        print(one_line(f"guidance.sample: {error}"), file=sys.stderr)
-        sys.exit(2)
+    """Run ``main``; end the process where it failed, see ``last_net.exit_code``."""
+    if code := last_net.exit_code("guidance.sample", lambda: main(argv)):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

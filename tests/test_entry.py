@@ -11,7 +11,7 @@ import pytest
 from helpers import NERF_TINY, REPOSITORY, run_main
 
 import run_nerf
-from nerf.training import entry, launch
+from nerf.training import entry, interrupts, last_net, launch
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -144,13 +144,52 @@ def default_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # of which Python makes KeyboardInterrupt
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.6])
-def test_ctrl_c_in_the_first_seconds_is_one_line(data, tmp_path, seconds):
+IMPORTING = """
+import os, runpy, signal, sys, time
+class Interrupting:
+    def find_spec(self, name, *more):
+        if name == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+sys.meta_path.insert(0, Interrupting())
+sys.path[:0] = [".", "data"]
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_a_program_imports_what_it_needs_is_one_line():
+    for program in interrupts.PROGRAMS:
+        imported = "lzma" if program == "data/download.py" else "numpy"
+        result = subprocess.run(
+            [sys.executable, "-c", IMPORTING, program, imported], cwd=REPOSITORY,
+            capture_output=True, text=True, timeout=60, preexec_fn=default_interrupts,
+        )  # fmt: skip
+        assert result.returncode == 130, (program, result.stderr)
+        assert result.stderr.endswith(": stopped by Ctrl-C\n") and result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_the_first_second_is_one_line(data, tmp_path):
     for script in ("run_nerf.py", "run_dreamfusion.py"):
         flags = [*NERF_TINY, "--datadir", data, "--basedir", tmp_path] if "nerf" in script else []
-        code, said = interrupted(seconds, script, *flags)
+        code, said = interrupted(0.8, script, *flags)
         assert code == 130 and said == f"{script}: stopped by Ctrl-C\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_of_a_program_is_one_line_with_its_traceback_in_a_file(
+    monkeypatch, tmp_path, capsys
+):
+    def fail():
+        raise ZeroDivisionError("nobody\nexpected")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert last_net.exit_code("make_demo.py", fail) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "make_demo.py: unexpected ZeroDivisionError: nobody; its traceback is in"
+    )
+    assert said.count("\n") == 1
+    assert 'raise ZeroDivisionError("nobody' in next(tmp_path.iterdir()).read_text()
 
 
 def test_a_second_ctrl_c_while_cleaning_up_ends_at_once(request):

@@ -1,7 +1,7 @@
 """Train the embedded text-to-image model from scratch and write it as a diffusers folder.
 
-    python guidance/tiny/train.py --work logs/tiny --out guidance/tiny/model
-    python guidance/tiny/train.py --work logs/tiny64 --out logs/tiny64/model --size 64 --device cuda
+    python -m guidance.tiny.train --work logs/tiny --out guidance/tiny/model
+    python -m guidance.tiny.train --work logs/tiny64 --out logs/tiny64/model --size 64 --device cuda
 
 There are four stages: images, VAE, latents, and the U-Net with the text encoder. Each keeps its
 result or its progress in --work. An interrupted run is resumed by the same command and ends with
@@ -9,6 +9,9 @@ the same weights, bit for bit, as an uninterrupted one on the same machine. Rais
 train longer. --write_now writes the newest averaged weights without training.
 """
 
+import nerf.training.installed  # noqa: F401  first: says in a sentence what is missing
+
+# isort: split
 import json
 import os
 import sys
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 from guidance.attention import fast_attention
 from guidance.tiny import build, pictures
+from nerf.training import last_net
 from nerf.training.distributed import choose_device
 from nerf.training.ema import EMA
 from nerf.training.files import replace_file, unfinished_folder
@@ -357,11 +361,9 @@ def put(new: Path, out: Path) -> None:
 
 
 def script(argv: list[str] | None = None) -> None:
-    """Run ``main``; print a user's mistake as one line and exit with code 1."""
-    try:
-        main(argv)
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
+    """Run ``main``; end the process where it failed, see ``last_net.exit_code``."""
+    if code := last_net.exit_code("train.py", lambda: main(argv)):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

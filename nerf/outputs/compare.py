@@ -11,6 +11,7 @@ from typing import Any
 
 from nerf.outputs import html
 from nerf.outputs.report import MAX_VIEWS, MEASUREMENTS, SIDE, Run, diagrams, write_page
+from nerf.training import last_net
 from nerf.training.plain_text import one_line
 
 # Flags that differ between any two runs and explain nothing.
@@ -114,13 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, such as logs/a logs/b")
     parser.add_argument("--out", type=Path, help="default: compare.html beside the first run")
     args = parser.parse_args(argv)
-    try:
-        out = args.out or args.runs[0].resolve().parent / "compare.html"
-        print(one_line(compare(args.runs, out)))
-    except ValueError as error:
-        print(f"nerf.compare: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    out = args.out or args.runs[0].resolve().parent / "compare.html"
+    return last_net.exit_code("nerf.compare", lambda: print(one_line(compare(args.runs, out))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nerf.outputs import html
-from nerf.training import logged
+from nerf.training import last_net, logged
 from nerf.training.checkpoint_choice import BEST, describe_best
 from nerf.training.files import replace_file
 from nerf.training.plain_text import one_line
@@ -319,13 +319,12 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    try:
+
+    def write_all() -> None:
         for folder in sys.argv[1:]:
             print(one_line(write_report(Path(folder))))
-    except ValueError as error:
-        print(f"nerf.report: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+    return last_net.exit_code("nerf.report", write_all)
 
 
 if __name__ == "__main__":

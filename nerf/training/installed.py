@@ -50,4 +50,4 @@ sys.excepthook = explain
 
 from nerf.training import interrupts  # noqa: E402  its syntax needs that Python
 
-interrupts.begin(("run_nerf.py", "run_dreamfusion.py"))
+interrupts.begin()

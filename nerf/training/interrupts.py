@@ -1,6 +1,6 @@
 """Ctrl-C at any moment of a program: one line and exit code 130, never a traceback.
 
-Importing this file, the first of a training script, begins it: while PyTorch is imported, and again
+``begin``, called by what a program imports first, begins it: while PyTorch is imported, and again
 when all is done, nothing is to be saved, so the process ends at once. ``interruptible`` raises
 KeyboardInterrupt instead, once, so that a run can clean up; a second Ctrl-C ends that too. Inside
 ``system.StopSignal`` a step is saved first. Standard library alone.
@@ -16,6 +16,12 @@ from pathlib import Path
 from types import FrameType
 
 CODE = 128 + signal.SIGINT
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAMS = (  # all of them use ``interruptible`` where there is something to clean up
+    "run_nerf.py", "run_dreamfusion.py", "data/make_demo.py", "data/download.py",
+    "data/from_photos.py", "data/demo_surface.py", "nerf/report.py", "nerf/compare.py",
+    "guidance/sample.py", "guidance/finetune.py", "guidance/tiny/train.py",
+)  # fmt: skip
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -38,10 +44,11 @@ def _may_set() -> bool:
     return in_main_thread and signal.getsignal(signal.SIGINT) in own
 
 
-def begin(scripts: tuple[str, ...]) -> None:
-    """From now on end at once, if the program is one of ``scripts``."""
+def begin() -> None:
+    """From now on end at once, if the program is one of PROGRAMS."""
     program = getattr(sys.modules.get("__main__"), "__file__", None)
-    if program and Path(program).name in scripts and _may_set():
+    programs = [REPOSITORY / name for name in PROGRAMS]
+    if program and Path(program).resolve() in programs and _may_set():
         signal.signal(signal.SIGINT, end_at_once)
 
 

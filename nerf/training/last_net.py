@@ -4,11 +4,40 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+from nerf.training import interrupts
 from nerf.training.plain_text import indented, one_line
 
-UNEXPECTED = 1  # exit code
+MISTAKE, UNEXPECTED = 2, 1  # exit codes
+
+
+def exit_code(
+    program: str,
+    body: Callable[[], int | None],
+    *,
+    mistakes: tuple[type[Exception], ...] = (ValueError, OSError),
+    after_stop: str = "",
+) -> int:
+    """The exit code of a program that is no training run; ``entry.exit_code`` is that of one.
+
+    What ``body`` returns, or 0; 2 after an error of ``mistakes`` and its one line; 130 after
+    Ctrl-C, where ``after_stop`` says how to go on; 1 after an error that nobody expected.
+    """
+    try:
+        with interrupts.interruptible():
+            return body() or 0
+    except mistakes as error:
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C{after_stop}", file=sys.stderr)
+        return interrupts.CODE
+    except ModuleNotFoundError:  # the hook of nerf.training.installed says how to install it
+        raise
+    except Exception as error:
+        return report(program, error)
 
 
 def written_to(error: BaseException, path: Path | None) -> None:
