@@ -18,7 +18,7 @@ from nerf.build import load_scene
 from nerf.cameras import look_at
 from nerf.flags import nerf as nerf_flags
 from nerf.outputs import object as object_outputs
-from nerf.outputs import render, viewer
+from nerf.outputs import render, viewer, viewer_cameras
 from nerf.outputs import scene as scene_outputs
 from nerf.outputs.camera_path import interpolate, read_path, write_path
 from nerf.rays import Rays
@@ -81,8 +81,8 @@ def test_a_broken_path_is_one_line(tmp_path, content, complaint):
 
 def test_viser_cameras_and_ours_convert_back():
     c2w = look_at((1.0, -3.0, 2.0), (0.2, 0.1, 0))
-    camera = SimpleNamespace(wxyz=viewer.quaternion(c2w), position=c2w[:, 3])
-    np.testing.assert_allclose(viewer.camera_pose(camera), c2w, atol=1e-12)
+    camera = SimpleNamespace(wxyz=viewer_cameras.quaternion(c2w), position=c2w[:, 3])
+    np.testing.assert_allclose(viewer_cameras.camera_pose(camera), c2w, atol=1e-12)
 
 
 def test_the_crop_box_keeps_what_lies_between_its_faces():
@@ -106,7 +106,9 @@ def test_normals_of_a_plane_face_the_camera():
 
 def fake_client(stamp=1.0):
     c2w = look_at((0.0, -3.0, 1.0), (0, 0, 0))
-    camera = SimpleNamespace(wxyz=viewer.quaternion(c2w), position=c2w[:, 3], fov=0.7, aspect=1.5)
+    camera = SimpleNamespace(
+        wxyz=viewer_cameras.quaternion(c2w), position=c2w[:, 3], fov=0.7, aspect=1.5
+    )
     camera.update_timestamp, sent = stamp, []
     scene = SimpleNamespace(set_background_image=lambda image, format: sent.append(image.shape))
     return SimpleNamespace(camera=camera, scene=scene), sent

@@ -21,7 +21,13 @@ import numpy as np
 from nerf.datasets.scene import Scene
 from nerf.metrics import to_8bit
 from nerf.outputs.camera_path import interpolate, write_path
-from nerf.outputs.viewer_cameras import address, camera_pose, picture_size, quaternion
+from nerf.outputs.viewer_cameras import (
+    add_training_cameras,
+    address,
+    camera_pose,
+    camera_radius,
+    picture_size,
+)
 from nerf.training.system import Interrupted
 
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
@@ -32,8 +38,6 @@ MANY = 3  # twice that from so many clients on
 SIDES = (96, 192, 384, 640)  # pixels of the longer side: first in motion, the others at rest
 REST = 0.3  # seconds without motion before a picture is refined
 REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training
-THUMBNAIL = 64  # pixels of a training picture's longer side
-MAX_FRUSTA = 100  # training cameras shown at most
 MAX_KEYS = 1000  # key frames of a path
 SECONDS = (0.5, 600.0)  # shortest and longest path
 MAX_TEXT = 2000  # characters of a text
@@ -130,7 +134,7 @@ class Viewer:
         if self.scene is not None:
             from nerf.outputs.viewer_guard import one_of
 
-            self._add_training_cameras(self.scene)
+            add_training_cameras(self.server, self.scene)
             checkbox = self.server.gui.add_checkbox("training cameras", True)
             self._checked(checkbox, one_of((False, True)))
             node = self.server.scene.add_frame("/cameras", show_axes=False)
@@ -145,7 +149,8 @@ class Viewer:
     def _add_controls(self, modes: tuple[str, ...], text: str | None, may_pause: bool) -> None:
         from nerf.outputs.viewer_guard import is_text, is_vector, number_between, one_of
 
-        gui, radius, switch = self.server.gui, self._radius(), one_of((False, True))
+        gui, switch = self.server.gui, one_of((False, True))
+        radius = 1.0 if self.scene is None else camera_radius(self.scene)  # an object is at 0
         self.mode = self._checked(gui.add_dropdown("show", modes), one_of(modes))
         if text is not None:
             self.text = self._checked(gui.add_text("text", text), is_text)
@@ -205,12 +210,6 @@ class Viewer:
         self.num_texts += 1
         self._pending_text = text
 
-    def _radius(self) -> float:
-        """The largest coordinate of a camera; 1 for an object, which is at the origin."""
-        if self.scene is None:
-            return 1.0
-        return float(self.scene.c2w[:, :, 3].abs().max())
-
     def _add_key(self, event: Any) -> None:
         if len(self.keys) >= MAX_KEYS:
             raise ValueError(f"a path has at most {MAX_KEYS} keys; remove some")
@@ -230,28 +229,6 @@ class Viewer:
             poses, fovs = (np.array(part) for part in zip(*self.keys, strict=True))
             frames = interpolate(poses, fovs, max(2, round(30 * self.seconds.value)))
             self.playing = (time.monotonic(), *frames)
-
-    def _add_training_cameras(self, scene: Scene) -> None:
-        """Show the training cameras with their pictures, and start at the first one."""
-        views = scene.splits["train"][:MAX_FRUSTA]
-        up = scene.c2w[:, :, 1].sum(0).cpu().numpy()
-        self.server.scene.set_up_direction(tuple(up / np.linalg.norm(up)))
-        scale = 0.04 * self._radius()
-        for view in views:
-            height, width = scene.view_size(view)
-            pose, focal = scene.c2w[view].cpu().numpy(), float(scene.intrinsics[view, 1])
-            step = max(1, max(height, width) // THUMBNAIL)
-            picture = to_8bit(scene.picture(view, step=step).numpy())
-            self.server.scene.add_camera_frustum(
-                f"/cameras/{scene.names[view]}", 2 * math.atan(0.5 * height / focal),
-                width / height, scale=scale, image=picture, wxyz=quaternion(pose),
-                position=pose[:, 3], thickness=0.02 * scale,
-            )  # fmt: skip
-        first = scene.c2w[views[0]].cpu().numpy()
-        self.server.initial_camera.position = tuple(
-            first[:, 3] - 0.2 * self._radius() * first[:, 2]
-        )
-        self.server.initial_camera.look_at = tuple(first[:, 3] - self._radius() * first[:, 2])
 
     def tick(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Between two steps: render a picture if the budget allows it; wait while paused."""
