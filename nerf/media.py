@@ -1,6 +1,8 @@
 """Picture and video files, and scalar maps in color."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -97,6 +99,21 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     path.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
 
 
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Programs started inside the block do not get the signals that stop a run; this one does.
+
+    A terminal and torchrun send them to all processes of a run. One that ends ffmpeg while it is
+    asked what it can do would look like a "no", and the video would be made by other means.
+    """
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)  # children inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def write_video(
     path: Path, frames: Iterable[Path], fps: int = 30, warn: Callable[[str], None] = print
 ) -> Path | None:
@@ -109,7 +126,8 @@ def write_video(
     try:
         import imageio_ffmpeg
 
-        imageio_ffmpeg.get_ffmpeg_exe()
+        with signals_later():
+            imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         return write_gif(path.with_suffix(".gif"), frames, fps, warn)
     writer, unfinished = None, path.with_name(f".{path.name}")
@@ -129,7 +147,8 @@ def write_video(
                     macro_block_size=1,
                     ffmpeg_log_level="error",
                 )
-                writer.send(None)
+                with signals_later():  # tries encoders, starts ffmpeg
+                    writer.send(None)
             writer.send(frame)
     except OSError as error:
         warn(f"{path.name} is not written ({error}); its frames are kept")

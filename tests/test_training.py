@@ -277,6 +277,39 @@ def test_video_of_any_size_can_be_read_back(tmp_path, size):
     np.testing.assert_allclose(video.mean((1, 2)), COLORS, rtol=0, atol=12)
 
 
+SIGNALED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from nerf.media import write_video
+
+came, over = [], threading.Event()
+signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+
+def send():
+    while not over.wait(0.02):
+        os.killpg(0, signal.SIGTERM)
+
+thread = threading.Thread(target=send)
+thread.start()
+folder = Path(sys.argv[1])
+made = write_video(folder / "signaled.mp4", sorted(folder.glob("*.png")))
+over.set()
+thread.join()
+assert len(came) > 2 and made.name == "signaled.mp4", (len(came), made)
+"""
+
+
+def test_signals_to_all_processes_of_a_run_do_not_change_its_video(tmp_path):
+    """As torchrun and a terminal's Ctrl-C send them; they ended ffmpeg's test of an encoder."""
+    write_video(tmp_path / "quiet.mp4", frames(tmp_path, 48, 64), warn=pytest.fail)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALED, str(tmp_path)],
+        cwd=REPOSITORY, capture_output=True, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "signaled.mp4").read_bytes() == (tmp_path / "quiet.mp4").read_bytes()
+
+
 def test_without_ffmpeg_a_video_is_a_gif(tmp_path, monkeypatch):
     def absent():
         raise RuntimeError("No ffmpeg exe could be found.")
