@@ -29,6 +29,34 @@ from helpers import (
 TINY = [*NERF_TINY, "--lrate", "5e-4", "--i_print", "50", "--expname", "run"]
 
 
+# -------------------------------------------------------------------------------------- restarts
+
+RESTARTED = """
+import os, sys, time
+from nerf.training import distributed, entry
+again, first = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0", os.environ["RANK"] == "0"
+if again and not first:
+    time.sleep(1)
+world = distributed.setup("cpu")
+world.barrier()
+if not again:
+    os._exit(9)
+print("rank", world.gather(world.rank), flush=True)
+distributed.cleanup()
+entry.exit_process(0)
+"""
+
+
+def test_processes_that_torchrun_restarts_meet_again(tmp_path):
+    """The first one looks for the second before that has come: not where it was before."""
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    words = [*torchrun(2)[:-1], "--max-restarts=1", torchrun(2)[-1], script]
+    done = run_python(*words, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank [0, 1]") == 2
+
+
 # ------------------------------------------------------------------------------------- gradients
 
 GRADIENTS = """

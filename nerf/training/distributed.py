@@ -143,7 +143,8 @@ def setup(device: str) -> World:
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=_store(), rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             place = ":".join(os.environ.get(name, "") for name in MEETING)
             raise ValueError(
@@ -152,6 +153,20 @@ def setup(device: str) -> World:
             ) from None
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     return World(rank, size, chosen)
+
+
+def _store() -> dist.Store | None:
+    """Where the processes that torchrun has started on one machine meet; None: where torch says.
+
+    torchrun keeps one store for all of its restarts, in which a process would find addresses of
+    those before; so each restart gets keys of its own. Several machines count restarts apart.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = next(dist.rendezvous("env://"))[0]
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
 
 
 def find_cuda() -> tuple[bool, str]:
