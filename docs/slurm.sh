@@ -9,6 +9,7 @@
 # One torchrun per node; they meet at the first node. The same job goes on from its checkpoint.
 # From the repository's root:  sbatch docs/slurm.sh --config configs/lego.txt
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarts meet at new ports
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=3 \
