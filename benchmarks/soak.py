@@ -80,6 +80,7 @@ FORMATS = {"nerf": "blender", "fast": "blender", "store": "blender", "llff": "ll
 VIEWS = {"train": 5, "val": 2, "test": 3}
 TRAINED = ("nerf", "fast", "dreamfusion")
 LONGEST = {"download": 0.3, "photos": 8.0, "finetune": 0.3}  # seconds after an event; others 0.03
+STUCK = 300  # seconds without a step after which a run of several ranks hangs
 SLOW_IMPORTS = {"tiny": "guidance.tiny.train", "finetune": "guidance.finetune"}  # 20 s: diffusers
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
@@ -233,8 +234,13 @@ def one_run_of_ranks(args, folder: Path, name: str, kills: int, draw: random.Ran
             [sys.executable, *launcher, *words], cwd=ROOT, env=environment, stdout=text, stderr=text
         )
     while process.poll() is None:
-        stamp = _changed(home / "run" / "metrics.csv")
+        stamp, deadline = _changed(home / "run" / "metrics.csv"), time.monotonic() + STUCK
         while process.poll() is None and _changed(home / "run" / "metrics.csv") == stamp:
+            if time.monotonic() > deadline:
+                process.terminate()
+                process.wait()
+                result["lost"].append(f"{name}: no step in {STUCK} s after {result['kills']} kills")
+                return result
             time.sleep(0.02)
         time.sleep(draw.uniform(0.0, args.longest))
         ranks = soak_checks.children(process.pid)
