@@ -67,9 +67,29 @@ def test_a_run_keeps_the_values_with_which_it_began(gpu, tmp_path):
     record = {"target_samples": 8192, "grid_res": 128, "march_steps": 128, "N_iters": 6000}
     (tmp_path / "lego_fast" / "args.json").write_text(json.dumps(record))
     args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
-    assert args.grid_res == 128 and "as this run began" in args.notes[0]
+    assert args.grid_res == 128 and "on which this run began" in args.notes[0]
     args = nerf.parse([*LEGO, "--basedir", str(tmp_path), "--no_reload"])
     assert args.grid_res == 512
+
+
+@pytest.mark.parametrize("typed", [{"N_iters": 405}, {"N_iters": 405, "march_steps": 64}])
+def test_what_was_typed_for_a_trial_run_is_not_chosen_by_device(gpu, tmp_path, typed):
+    """A short first run: the plain config then trains to its own end, as one without a group."""
+    (tmp_path / "lego_fast").mkdir()
+    table = {"target_samples": 8192, "grid_res": 128, "march_steps": 128, "N_iters": 6000}
+    (tmp_path / "lego_fast" / "args.json").write_text(json.dumps(table | typed))
+    args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
+    assert {name: getattr(args, name) for name in table} == table  # still those of a CPU
+    assert "N_iters 6000" in args.notes[0] and "405" not in args.notes[0]
+    args = nerf.parse([*LEGO, "--basedir", str(tmp_path), "--N_iters", "7000"])
+    assert args.N_iters == 7000
+
+
+def test_a_run_whose_values_were_all_typed_takes_those_of_this_device(gpu, tmp_path):
+    (tmp_path / "lego_fast").mkdir()
+    (tmp_path / "lego_fast" / "args.json").write_text(json.dumps({"N_iters": 405, "grid_res": []}))
+    args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
+    assert args.N_iters == 20000 and "began" not in args.notes[0]
 
 
 def test_the_log_and_the_record_hold_what_was_chosen(data, tmp_path, gpu):

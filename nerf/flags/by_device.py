@@ -43,8 +43,9 @@ def choose_by_device(
 ) -> list[str]:
     """Set the flags of the group ``args.by_device`` that are not in ``given``; lines for the log.
 
-    A run keeps the values with which it began, on whatever device it goes on. A run's own record,
-    args.txt, holds all values, so that nothing is chosen. ValueError for an unknown group or value.
+    A run keeps the values of the device on which it began, on whatever device it goes on; what was
+    typed at an earlier start counts for that start only. A run's own record, args.txt, holds all
+    values, so that nothing is chosen. ValueError for an unknown group or value.
     """
     if not args.by_device or (args.config and Path(args.config).name == "args.txt"):
         return []
@@ -53,19 +54,39 @@ def choose_by_device(
         raise ValueError(
             f"--by_device {args.by_device}: {table.name} has the groups {', '.join(groups)}"
         )
-    on_gpu = choose_device(args.device).type == "cuda"
+    rows = groups[args.by_device].items()
+    on_cpus, on_gpus = (
+        {flag: _parsed(parser, flag, values[column], table) for flag, values in rows}
+        for column in (0, 1)
+    )
     began = {} if args.no_reload else _record(Path(args.basedir) / args.expname / "args.json")
-    chosen = {}
-    for flag, values in groups[args.by_device].items():
-        if flag in given:
-            continue
-        chosen[flag] = began.get(flag, _parsed(parser, flag, values[on_gpu], table))
-        setattr(args, flag, chosen[flag])
+    on_gpu = _began_on_gpu(began, on_cpus, on_gpus)
+    source = ", on which this run began" * (on_gpu is not None)
+    if on_gpu is None:
+        on_gpu = choose_device(args.device).type == "cuda"
+    chosen = {
+        flag: value for flag, value in (on_gpus if on_gpu else on_cpus).items() if flag not in given
+    }
+    for flag, value in chosen.items():
+        setattr(args, flag, value)
     if not chosen:
         return []
-    source = "as this run began" if began else f"for a {'GPU' if on_gpu else 'CPU'}"
     listed = ", ".join(f"{flag} {value}" for flag, value in chosen.items())
-    return [f"by device, {source}: {listed}"]
+    return [f"by device, for a {'GPU' if on_gpu else 'CPU'}{source}: {listed}"]
+
+
+def _began_on_gpu(
+    began: dict[str, object], on_cpus: dict[str, object], on_gpus: dict[str, object]
+) -> bool | None:
+    """Whether the flags ``began`` of a run are a GPU's; None if they fit neither device better.
+
+    Some may have been typed, so it is the device with more of its values among them.
+    """
+    cpu, gpu = (
+        sum(began.get(flag) == value for flag, value in column.items())
+        for column in (on_cpus, on_gpus)
+    )
+    return None if cpu == gpu else gpu > cpu
 
 
 def _record(path: Path) -> dict[str, object]:
