@@ -36,37 +36,37 @@ def logged_value(text: str) -> str:
 def add_checkpoint_flags(parser: Parser, *, measures: bool) -> None:
     """Flags of what is kept and opened. measures: validations measure quality (run_nerf.py)."""
     section = parser.section(
-        "checkpoints", "Which checkpoints are kept and opened, and runs that start from weights."
+        "checkpoints", "Which checkpoints are kept and opened, and how to start from weights."
     )
     flag, switch = section.flag, section.switch
     flag("ckpt", checkpoint_choice, "newest",
         "checkpoint to render, export, view or validate: newest, best (see --monitor), or a step, "
         "e.g. 20000", metavar="newest|best|STEP")
     flag("save_top_k", positive_int, 1,
-        "number of best checkpoints that are kept beside the newest ones (--keep_ckpts)")
+        "number of best checkpoints to keep in addition to the newest ones (--keep_ckpts)")
     # torchrun takes --monitor for a beginning of its own --monitor-interval: hence a second name.
     if measures:
         flag("monitor", QUALITY, "psnr",
-            "what chooses the best checkpoint, on the views of --i_img: psnr, of 4096 pixels; "
-            "ssim, of 16 patches of 32x32 pixels; under torchrun write --best_by",
+            "criterion for the best checkpoint, measured at every --i_img: psnr of 4096 pixels, or "
+            "ssim of 16 patches of 32x32 pixels; with torchrun write --best_by",
             alias="best_by")
     else:
         flag("monitor", logged_value, "none",
-            "column of metrics.csv whose smallest (NAME:min) or largest (NAME:max) value is called "
-            "best, e.g. sds:min; none of them measures quality; none: no best checkpoint; under "
-            "torchrun write --best_by",
+            "column of metrics.csv whose smallest (NAME:min) or largest (NAME:max) value marks the "
+            "best checkpoint, e.g. sds:min; no column measures quality; none: no best checkpoint; "
+            "with torchrun write --best_by",
             metavar="NAME:min|max", alias="best_by")
     switch("save_weights_only",
-        "leave the optimizer's state out of checkpoints, to a third of their size; a run that is "
-        "resumed from one begins with a fresh optimizer")
+        "save checkpoints without the optimizer state, at a third of the size; a run resumed from "
+        "one starts with a fresh optimizer")
     flag("export_weights", "FILE", None,
-        "write the network's weights, averaged ones where --ema_decay is on; FILE ends in "
+        "write the weights of the network (the averaged ones if --ema_decay is on); FILE ends in "
         ".safetensors")
     flag("ft_weights", "PATH[:MODULE]", None,
-        "start a new run at step 0 with the weights of a .tar or .safetensors file, or with those "
-        "of one module, e.g. old.tar:field.encoding; see --ft_ignore")
+        "start a new run at step 0 with the weights from a .tar or .safetensors file, or with "
+        "those of one module, e.g. old.tar:field.encoding; see --ft_ignore")
     section.group.add_argument("--ft_ignore", nargs="+", metavar="NAME", default=None,
-        help="names of tensors or modules that --ft_weights leaves as they are, e.g. grid "
+        help="names of tensors or modules that --ft_weights does not load, e.g. grid "
         "field.color_net")
 
 
@@ -98,5 +98,5 @@ def checkpoint_problems(args: argparse.Namespace) -> Sequence[tuple[object, str]
          f"--ft_weights and {other[0] if other else ''} both choose where to start; leave one out"),
         (args.ft_ignore and not args.ft_weights, "--ft_ignore needs --ft_weights PATH"),
         (args.monitor == "none" and args.save_top_k > 1,
-         f"--save_top_k {args.save_top_k} needs --monitor: nothing measures quality in text to 3D"),
+         f"--save_top_k {args.save_top_k} needs --monitor, since text to 3D measures no quality"),
     ]  # fmt: skip

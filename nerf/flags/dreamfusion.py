@@ -88,17 +88,17 @@ def add_text_flags(parser: Parser) -> None:
     section = parser.section("text", "What to make, in words.")
     flag = section.flag
     flag("prompt", "TEXT", None, 'what to make, in quotes: "a red cone"', alias="text")
-    flag("negative_prompt", "TEXT", "", "what the object should not look like")
+    flag("negative_prompt", "TEXT", "", "text that the object should not look like")
     flag("prompt_file", "FILE", None,
-        "text file with one prompt per line; makes one object after the other")
+        "text file with one prompt per line; one object is made after the other")
     flag("view_text", ("suffix", "prefix", "none"), "suffix",
-        'place of view words ("front view") in the prompt; none: no view words')
+        'where the prompt gets its view words ("front view"); none: no view words')
     for view in VIEWS:
         flag(f"prompt_{view}", "TEXT", None,
-            f"whole text for {view} views, in place of --prompt with view words")
+            f"complete text for {view} views, instead of --prompt with view words")
     for view in VIEWS:
         flag(f"negative_{view}", "TEXT", None,
-            f"negative prompt for {view} views, in place of --negative_prompt")
+            f"negative prompt for {view} views, instead of --negative_prompt")
 
 
 def add_guidance_flags(parser: Parser) -> None:
@@ -106,31 +106,33 @@ def add_guidance_flags(parser: Parser) -> None:
     section = parser.section("guidance", f"How the diffusion model guides the object. {SCHEDULE}")
     flag, switch = section.flag, section.switch
     flag("guidance", KINDS, "sds",
-        "score distillation (sds), classifier (csd) or variational score distillation (vsd), or a "
-        "closed-form prior around an orange ball that needs no model (gaussian)")
+        "score distillation: plain (sds), classifier (csd) or variational (vsd); gaussian: a "
+        "closed-form prior around an orange ball, which needs no model and tests the loop")
     flag("guidance_scale", schedule, "100",
-        "s in u + s (c - u), with the unconditional prediction u and the text's c; a number, or "
-        "step:value,step:value")
+        "s in u + s (c - u), where u is the unconditional prediction and c the one with the text; "
+        "a number or step:value,step:value")
     flag("guidance_rescale", schedule, "0",
-        "part of the added contrast that is taken back, 0 to 1: keeps colors from growing with "
-        "--guidance_scale")
+        "fraction, 0 to 1, of the contrast added by --guidance_scale that is removed again, "
+        "against oversaturated colors")
     flag("weighting", ("sds", "uniform", "annealed", "fantasia3d"), "sds",
-        "weight w(t) of the noise levels; annealed: from sds to uniform as training goes on")
-    flag("t_min", schedule, "0.02", "lowest noise level, as a part of all levels, 0 to 1")
-    flag("t_max", schedule, "0.98", "highest noise level, as a part of all levels, 0 to 1")
+        "weight w(t) of the noise levels; annealed: from sds to uniform during training")
+    flag("t_min", schedule, "0.02", "lowest noise level, as a fraction of all timesteps, 0 to 1")
+    flag("t_max", schedule, "0.98", "highest noise level, as a fraction of all timesteps, 0 to 1")
     flag("t_anneal", ("none", "linear", "sqrt", "falling"), "none",
-        "none: random noise levels from --t_min to --t_max; others: levels that fall from --t_max "
-        "to --t_min as training goes on")
+        "none: random noise levels between --t_min and --t_max; others: levels that fall from "
+        "--t_max to --t_min during training")
     flag("latent_clip", schedule, "0",
-        "largest absolute value in the gradient of the latents; 0: no limit")
+        "maximum absolute value in the gradient of the latents; 0: no clipping")
     switch("perp_neg", "Perp-Neg: push each view away from the words of the other views")
     flag("lambda_sds", schedule, "1", "weight of the guidance")
     flag("i_attn", non_negative_int, 0,
-        "updates between pictures of where each word of the prompt attends; 0: never")
+        "interval, in updates, between pictures of the attention to each word of the prompt; 0: "
+        "never")
     flag("attn_tokens", "WORDS", None,
-        "words of the prompt that --i_attn draws, with commas between; not given: all")
+        "comma-separated words of the prompt that --i_attn shows; default: all words")
     flag("i_guidance", non_negative_int, 0,
-        "updates between pictures of what the model sees, noisy, and predicts; 0: never")
+        "interval, in updates, between pictures of the render, its noisy version and the "
+        "prediction; 0: never")
 
 
 def add_vsd_flags(parser: Parser) -> None:
@@ -139,64 +141,69 @@ def add_vsd_flags(parser: Parser) -> None:
         "vsd", "Variational score distillation (--guidance vsd) and its LoRA score network."
     )
     flag = section.flag
-    flag("n_particles", parts, 1, "objects that are made together; each update trains one")
+    flag("n_particles", parts, 1, "number of objects trained together; each update trains one")
     flag("lora_rank", positive_int, 4, "rank of the LoRA score network")
     flag("lora_model", "PATH", None,
-        "folder or hub id of another model for the LoRA score network; not given: --sd_model")
+        "folder or hub id of another model for the LoRA score network; default: --sd_model")
     flag("lora_file", "FILE", None,
-        "LoRA that the score network starts from (lora.safetensors of a run)")
+        "LoRA file with which the score network starts (lora.safetensors of a run)")
     flag("lrate_lora", rate_schedule, 1e-4, "learning rate of the LoRA score network")
     flag("lora_views", non_negative_int, 0,
-        "views of an update, per process, that the LoRA score network trains on; 0: all")
+        "number of views per update and process on which the LoRA score network trains; 0: all")
     flag("camera_dropout", unit_schedule, 0.1,
-        "part of the views on which the LoRA score network trains without a camera, 0 to 1")
+        "fraction of the views on which the LoRA score network trains without a camera, 0 to 1")
     flag("lora_cfg", number, 1.0,
-        "guidance scale of the LoRA score network's own prediction, by the camera; 1: none")
+        "guidance scale of the LoRA score network's prediction with and without the camera; 1: no "
+        "guidance")
 
 
 def add_model_flags(parser: Parser) -> None:
     """Flags of the diffusion model: where it is, and what it may cost."""
-    section = parser.section("model", "The diffusion model: where it is, and its memory and speed.")
+    section = parser.section("model", "The diffusion model: its location, memory and speed.")
     flag, switch = section.flag, section.switch
     flag("sd_model", "PATH", "guidance/tiny/model",
-        "folder or hub id of a Stable Diffusion 1.x or 2.x, or the embedded model")
+        "folder or hub id of a Stable Diffusion 1.x or 2.x model, or of the embedded model")
     switch("local_files_only", "never download from the hub")
-    switch("allow_pickle", "read weights from .bin files, too; code in them does not run")
+    switch("allow_pickle", "also read weights from .bin files; code in them does not run")
     flag("sd_lora", "FILE[:SCALE]", None,
-        "LoRA that is merged into the frozen U-Net of --sd_model, e.g. style.safetensors:0.8")
+        "LoRA file to merge into the frozen U-Net of --sd_model, e.g. style.safetensors:0.8")
     flag("guidance_res", non_negative_int, 0,
-        "pixels per side at which the model sees renders; 0: the model's own size")
+        "pixels per side to which renders are resized for the model; 0: the model's own size")
     flag("scheduler", "NAME", None,
-        "scheduler whose noise schedule replaces the model's own: ddim, ddpm, pndm, ...")
+        "use the noise schedule of this scheduler instead of the model's own: ddim, ddpm, pndm, "
+        "...")
     flag("guidance_dtype", ("auto", "fp32", "bf16", "fp16"), "auto",
         "precision of the model; auto: fp16 on a GPU, else fp32")
     flag("attention_slicing", "SLICES", "off",
-        "off, auto, max, or the number of heads computed together: less memory, slower")
-    switch("vae_slicing", "one picture at a time through the VAE: less memory")
-    switch("vae_checkpointing", "recompute the VAE's activations: less memory, slower")
-    switch("channels_last", "channels-last memory layout: faster on some GPUs")
+        "compute attention in slices (less memory, slower): off, auto, max, or a number of heads "
+        "per slice")
+    switch("vae_slicing", "pass one picture at a time through the VAE: less memory")
+    switch("vae_checkpointing", "recompute the activations of the VAE: less memory, slower")
+    switch("channels_last", "use the channels-last memory layout: faster on some GPUs")
     flag("offload", ("none", "model", "sequential"), "none",
-        "model: each part of the model is on the GPU only while it computes; sequential: refused")
-    switch("compile", "torch.compile the U-Net: minutes at the start, faster updates")
+        "model: keep each part of the model on the GPU only while it computes; sequential: not "
+        "supported")
+    switch("compile",
+        "compile the U-Net (torch.compile): faster updates after minutes of compiling")
 
 
 def add_output_flags(parser: Parser) -> None:
     """Flags of what is rendered and exported."""
-    section = parser.section("rendering", "Previews, the turntable, the mesh of a finished run.")
+    section = parser.section("rendering", "Previews, the turntable and the mesh of a run.")
     flag, switch = section.flag, section.switch
-    switch("render_only", "render the turntable of a finished run; no training")
+    switch("render_only", "render the turntable of a finished run, without training")
     switch("mesh", "write mesh.glb into the run folder at the end of training")
-    switch("save_raw", "also write the turntable's depth and normals as .npy files, float32")
+    switch("save_raw", "also write the turntable's depth and normals as float32 .npy files")
     flag("init_from", "PATH", None,
-        "run folder or checkpoint whose object a new run starts from; tri-planes of another "
-        "--grid_res are resampled, a field of another kind or size is fitted")
+        "run folder or checkpoint with the object from which a new run starts; tri-planes of "
+        "another --grid_res are resampled, and a field of another kind or size is fitted to it")
     flag("eval_res", positive_int, 128,
-        "pixels per side of the turntable; previews are at most as large")
+        "pixels per side of the turntable; previews are not larger")
     flag("eval_background", ("white", "black", "learned"), "white",
-        "what is behind the object in previews and turntable")
+        "background of previews and of the turntable")
     flag("eval_elevation", number, 20.0,
         "elevation of the turntable's cameras, in degrees, -90 to 90")
-    flag("video_frames", positive_int, 60, "frames of the turntable")
+    flag("video_frames", positive_int, 60, "number of frames of the turntable")
     add_viewer_flags(parser)
     add_export_flags(parser, mesh_res=128)
 
@@ -213,8 +220,8 @@ def dream_parser() -> Parser:
     add_run_flags(
         parser,
         unnamed="made from the prompt",
-        images="updates between previews; 0: at the end only",
-        videos="updates between turntables; 0: at the end only",
+        images="interval, in updates, between previews; 0: only at the end",
+        videos="interval, in updates, between turntables; 0: only at the end",
         measures=False,
     )
     add_text_flags(parser)
@@ -262,7 +269,7 @@ def parse(argv: list[str] | None = None) -> Flags:
     recipe = TINY_CONFIGS.get(args.guidance)
     if not args.config and args.sd_model == TINY_MODEL and recipe and args.prompt:
         path = Path(__file__).resolve().parents[2] / "configs" / recipe
-        print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
+        print(f"no --config: using configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
         parser = dream_parser()
         args = common.parse(parser, ["--config", str(path), *argv], name_of)
     given = by_device.given_flags(parser, args)

@@ -63,6 +63,8 @@ def unknown_flag(parser: Any, word: str) -> str:
     name = word.split("=")[0].lstrip("-")
     if script := other_script(parser, name):
         return f"--{name} is a flag of {script}"
+    if name.replace("-", "_") == "help_all":
+        return f"unknown flag {word.split('=')[0]}; did you mean --help all?"
     return f"unknown flag {word.split('=')[0]}{nearest(parser, name)}"
 
 
@@ -92,7 +94,7 @@ def check_words(parser: Any, words: Sequence[str]) -> str | None:
         if re.match(r"-[A-Za-z]", word) and f"--{name}" in parser._option_string_actions:
             return f"{word.split('=')[0]}: flags start with two dashes, --{name}"
         if word == "--":
-            return "-- stands alone; leave it out, or write a flag's name after it without a space"
+            return "-- stands alone; leave it out, or write a flag's name directly after it"
     for flag, values in groups(parser, words):
         if flag is None:
             problem = leading_words(parser, values) if values else None

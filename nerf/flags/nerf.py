@@ -73,8 +73,8 @@ def add_data_flags(parser: Parser) -> None:
     flag, switch = section.flag, section.switch
     flag("datadir", "FOLDER", "./data/llff/fern", "folder of the scene")
     flag("dataset_type", sorted(DATASETS), "llff",
-        f"format of the scene: {', '.join(sorted(DATASETS))}; auto: by the files in --datadir, as "
-        "where this flag is not given and the folder is not llff's",
+        f"format of the scene: {', '.join(sorted(DATASETS))}; auto: recognized by the files in "
+        "--datadir; also used when the flag is absent and the folder is not LLFF",
         metavar="TYPE")
     flag("testskip", non_negative_int, 8,
         "keep every N-th validation and test view of formats with splits; 0 or 1: all")
@@ -83,10 +83,10 @@ def add_data_flags(parser: Parser) -> None:
         "0: one view")
     flag("shape", "NAME", "greek", "deepvoxels: the object, armchair, cube, greek or vase")
     flag("data_store", ("memory", "mmap", "auto"), "memory",
-        "pictures in memory, or in a memory-mapped file (mmap); auto: mapped where they would "
-        "take more than half of the free memory")
+        "where the pictures are kept: in memory, or in a memory-mapped file (mmap); auto: mmap "
+        "if they would take more than half of the free memory")
     flag("store_dir", "FOLDER", None,
-        "folder of the memory-mapped file (--data_store mmap); not given: --datadir")
+        "folder of the memory-mapped file (--data_store mmap); default: --datadir")
     switch("half_res", "half the width and height")
     flag("downscale", reduction, 1, "make pictures N times smaller")
     flag("factor", reduction, 8,
@@ -100,16 +100,17 @@ def add_space_flags(parser: Parser) -> None:
     )
     flag, switch = section.flag, section.switch
     switch("white_bkgd",
-        "white behind transparent pixels and behind rays that hit nothing; off: black")
+        "white background behind transparent pixels and rays that hit nothing; off: black")
     switch("no_ndc",
-        "--ndc: normalized device coordinates, for forward-facing llff and colmap captures (the "
-        "default); --no-ndc (nerf-pytorch: --no_ndc): world coordinates", positive="ndc")
+        "--ndc: normalized device coordinates for forward-facing llff and colmap captures "
+        "(default); --no-ndc or --no_ndc: world coordinates", positive="ndc")
     switch("spherify", "llff, colmap: 360-degree capture around an object")
-    switch("pixel_center", "rays through pixel centers; off: through corners, as in nerf-pytorch")
+    switch("pixel_center",
+        "cast rays through pixel centers; off: through corners, as in nerf-pytorch")
     flag("near", non_negative, 0.0,
-        "distance at which rays begin, in scene units, not with NDC; 0: automatic")
+        "distance at which rays begin, in scene units (not for NDC scenes); 0: automatic")
     flag("far", non_negative, 0.0,
-        "distance at which rays end, in scene units, not with NDC; 0: automatic")
+        "distance at which rays end, in scene units (not for NDC scenes); 0: automatic")
 
 
 def add_field_flags(parser: Parser) -> None:
@@ -128,20 +129,22 @@ def add_sampling_flags(parser: Parser) -> None:
     """Flags of sampling along rays without an occupancy grid, and of memory."""
     section = parser.section(
         "sampling",
-        f"Samples along rays without --occ_grid, and how much is computed together. {SCHEDULE}"
+        f"Samples along rays without --occ_grid, and the size of the blocks. {SCHEDULE}"
     )
     flag, switch = section.flag, section.switch
     flag("N_samples", positive_int, 64, "coarse samples per ray")
     flag("N_importance", non_negative_int, 0,
-        "fine samples per ray beside the coarse ones; 0: no fine network")
+        "fine samples per ray, added to the coarse ones; 0: no fine network")
     flag("perturb", non_negative, 1.0,
-        "above 0: training samples at random places of their intervals; 0: fixed places")
+        "above 0: training samples at random positions in their intervals; 0: fixed positions")
     switch("lindisp", "space coarse samples evenly in 1 / depth; off: in depth")
     flag("raw_noise_std", non_negative_schedule, 0.0,
-        "standard deviation of the noise on raw training densities; none with --occ_grid")
-    flag("chunk", positive_int, 1024 * 32, "most rays rendered together; fewer need less memory")
+        "standard deviation of the noise added to raw densities in training; no effect with "
+        "--occ_grid")
+    flag("chunk", positive_int, 1024 * 32,
+        "maximum number of rays rendered together; fewer need less memory")
     flag("netchunk", positive_int, 1024 * 64,
-        "most points in one network call; fewer need less memory")
+        "maximum number of points in one network call; fewer need less memory")
 
 
 def add_fast_flags(parser: Parser) -> None:
@@ -152,21 +155,22 @@ def add_fast_flags(parser: Parser) -> None:
     )
     flag, switch = section.flag, section.switch
     switch("fast",
-        "the fast path with recommended flags, each weaker than a flag that you type; on the "
-        "command line only")
+        "the fast path with recommended flags; flags you type override them; on the command line "
+        "only")
     switch("occ_grid", "one field, sampled only in occupied cells of a grid")
     flag("target_samples", whole_schedule, 8192,
-        "samples per update with --occ_grid; the number of rays follows (not --N_rand); jumps at "
-        "the steps of a schedule")
+        "samples per update with --occ_grid; it sets the number of rays, and --N_rand has no "
+        "effect; a schedule jumps at its steps")
     flag("scene_bound", non_negative, 0.0,
         "half side of the scene's cube, in scene units; 0: from the cameras")
-    switch("contract", "unbounded scene: contract all beyond radius 1 into radius 2")
+    switch("contract",
+        "unbounded scene: map everything beyond radius 1 into the shell between radius 1 and 2")
     flag("cone_angle", non_negative, 0.01, "with --contract: step length per unit of distance")
-    switch("random_bg", "train over random backgrounds where pictures have alpha")
+    switch("random_bg", "train over random background colors if the pictures have alpha")
     flag("hull_init", ("off", "on", "auto"), "off",
-        "start the occupancy grid as the visual hull of the alpha masks; auto: if pictures have "
-        "masks")
-    switch("hull_rays", "train on the pixels alone that may see the visual hull of --hull_init")
+        "initialize the occupancy grid with the visual hull of the alpha masks; auto: if the "
+        "pictures have alpha masks")
+    switch("hull_rays", "train only on pixels that may see the visual hull of --hull_init")
     add_feature_flags(section)
     add_loss_flags(section)
 
@@ -175,14 +179,16 @@ def add_feature_flags(section: Section) -> None:
     """Flags of the features on grids."""
     flag = section.flag
     flag("grid_steps", rising_steps, "0",
-        "coarse to fine: updates at which tri-planes become finer, from --grid_start to --grid_res "
-        "and the learning rate starts again, e.g. 500,1000,2000; 0: --grid_res at once",
+        "coarse to fine: updates at which tri-planes become finer, from --grid_start to "
+        "--grid_res, and the learning rate schedule restarts, e.g. 500,1000,2000; 0: --grid_res "
+        "from the first update on",
         metavar="STEPS")
     flag("grid_start", grid_resolution, 64,
-        "cells per side of the finest tri-planes at first, with --grid_steps; 16 or more")
+        "with --grid_steps: cells per side of the finest tri-planes at the first update, 16 or "
+        "more")
     flag("plane_lookup", ("auto", *sorted(PLANE_LOOKUPS)), "auto",
-        "how tri-planes are read: entry by entry (rows), or by PyTorch's grid_sample; same result; "
-        "auto: rows on a GPU, grid_sample on a CPU")
+        "how tri-planes are interpolated: rows of a table (rows) or PyTorch's grid_sample, with "
+        "the same result; auto: rows on a GPU, grid_sample on a CPU")
     flag("log2_hashmap_size", hashmap_size, 17,
         "hash grids: base-2 logarithm of the largest number of entries per level; Instant-NGP: 19")
 
@@ -191,17 +197,18 @@ def add_loss_flags(section: Section) -> None:
     """Flags of the fast path's compositing and regularization."""
     flag = section.flag
     flag("composite", sorted(PACKED_WEIGHTS), "cumsum",
-        "transmittance from one running sum over all rays (cumsum) or from a table padded to the "
-        "longest ray (padded); same result")
+        "how transmittance is computed: one running sum over all rays (cumsum), or a table padded "
+        "to the longest ray (padded), with the same result")
     flag("near_scaling", non_negative, 0.0,
-        "scale gradients nearer to the camera than X by (distance / X) squared; 0: do not")
+        "scale gradients of samples nearer to the camera than X by (distance / X) squared; 0: no "
+        "scaling")
     flag("resample", non_negative_int, 0,
         "importance resampling: N samples per ray from the weights of a first no-grad pass; "
         "0: off")
     flag("lambda_tv", non_negative_schedule, 0.0,
-        "weight of the total variation of tri-planes (smoother), e.g. 0.03; 0: off")
+        "weight of the tri-planes' total variation (smoother features), e.g. 0.03; 0: off")
     flag("lambda_l1", non_negative_schedule, 0.0,
-        "weight of the opacities of a ray's samples, summed (less fog, thinner surfaces), e.g. "
+        "weight of the sum of sample opacities along a ray (less fog, thinner surfaces), e.g. "
         "1e-4; 0: off")
 
 
@@ -210,28 +217,30 @@ def add_training_flags(parser: Parser) -> None:
     section = parser.section("training", "The loss, batches of rays, compilation and restarts.")
     flag, switch = section.flag, section.switch
     flag("loss", sorted(PIXEL_LOSSES), "mse",
-        "of colors: mse, squared differences; huber, smooth_l1: linear beyond --loss_delta, by "
-        "which few wrong pixels weigh less; PSNR is always that of mse")
+        "loss on colors: mse, squared differences; huber, smooth_l1: linear beyond --loss_delta, "
+        "which makes outliers count less; PSNR is always computed from squared differences")
     flag("loss_delta", positive_float, 0.1,
-        "difference of colors, which go from 0 to 1, beyond which huber and smooth_l1 are linear")
+        "color difference (colors range from 0 to 1) beyond which huber and smooth_l1 are linear")
     flag("N_rand", positive_int, 32 * 32 * 4, "rays per update, over all processes")
     switch("no_batching",
-        "--batching: rays of an update from all pictures (the default); --no-batching "
-        "(nerf-pytorch: --no_batching): from one picture", positive="batching")
+        "--batching: each update takes rays from all pictures (default); --no-batching or "
+        "--no_batching: from one picture", positive="batching")
     flag("precrop_iters", non_negative_int, 0,
-        "number of first updates that take rays from the middle of the pictures only")
+        "number of updates, from the first on, that take rays only from the middle of the "
+        "pictures")
     flag("precrop_frac", fraction, 0.5,
-        "part of the height and width that --precrop_iters takes, above 0, up to 1")
+        "fraction of the height and width that --precrop_iters uses, above 0, up to 1")
     switch("compile", "compile the networks (torch.compile): for GPUs, slower on CPUs")
     switch("alive_start",
-        "draw the weights of a new network again until half of the rays meet density: half of all "
-        "networks are born without any (docs/details.md); off: as in nerf-pytorch; no effect with "
-        "--occ_grid")
+        "draw the initial weights again until half of the rays meet density; about half of all "
+        "random initializations have zero density everywhere (docs/details.md); off: as in "
+        "nerf-pytorch; no effect with --occ_grid")
     switch("fog_start",
-        "begin as thin fog in the background's color, which always lives and takes longer "
-        "(docs/details.md); no effect with --occ_grid")
+        "start from thin fog of the background's color, which never gets stuck but converges more "
+        "slowly (docs/details.md); no effect with --occ_grid")
     flag("dead_restarts", non_negative_int, 3,
-        "restarts with another seed if a network is stuck from the start; 0: go on with it")
+        "maximum number of restarts with another seed if a network is stuck from the start; 0: "
+        "train on without a restart")
 
 
 def add_output_flags(parser: Parser) -> None:
@@ -240,28 +249,30 @@ def add_output_flags(parser: Parser) -> None:
         "rendering", "Test views and the camera path, during training or afterwards."
     )
     flag, switch = section.flag, section.switch
-    switch("render_only", "render the camera path of a trained run; no training")
+    switch("render_only", "render the camera path of a trained run, without training")
     switch("render_test", "with --render_only: render and measure the test views")
     switch("validate",
-        "measure the validation views of a trained run, into render_val_STEP/; no training")
+        "measure the validation views of a trained run, without training; the results are in "
+        "render_val_STEP/")
     flag("render_factor", render_reduction, 0,
         "render pictures N times smaller, e.g. 4; 0 or 1: full size")
     flag("i_testset", non_negative_int, 50000,
-        "updates between measurements of the test views; 0: at the end only")
+        "interval, in updates, at which the test views are measured; 0: only at the end")
     flag("metres_per_unit", non_negative, 0.0,
-        "meters per unit of the data's files (1 where a capture is metric), for depth files in "
-        "meters; 0: depth in units of the data's files")
+        "length in meters of one unit of the data's files (1 for a metric capture); depth files "
+        "are in meters; 0: depth in units of the data's files")
     add_viewer_flags(parser)
     section = add_export_flags(parser, mesh_res=256)
     flag = section.flag
     flag("export_points", "FILE", None,
         "write a point cloud with colors and normals; FILE ends in .ply")
-    flag("num_points", positive_int, 200_000, "number of points of --export_points, approximately")
+    flag("num_points", positive_int, 200_000, "approximate number of points of --export_points")
     flag("export_bound", non_negative, 0.0,
-        "half side of the exported cube around the origin, in scene units; 0: chosen")
+        "half side of the exported cube around the origin, in scene units; 0: automatic")
     flag("export_world", ("files", "scene"), "files",
-        "world of exported meshes and points: files, that of the data's files (a COLMAP model, "
-        "transforms.json); scene, the one that is trained in, for captures upright and of size 1")
+        "coordinates of exported meshes and points: files, those of the data's files (a COLMAP "
+        "model, transforms.json); scene, those of training, in which captures are upright and of "
+        "size 1")
 
 
 # fmt: on
@@ -275,9 +286,10 @@ def nerf_parser() -> Parser:
     )
     add_run_flags(
         parser,
-        unnamed="the config's name, or the data folder's",
-        images="updates between validations; 0: never",
-        videos="updates between videos of the camera path, with one at the end; 0: never",
+        unnamed="the name of the config, or of the data folder",
+        images="interval, in updates, between validations; 0: never",
+        videos="interval, in updates, between videos of the camera path (one more at the end); "
+        "0: never",
         measures=True,
     )
     add_data_flags(parser)

@@ -24,19 +24,20 @@ from nerf.training.schedules import schedule, steps_of, value_at, values_of
 
 def add_object_flags(parser: Parser) -> None:
     """Flags of the object."""
-    section = parser.section("object", "The object: its space, its first shape, its surface.")
+    section = parser.section("object", "The object: its space, its initial shape, its surface.")
     flag, switch = section.flag, section.switch
-    flag("space", ("3d", "2d"), "3d", "3d: an object; 2d: --batch_views pictures, no object")
+    flag("space", ("3d", "2d"), "3d",
+        "3d: optimize an object; 2d: optimize --batch_views pictures, without an object")
     flag("bound", positive_float, 1.0, "half side of the object's cube, in scene units")
     flag("activation", sorted(ACTIVATIONS), "silu", "activation function of the MLP (--field mlp)")
-    flag("blob_scale", non_negative, 10.0, "raw density of the first blob at its center")
-    flag("blob_std", positive_float, 0.5, "radius of the first blob, in scene units")
+    flag("blob_scale", non_negative, 10.0, "raw density of the initial blob at its center")
+    flag("blob_std", positive_float, 0.5, "radius of the initial blob, in scene units")
     flag("density_scale", positive_float, 1.0,
-        "factor of the density; larger: harder surfaces, fewer samples behind them")
-    switch("smooth_planes", "blur tri-planes as they are read: smoother surfaces")
+        "factor on the density; larger: harder surfaces, fewer samples behind them")
+    switch("smooth_planes", "blur the tri-planes at each lookup, for smoother surfaces")
     flag("normals", ("analytic", "fd"), None,
-        "normals from the density's gradient (analytic) or finite differences (fd); not given: "
-        "analytic for --field mlp, else fd")
+        "normals from the gradient of the density (analytic) or from finite differences (fd); "
+        "default: analytic for --field mlp, else fd")
 
 
 def add_camera_flags(parser: Parser) -> None:
@@ -45,10 +46,10 @@ def add_camera_flags(parser: Parser) -> None:
     flag = section.flag
     flag("batch_views", positive_int, 4, "views per update, over all processes")
     flag("views_at_once", non_negative_int, 0,
-        "views of a process that are rendered and guided together; fewer need less memory; 0: all, "
-        "and fewer where memory runs out, with one process")
+        "views that a process renders and guides together; fewer need less memory; 0: all, and "
+        "fewer if the memory of a single process runs out")
     flag("train_res", schedule, "64",
-        "pixels per side of training renders, 8 or more; jumps at the steps of a schedule")
+        "pixels per side of training renders, 8 or more; a schedule jumps at its steps")
     pair: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")}
     flag("azimuth_range", number_schedule, [-180.0, 180.0], "azimuths in degrees", **pair)
     flag("elevation_range", number_schedule, [-10.0, 90.0],
@@ -58,12 +59,13 @@ def add_camera_flags(parser: Parser) -> None:
     flag("fov_range", number_schedule, [40.0, 70.0],
         "fields of view in degrees, above 0, below 180", **pair)
     flag("sphere_rate", unit_schedule, 0.5,
-        "part of the elevations that are uniform by area; the others are uniform by angle")
+        "fraction of the elevations drawn uniformly by area on the sphere; the others are uniform "
+        "by angle")
     flag("view_spread", fraction, 1.0,
-        "part, about its middle, of each fine view (8 directions, 4 heights) that cameras stand "
-        "in; 1: all of it")
+        "fraction of each fine view's range (8 directions, 4 heights), around its middle, from "
+        "which cameras are drawn; 1: the whole range")
     flag("jitter_pos", non_negative_schedule, 0.1,
-        "largest random shift of a camera along each axis, in scene units")
+        "maximum random shift of a camera along each axis, in scene units")
     flag("jitter_target", non_negative_schedule, 0.2,
         "standard deviation of the point that a camera looks at, in scene units")
     flag("jitter_up", non_negative_schedule, 0.02, "standard deviation of a camera's up direction")
@@ -72,32 +74,34 @@ def add_camera_flags(parser: Parser) -> None:
 def add_light_flags(parser: Parser) -> None:
     """Flags of light and background."""
     section = parser.section(
-        "light", f"Light on the object, and what is behind it, in training. {SCHEDULE}"
+        "light", f"Light and background during training. {SCHEDULE}"
     )
     flag = section.flag
-    flag("albedo_steps", non_negative_int, 1000, "number of first updates without light")
+    flag("albedo_steps", non_negative_int, 1000,
+        "number of updates, from the first on, that show the plain albedo, without light")
     flag("p_diffuse", unit_schedule, 0.75,
-        "part of the views that are lit after --albedo_steps, 0 to 1")
+        "fraction of the views that are lit after --albedo_steps, 0 to 1")
     flag("p_textureless", unit_schedule, 0.5,
-        "part of the lit views that show the object white, 0 to 1")
-    flag("ambient", unit_schedule, 0.1, "part of the light that is ambient on lit views, 0 to 1")
+        "fraction of the lit views that show the object in white, 0 to 1")
+    flag("ambient", unit_schedule, 0.1, "fraction of ambient light in lit views, 0 to 1")
     flag("background", ("random", "learned", "white", "black"), "learned",
-        "what is behind the object in training; random: a color per view")
+        "background of the object in training; random: one color per view; learned: a network")
     flag("p_random_bg", unit_schedule, 0.5,
-        "part of the views with a random color behind them whatever --background is, 0 to 1")
+        "fraction of the views with a random background color, whatever --background is, 0 to 1")
 
 
 def add_loss_flags(parser: Parser) -> None:
     """Flags of the losses on the shape."""
-    section = parser.section("losses", f"Weights of the losses on the shape. {SCHEDULE}")
+    section = parser.section("losses", f"Weights of the losses on the object's shape. {SCHEDULE}")
     flag = section.flag
     flag("lambda_opacity", schedule, "0", "weight of the opacity loss: favors empty space")
-    flag("lambda_entropy", schedule, "0", "weight of the entropy of the opacity: no fog")
+    flag("lambda_entropy", schedule, "0", "weight of the entropy of the opacity: less fog")
     flag("lambda_orient", schedule, "0",
-        "weight of the orientation loss: visible normals face the camera")
+        "weight of the orientation loss: visible normals should face the camera")
     flag("lambda_spread", schedule, "0",
-        "weight of the variance of depth along rays: thin surfaces")
-    flag("lambda_tv", schedule, "0", "weight of the total variation of tri-planes: smooth features")
+        "weight of the variance of depth along rays: thinner surfaces")
+    flag("lambda_tv", schedule, "0",
+        "weight of the tri-planes' total variation: smoother features")
 
 
 # fmt: on
