@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 
 from nerf.datasets.images import eight_bit, open_image, why_unreadable
 from nerf.datasets.pictures import some, too_few
+from nerf.datasets.wrong_folder import VIDEOS
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp")
 HEIC = (".heic", ".heif")
 MEASURED_SIDE = 640  # pixels of the longer side at which sharpness is measured
 SAME = 1.5  # gray levels; thumbnails with a smaller mean difference are duplicates

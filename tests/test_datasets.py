@@ -732,18 +732,3 @@ def test_background_shows_behind_transparent_pixels(demo_blender):
     rgb = black.images[0, ..., :3].float() / 255
     torch.testing.assert_close(black.picture(0), rgb * alpha, rtol=0, atol=1e-6)
     torch.testing.assert_close(white.picture(0), rgb * alpha + 1 - alpha, rtol=0, atol=1e-6)
-
-
-def test_a_wrong_path_names_close_ones_and_download_only_what_it_knows(tmp_path):
-    import download
-
-    from nerf.datasets import DOWNLOADS
-
-    assert set(DOWNLOADS) <= set(download.SCENES)
-    (tmp_path / "my_capture").mkdir()
-    with pytest.raises(ValueError, match="did you mean .*my_capture"):
-        load(tmp_path / "my_captures", "blender")
-    with pytest.raises(ValueError, match="set --datadir to the folder of the scene"):
-        load(tmp_path / "nothing_like_it", "blender")
-    with pytest.raises(ValueError, match="download.py lego"):
-        load(tmp_path / "lego", "blender")

@@ -3,7 +3,6 @@
 Each entry takes DataSettings and a function that prints a warning, and returns a Scene on the CPU.
 """
 
-import difflib
 import os
 import subprocess
 import sys
@@ -20,11 +19,16 @@ from nerf.datasets.pictures import some
 from nerf.datasets.scene import Scene
 from nerf.datasets.settings import DataSettings, Warn, check_flags, name_reduction
 from nerf.datasets.store import Store
+from nerf.datasets.wrong_folder import (
+    BLENDER_SCENES,
+    about_contents,
+    about_file,
+    about_missing,
+    from_photos,
+    quoted,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Scenes that data/download.py knows.
-DOWNLOADS = ("lego", "fern", "chair", "drums", "ficus", "hotdog", "materials", "mic", "ship")
-BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 
 
 def store_of(settings: DataSettings, warn: Warn) -> Store | None:
@@ -173,7 +177,9 @@ def recognize(folder: Path) -> str:
         return found
     outer = folder.resolve().parent
     if folder.name.lower() in PARTS and _recognized(outer):
-        raise ValueError(f"{folder}: is a part of a scene; give the whole: --datadir {outer}")
+        raise ValueError(
+            f"{folder}: is a part of a scene; give the whole: --datadir {quoted(outer)}"
+        )
     foreign = foreign_format(folder)
     folders = (folder, folder / "images")
     if any(
@@ -182,7 +188,7 @@ def recognize(folder: Path) -> str:
         pictures = folders[1] if folders[1].is_dir() else folder
         raise ValueError(
             f"{folder}: holds pictures but no poses that can be read; make them with: "
-            f"python data/from_photos.py {pictures} --out data/mine"
+            + from_photos(pictures)
             + (f" (it also holds {foreign})" if foreign else "")
         )
     if foreign:
@@ -191,8 +197,11 @@ def recognize(folder: Path) -> str:
     if inner:
         raise ValueError(
             f"{folder}: holds {some([path.name + '/' for path in inner])}, which "
-            f"{'is' if len(inner) == 1 else 'are'} of a known format: give --datadir {inner[0]}"
+            f"{'is' if len(inner) == 1 else 'are'} of a known format: give --datadir "
+            f"{quoted(inner[0])}"
         )
+    if found := about_contents(folder):
+        raise ValueError(f"{folder}: {found}")
     raise ValueError(
         f"{folder}: no known format; expected transforms.json, transforms_train.json, "
         "sparse/0/cameras.bin, poses_bounds.npy or train/*/pose"
@@ -212,8 +221,12 @@ def choose_format(settings: DataSettings, warn: Warn) -> tuple[DataSettings, str
         guess = folder.parent.parent / "nerf_synthetic" / folder.name
         warn(f"{folder} is a Blender scene: dataset_type: llff -> blender, datadir: {guess}")
         settings, folder, kind = settings._replace(datadir=guess), guess, "blender"
+    if kind != "demo" and folder.is_file():
+        raise ValueError(f"--datadir {quoted(folder)}: {about_file(folder, _recognized)}")
     if kind != "demo" and not folder.is_dir():
-        raise ValueError(f"{folder}: no such data folder; {_where_else(folder)}")
+        raise ValueError(
+            f"{folder}: no such data folder{settings.default_datadir()}; {about_missing(folder)}"
+        )
     if kind == "auto":
         kind = recognize(folder)
         if kind == "blender" and settings.spherify:  # its loader keeps the file's own layout
@@ -257,20 +270,6 @@ def _recognized(folder: Path) -> str | None:
         return format_of(folder)
     except ValueError:
         return None
-
-
-def _where_else(folder: Path) -> str:
-    """What to do about a data folder that does not exist: names like it, or how to fetch it."""
-    if folder.is_file():
-        return f"it is a file, give the folder that it is in: --datadir {folder.parent}"
-    if folder.name in DOWNLOADS:
-        return f"fetch it with: python data/download.py {folder.name}"
-    parent = folder.parent
-    there = sorted(path.name for path in parent.glob("*/")) if parent.is_dir() else []
-    close = difflib.get_close_matches(folder.name, there, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {', '.join(str(parent / name) for name in close)}? (--datadir)"
-    return "set --datadir to the folder of the scene"
 
 
 def load_scene(settings: DataSettings, warn: Warn = print) -> Scene:

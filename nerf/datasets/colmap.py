@@ -13,6 +13,7 @@ from nerf.datasets.images import inside, list_images, picture_sizes, why_unreada
 from nerf.datasets.masks import find_masks
 from nerf.datasets.scene import Scene, check_pose
 from nerf.datasets.store import Store
+from nerf.datasets.wrong_folder import from_photos
 
 CHUNK = 1 << 16  # observations whose depths are computed together
 PERCENTILES = (0.1, 99.9)  # of a view's depths, as in LLFF: single points may be wrong
@@ -43,7 +44,7 @@ def load(
     if folder is None:
         raise ValueError(
             f"{datadir}: has no COLMAP model (cameras.bin or .txt in sparse/0); create one with: "
-            f"python data/from_photos.py {datadir}/images --out data/mine"
+            f"{from_photos(datadir / 'images')}"
         )
     model = read_model(folder)
     views, kept = registered(datadir, folder, model, factor, warn)

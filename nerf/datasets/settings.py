@@ -57,6 +57,14 @@ class DataSettings(NamedTuple):
             return True
         return getattr(self, name) != self._field_defaults[name]
 
+    def default_datadir(self) -> str:
+        """Words in brackets if ``datadir`` is only the flag's default, which nobody set; or ""."""
+        if self.given is None or "datadir" in self.given:
+            return ""
+        return (
+            " (the default: neither --datadir nor a --config that sets it is given, see configs/)"
+        )
+
     def reduction(self, flag: str) -> int:
         """How many times smaller pictures become; ``flag``: the format's own flag for it."""
         other = "factor" if flag == "downscale" else "downscale"
