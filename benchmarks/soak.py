@@ -199,8 +199,9 @@ def one_run(args, folder: Path, name: str, kills: int, draw: random.Random, kind
     longest = LONGEST.get(args.script, 0.03)
     while True:
         strike = draw_strike(draw, kinds, longest) if result["kills"] < kills else None
+        others = soak_checks.children(os.getpid())
         code = run_forked(words, home, strike)
-        if why := soak_checks.left_running():
+        if why := soak_checks.left_running(others):
             result["lost"].append(f"{name}, {strike}: {why}")
         # A program that was killed after its last rename has nothing left to do.
         if code == 0 or (code == 2 and "exists already" in _tail(home).rpartition("\n")[2]):

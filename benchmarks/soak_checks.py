@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,21 @@ def children(pid: int) -> set[int]:
     return {int(word) for path in lists for word in path.read_text().split()}
 
 
-def left_running() -> str:
-    """Which processes a program left behind, after PATIENCE seconds; "" if all have ended."""
+def left_running(others: set[int]) -> str:
+    """Which processes a program left behind, after PATIENCE seconds; "" if all have ended.
+
+    others: children of this process that have nothing to do with it.
+    """
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return ""
+    while left := children(os.getpid()) - others:
+        for pid in left:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)  # it may have ended
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.02)
-    commands = [Path(f"/proc/{pid}/cmdline") for pid in children(os.getpid())]
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in left]
+    if not commands:
+        return ""
     texts = [path.read_bytes().replace(b"\0", b" ").decode()[:200] for path in commands]
     return f"{len(texts)} processes still run: {'; '.join(texts)}"

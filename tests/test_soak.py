@@ -138,9 +138,9 @@ def test_a_process_that_outlives_its_program_is_noticed():
         "soak_checks.PATIENCE = 0.5\n"
         "soak_checks.adopt_orphans()\n"
         "subprocess.run(['sh', '-c', 'true &'])\n"
-        "print(soak_checks.left_running())\n"
+        "print(soak_checks.left_running(set()))\n"
         "subprocess.run(['sh', '-c', 'sleep 600 & echo $!'])\n"
-        "print(soak_checks.left_running())\n"
+        "print(soak_checks.left_running(set()))\n"
         "[os.kill(pid, signal.SIGKILL) for pid in soak_checks.children(os.getpid())]"
     )
     lines = subprocess.run(
