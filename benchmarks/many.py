@@ -263,6 +263,10 @@ def show(results: dict[tuple[int, str], dict[str, Any]]) -> None:
     ]
     rows = {
         "peak MB of all": [max(r["peak"] for r in run["phases"]) for run in results.values()],
+        "MB after the tests without pages of files": [
+            next(row["own"] for row in run["phases"] if row["phase"] == "test views")
+            for run in results.values()
+        ],
         "test views": [run["test_views"] for run in results.values()],
         "seconds per test view": tests,
         "PSNR, dB": [run["psnr"] for run in results.values()],

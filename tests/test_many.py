@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from helpers import REPOSITORY, run_python
 from PIL import Image
-from small_captures import poses
+from small_captures import colmap as small_colmap
+from small_captures import load, poses
 
 from nerf import lenses
 from nerf.datasets import capture, checks, colmap, frames, masks, pictures
@@ -285,6 +287,16 @@ def test_usable_pixels_are_those_of_each_picture():
         valid &= (y < sizes[view, 0]) & (x < sizes[view, 1])
         assert torch.equal(found[view], valid)
     assert found[0].all() and not found[1].all() and not found[2].all()
+
+
+def test_numbers_of_usable_pixels_take_four_bytes_each(tmp_path):
+    scene = load(small_colmap(tmp_path), "--factor", "1", "--no_ndc")
+    usable = torch.rand(scene.images.shape[:3], generator=torch.Generator().manual_seed(0)) > 0.5
+    pool, starts = replace(scene, usable=usable).usable_pixels("train")
+    numbers = torch.arange(usable.numel()).view(usable.shape)
+    parts = [numbers[view][usable[view]] for view in scene.splits["train"]]
+    assert pool.dtype == torch.int32 and torch.equal(pool.long(), torch.cat(parts))
+    assert starts == [0, *np.cumsum([len(part) for part in parts]).tolist()]
 
 
 # -------------------------------------------------------------------------------- repeated views
