@@ -302,6 +302,19 @@ def test_ft_path_starts_from_given_weights_and_the_run_resumes_its_own(tiny, tmp
     assert_same_training(newest(tmp_path / "whole"), newest(tmp_path / "fine_tuned"))
 
 
+def test_a_start_that_would_not_be_read_is_refused(tiny, tmp_path, capsys):
+    """Of a run that has checkpoints of its own: it would train on from those."""
+    assert run_nerf.main([*tiny, "--N_iters", "2"]) == 0
+    record = (tmp_path / "tiny" / "args.json").read_text()
+    for flag in ("--ft_path", "--ft_weights"):
+        assert run_nerf.main([*tiny, "--N_iters", "4", flag, "nowhere.tar"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{flag} nowhere.tar: it would not be read" in error and "--expname" in error
+    assert (tmp_path / "tiny" / "args.json").read_text() == record
+    own = str(tmp_path / "tiny" / "000002.tar")
+    assert run_nerf.main([*tiny, "--N_iters", "3", "--ft_path", own]) == 0
+
+
 def test_changed_structural_flags_are_refused_with_both_values(tiny, tmp_path, capsys):
     assert run_nerf.main([*tiny, "--N_iters", "2"]) == 0
     record = (tmp_path / "tiny" / "args.json").read_text()

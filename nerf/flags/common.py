@@ -31,6 +31,7 @@ from nerf.flags.types import (
 )
 
 # What reaches the terminal, from the most to the least (nerf.training.run_folder).
+STARTS = ("ft_path", "ft_weights", "init_from")  # flags that name what a new run starts from
 LEVELS = ("debug", "info", "warning")
 
 # fmt: off
@@ -50,33 +51,38 @@ def add_run_flags(
     flag, switch = section.flag, section.switch
     add_help_flags(section)
     flag("config", "FILE", None,
-        "text file with flags, one flag = value per line",
+        "text file with one flag = value per line",
         is_config_file=True, env_var="NERF_CONFIG")
-    flag("expname", "NAME", None, f"name of the run folder; not given: {unnamed}")
+    flag("expname", "NAME", None, f"name of the run folder; default: {unnamed}")
     flag("basedir", "FOLDER", "./logs/", "folder that holds the run folders")
-    flag("seed", seed, 0, "seed of the initial weights and every random draw")
+    flag("seed", seed, 0, "seed of the initial weights and of every random draw")
     flag("device", "NAME", "auto", "auto, cpu, cuda, cuda:1, ... or mps")
     flag("by_device", "NAME", "",
-        "group of configs/by_device.table: its flags get values by the device, unless they are set")
-    flag("N_iters", positive_int, 200000, "total number of updates, those before a resume included")
+        "take default values for this device from a group of configs/by_device.table; flags that "
+        "are set override them")
+    flag("N_iters", positive_int, 200000,
+        "total number of updates, including those before a resume")
     flag("max_minutes", non_negative, 0.0,
-        "minutes of training after which a run stops, those before a resume included; 0: no limit")
+        "minutes of training, including those before a resume, after which the run stops; 0: no "
+        "limit")
     switch("no_reload",
-        "--no-reload (nerf-pytorch: --no_reload): set old checkpoints aside and start anew; "
-        "--reload: resume (the default)", positive="reload")
+        "--reload: resume if the run folder has a checkpoint (default); --no-reload or "
+        "--no_reload: move old checkpoints to before_N/ and start again", positive="reload")
     switch("dry_run",
-        "load everything, make a few updates, print how much time and memory the run will take, "
-        "and stop; nothing is written")
+        "load everything, train a few updates, print how much time and memory the run will take, "
+        "and stop without writing anything")
     flag("ft_path", "FILE", None,
-        "checkpoint (.tar, also nerf-pytorch's) to start a new run from, or to render or export")
+        "checkpoint (.tar, also nerf-pytorch's) to render or export, or to start a new run from; "
+        "a run folder that has checkpoints is resumed from its own")
     flag("log_level", LEVELS, "info",
-        "what the terminal shows; warning: warnings alone; debug: also tracebacks and every number "
-        "of metrics.csv; log.txt has all messages")
+        "what the terminal shows; warning: only warnings; debug: also tracebacks and every number "
+        "of metrics.csv; log.txt always has all messages")
     switch("deterministic",
-        "the same bits whenever the same machine repeats a run, by PyTorch's deterministic "
-        "algorithms, slower; an operation that has none ends the run with its name")
+        "use PyTorch's deterministic algorithms, which are slower: a run repeated on the same "
+        "machine is identical to the bit; if an operation has no deterministic version, the run "
+        "stops and names it")
     switch("debug_shapes",
-        "check the shapes of what fields, renderers and guidance take and return, slower (pip "
+        "check the shapes of the inputs and outputs of fields, renderers and guidance; slower (pip "
         "install jaxtyping beartype)")
     add_optimization_flags(parser)
     add_saving_flags(parser, images, videos)
@@ -89,16 +95,16 @@ def add_saving_flags(parser: Parser, images: str, videos: str) -> None:
         "saving", "What is printed, measured and saved during training, and how often."
     )
     flag, switch = section.flag, section.switch
-    flag("i_print", positive_int, 100, "updates between lines of metrics")
+    flag("i_print", positive_int, 100, "interval, in updates, between lines of metrics")
     flag("i_img", non_negative_int, 500, images)
     flag("i_weights", non_negative_int, 10000,
-        "updates between checkpoints; 0: by --ckpt_secs and at the end only")
+        "interval, in updates, between checkpoints; 0: only by --ckpt_secs and at the end")
     flag("i_video", non_negative_int, 50000, videos)
     flag("ckpt_secs", non_negative, 60.0,
-        "seconds between checkpoints; 0: by --i_weights and at the end only")
+        "interval, in seconds, between checkpoints; 0: only by --i_weights and at the end")
     flag("keep_ckpts", checkpoints_kept, 2,
-        "number of newest checkpoints that are kept beside the best one, 2 or more; 0: all")
-    switch("wandb", "log to Weights & Biases as well (pip install wandb)")
+        "number of newest checkpoints to keep in addition to the best one, 2 or more; 0: all")
+    switch("wandb", "also log to Weights & Biases (pip install wandb)")
 
 
 def add_network_flags(parser: Parser) -> Section:
@@ -115,7 +121,7 @@ def add_network_flags(parser: Parser) -> Section:
     flag("netdepth", parts, 8, "layers of the MLP (--field mlp)")
     flag("netwidth", positive_int, 256, "channels per layer of the MLP")
     flag("i_embed", (0, -1), 0,
-        "0: positional encoding of the MLP's inputs; -1: the coordinates as they are")
+        "0: positional encoding of the MLP's inputs; -1: raw coordinates, no encoding")
     flag("multires", frequencies, 10, "frequencies in the positional encoding of points, 1 to 32")
     return section
 
@@ -123,38 +129,39 @@ def add_network_flags(parser: Parser) -> Section:
 def add_grid_flags(parser: Parser) -> None:
     """Flags of marching through an occupancy grid, for any script."""
     section = parser.section(
-        "occupancy", "The occupancy grid: rays are sampled in its occupied cells only."
+        "occupancy", "The occupancy grid: rays are sampled only in its occupied cells."
     )
     flag = section.flag
     flag("occ_res", cells, 64, "cells per side of the occupancy grid")
     flag("march_steps", positive_int, 128,
-        "samples along the diagonal of the scene box if all of its cells were occupied")
+        "number of samples along the diagonal of the scene box if all its cells were occupied; "
+        "sets the step length")
     flag("early_stop", decay, 1e-3,
-        "transmittance below which samples are left out as occluded; 0: keep all samples")
+        "transmittance below which samples are skipped as occluded; 0: keep all samples")
 
 
 def add_export_flags(parser: Parser, *, mesh_res: int) -> Section:
     """Flags of the mesh of a trained run, for any script. Returns their section."""
     section = parser.section(
-        "export", "A mesh or points of a trained run, from its newest checkpoint or from --ft_path."
+        "export", "A mesh or points of a trained run: its newest checkpoint, --ckpt or --ft_path."
     )
     flag = section.flag
     flag("export", "FILE", None, "write a mesh; FILE ends in .glb, .obj or .ply")
     flag("mesh_res", grid_resolution, mesh_res,
         "cells of the mesh sampling grid along its longer side, 16 or more")
     flag("mesh_level", non_negative, 0.0,
-        "density at which the mesh's surface lies, per scene unit; 0: chosen")
+        "density (per scene unit) at which the surface of the mesh lies; 0: automatic")
     return section
 
 
 def add_viewer_flags(parser: Parser) -> None:
     """Flags of the live viewer."""
     section = parser.section(
-        "viewer", "The viewer in the browser, and the camera paths that it saves."
+        "viewer", "The live viewer in the browser, and the camera paths that it saves."
     )
     flag, switch = section.flag, section.switch
     switch("viewer",
-        "show the scene in a browser while it trains, or with --render_only until Ctrl-C (pip "
+        "show the scene in a browser during training, or with --render_only until Ctrl-C (pip "
         "install viser)")
     flag("viewer_port", positive_int, 8080, "port that the viewer listens on")
     flag("viewer_host", "ADDRESS", "127.0.0.1",
@@ -189,7 +196,9 @@ def parse(
     if unknown:
         parser.error(f"{unknown[0]!r} is not a flag; flags start with --")
     if getattr(args, "fast", False) and "--fast" not in argv:
-        parser.error("fast is for the command line; a file lists the flags that --fast stands for")
+        parser.error(
+            "fast is for the command line; in a config file, list the flags that --fast stands for"
+        )
     if args.config == "":
         parser.error("--config is empty; give a file, or leave it out")
     if args.ft_path == "None":  # nerf-pytorch's own args.txt writes it so
@@ -223,8 +232,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
         [
             (
                 leaves,
-                f"--expname {name!r} leads out of --basedir; give a name, and the folder by "
-                "--basedir",
+                f"--expname {name!r} leads out of --basedir; give a plain name, and choose the "
+                "folder with --basedir",
             ),
             (
                 not name.strip() or not name.isprintable(),
@@ -232,11 +241,12 @@ def check_run_flags(args: argparse.Namespace) -> None:
             ),
             (
                 args.dry_run and reading_flags(args),
-                "--dry_run is for training; leave it out, or --render_only and --export",
+                "--dry_run is for training; leave out --dry_run, or --render_only and --export",
             ),
             (
                 args.debug_shapes and getattr(args, "compile", False),
-                "--debug_shapes checks what Python calls, --compile leaves Python out; use one",
+                "--debug_shapes cannot check compiled networks; leave out --debug_shapes or "
+                "--compile",
             ),
             *checkpoint_problems(args),
         ]
@@ -264,15 +274,33 @@ def check_same_run(
     structural: Iterable[str],
     extra: Iterable[str] = (),
 ) -> None:
-    """ValueError if the checkpoint at ``path`` was made with other structural flags.
+    """ValueError if the checkpoint at ``path`` was made with other flags, structural or of STARTS.
 
     saved: the flags in the checkpoint. extra: further differences, as "name: saved -> present".
     """
+    check_start(path, saved, args)
     changes = [*structural_changes(saved, args, structural), *extra]
     if changes:
+        cure = "use those flags, or another --expname"
+        if reading_flags(args):
+            cure = "use those flags, or leave --config out: the run's own flags are then used"
+        raise ValueError(f"{path} was made with other flags ({'; '.join(changes)}); {cure}")
+
+
+def check_start(path: Path | str, saved: dict[str, Any], args: argparse.Namespace) -> None:
+    """ValueError if a flag of STARTS names what a run that goes on from ``path`` would not read.
+
+    saved: the flags in the checkpoint. The start that the run once had may be named, or its file
+    itself.
+    """
+    for name in STARTS:
+        given = getattr(args, name, None)
+        known = [str(each) for each in (saved.get(name), path) if each]
+        if not given or os.path.abspath(given) in map(os.path.abspath, known):
+            continue
         raise ValueError(
-            f"{path} was made with other flags ({'; '.join(changes)}); use those, or another "
-            "--expname; to render or export it, leave --config out: its own flags are taken"
+            f"--{name} {given}: it would not be read, since the run goes on from {path}; give "
+            "another --expname to start from it, or leave it out to go on"
         )
 
 
