@@ -286,7 +286,7 @@ def _choose_dtype(name: str, device: torch.device, warn: Callable[[str], None]) 
         warn("--guidance_dtype fp16 is 20 times slower on a CPU than fp32: using fp32")
         return torch.float32
     if name == "bf16" and device.type == "cpu" and not _cpu_has_bfloat16():
-        warn("--guidance_dtype bf16 -> fp32: this CPU has no bfloat16 arithmetic, 20 times slower")
+        warn("--guidance_dtype bf16 is ignored: this CPU has no bfloat16 arithmetic, fp32 is used")
         return torch.float32
     return DTYPES[name]
 

@@ -126,7 +126,7 @@ def _occupancy_renderer(
         space, warning = carve(scene, grid, space)
         if warning:
             log(warning)
-    log(f"scene space: {space}; {grid.fraction:.1%} of the occupancy grid may be occupied")
+    log(f"scene space: {space}; {grid.fraction:.1%} of the occupancy grid can be occupied")
     field: Field
     if args.field == "mlp":
         field = mlp(args.netdepth, args.netwidth)
@@ -209,7 +209,7 @@ def compile_renderer(renderer: SceneRenderer, rays: Rays, log: Log = print) -> b
     if problem:
         for owner, name in parts:
             vars(owner).pop(name, None)
-        log(f"--compile: not used, {problem}")
+        log(f"--compile is ignored: {problem}")
     return problem is None
 
 
@@ -264,5 +264,5 @@ def adopt_saved_flags(args: argparse.Namespace, saved: dict[str, Any], log: Log)
     for name in (*STRUCTURAL, "bound", "march_steps", "normals"):
         if name in saved and saved[name] != getattr(args, name):
             if not name.startswith(("prompt", "negative_")):
-                log(f"--{name} {getattr(args, name)} -> {saved[name]} (as it was trained)")
+                log(f"--{name} {getattr(args, name)} -> {saved[name]} (as the run was trained)")
             setattr(args, name, saved[name])

@@ -25,7 +25,7 @@ from nerf.training.progress import Progress
 from nerf.training.run_folder import RunFolder
 from nerf.training.state import TrainState
 
-SLOW = "; --fast, or a config that ends in _fast, takes minutes (docs/fast_path.md)"
+SLOW = "; --fast or a config whose name ends in _fast takes minutes (docs/fast_path.md)"
 
 Log = Callable[[str], None]
 

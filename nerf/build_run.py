@@ -183,10 +183,10 @@ def start_alive(state: TrainState[Any], probe: Probe, block: int, log: Log) -> N
     draws = redraw_until_alive(state.renderer, probe, block, state.attempt.weights_seed)
     state.ema.reset()
     if draws == MOST_DRAWS:
-        log(f"--alive_start: {draws} networks of this size have all begun without density")
+        log(f"--alive_start: {draws} random initializations in a row had too little density")
     elif draws:
         times = "once" if draws == 1 else f"{draws} times"
-        log(f"new weights were drawn {times}: those before had hardly any density (--alive_start)")
+        log(f"--alive_start: the weights were drawn again {times}, until the network had density")
 
 
 # Flags that decide which pictures a run renders and measures, and at which size; and those that

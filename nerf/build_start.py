@@ -36,13 +36,13 @@ def find_start(args: argparse.Namespace, log: Log) -> checkpoint.SavedState:
     path = Path(args.init_from)
     found = newest_checkpoint(path, log) if path.is_dir() else None
     if path.is_dir() and found is None:
-        raise ValueError(f"--init_from {path}: there is no checkpoint in it")
+        raise ValueError(f"--init_from {path}: the folder has no checkpoint; name another run")
     path, saved = found or (path, checkpoint.load_checkpoint(path))
     check_object(f"--init_from {path}", saved)
     if changes := dream_flags.object_changes(saved["args"], args):
         raise ValueError(
             f"--init_from {path}: its object was made with other flags "
-            f"({'; '.join(changes)}); start from it with those"
+            f"({'; '.join(changes)}); use those flags"
         )
     return path, saved
 
@@ -93,6 +93,6 @@ def _take(new: ObjectRenderer, old: ObjectRenderer, seed: int, changes: str, log
     error = refit.fit(new, old, seed)
     log(
         f"another field ({changes}), fitted in {refit.STEPS} steps and "
-        f"{time.perf_counter() - start:.0f} s: in the object alpha differs by {error.alpha:.4f} "
-        f"and albedo by {error.albedo:.4f} on average"
+        f"{time.perf_counter() - start:.0f} s; inside the object, alpha differs by "
+        f"{error.alpha:.4f} and albedo by {error.albedo:.4f} on average"
     )

@@ -64,12 +64,13 @@ def load_lpips(
         import lpips
         import torchvision  # noqa: F401, lpips builds VGG with it
     except ImportError as error:
-        return None, f"{error}: pip install lpips==0.1.4 torchvision"
+        return None, f"pip install lpips==0.1.4 torchvision ({error})"
     weights = Path(torch.hub.get_dir()) / "checkpoints"
     if not list(weights.glob("vgg16-*.pth")):
         return (
             None,
-            f"no VGG weights in {weights}: python -c \"import lpips; lpips.LPIPS(net='vgg')\"",
+            f"no VGG weights in {weights}; python -c \"import lpips; lpips.LPIPS(net='vgg')\" "
+            "downloads them",
         )
     model = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
 

@@ -254,7 +254,7 @@ def test_a_dry_run_of_a_scene_says_what_it_takes_and_writes_nothing(tiny, tmp_pa
     check_dry_run(result, tmp_path)
     assert re.search(r"validation 100 x \d.*, test views \d.*, video \d", result.stderr)
     assert re.search(r"\d+ updates will take about .* on this CPU", result.stderr)
-    assert re.search(r"ceiling: \d.* samples/s, ", result.stderr)
+    assert re.search(r"upper limit of this CPU: \d.* samples/s \(", result.stderr)
 
 
 def test_a_dry_run_of_an_object_says_what_it_takes_and_writes_nothing(tiny_dream, tmp_path):
@@ -297,4 +297,4 @@ def test_more_samples_than_could_be_trained_is_no_share_above_1():
     shown.samples_per_second = 50.0
     assert "50% of this machine's 100" in shown.usage()
     shown.samples_per_second = 220.0
-    assert "%" not in shown.usage() and "empty ones skipped; 100 if all" in shown.usage()
+    assert "%" not in shown.usage() and "skipped (limit without skipping: 100)" in shown.usage()

@@ -142,8 +142,8 @@ def test_only_the_larger_of_two_balls_is_kept_and_it_is_said():
     mesh, said = extract(lambda points: small(points) + large(points), resolution=64)
     assert mesh.euler_number == 2 and mesh.is_watertight
     assert np.allclose(mesh.center_mass, [0.5, 0, 0], atol=0.005)
-    share = float(said[1].split("others, ")[1].split("%")[0])
-    assert "largest of 2 pieces" in said[1]
+    share = float(said[1].split("(")[1].split("%")[0])
+    assert "1 small piece was removed" in said[1] and "the largest is kept" in said[1]
     assert share == pytest.approx(100 * 0.2**3 / (0.2**3 + 0.4**3), abs=1)
     # Fitted to the piece: finer than a grid over both, 1.7 long.
     assert mesh.edges_unique_length.max() < math.sqrt(3) * (0.8 + 4 * 1.7 / 63) / 63

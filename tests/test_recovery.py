@@ -146,7 +146,8 @@ def test_a_full_disk_is_said_every_time_and_the_exit_code_tells(tiny, tmp_path, 
     monkeypatch.setattr(torch, "save", full)
     assert run_nerf.main([*tiny, "--N_iters", "15", "--i_weights", "5"]) == 3
     log = (tmp_path / "tiny" / "log.txt").read_text()
-    assert log.count("is not written (No space left on device); training goes on") == 2
+    full = f"is not written (the disk of {tmp_path / 'tiny'} "
+    assert log.count(full) == 2 and log.count("; training goes on") >= 2
     assert newest(tmp_path / "tiny")["global_step"] == 5
     monkeypatch.setattr(torch, "save", save)
     assert run_nerf.main([*tiny, "--N_iters", "15"]) == 0
@@ -386,7 +387,7 @@ def test_weights_are_drawn_again_until_a_network_has_density(tiny, tmp_path, mon
         assert run_nerf.main(words) == 0, name
         runs[name] = newest(tmp_path / name)
         log = (tmp_path / name / "log.txt").read_text()
-        assert ("new weights were drawn" in log) == (name != "plain")
+        assert ("weights were drawn again" in log) == (name != "plain")
     for state in ("network_fn_state_dict", "network_fine_state_dict"):
         for key, value in runs["one"][state].items():
             assert torch.equal(value, runs["again"][state][key])  # a function of the seed
@@ -395,7 +396,7 @@ def test_weights_are_drawn_again_until_a_network_has_density(tiny, tmp_path, mon
     words = [*tiny, "--N_iters", "3", "--expname", "one", "--ema_decay", "0.9", "--alive_start"]
     assert run_nerf.main(words) == 0
     log = (tmp_path / "one" / "log.txt").read_text()
-    assert log.count("new weights were drawn") == 1 and "resumed from" in log
+    assert log.count("weights were drawn again") == 1 and "resumed from" in log
 
 
 def test_a_network_that_is_born_alive_stays_as_it_is(tiny, tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def parse(argv: list[str] | None = None) -> Flags:
     recipe = TINY_CONFIGS.get(args.guidance)
     if not args.config and args.sd_model == TINY_MODEL and recipe and args.prompt:
         path = Path(__file__).resolve().parents[2] / "configs" / recipe
-        print(f"no --config: using configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
+        print(f"no --config: taking configs/{recipe}, made for {TINY_MODEL}", file=sys.stderr)
         parser = dream_parser()
         args = common.parse(parser, ["--config", str(path), *argv], name_of)
     given = by_device.given_flags(parser, args)

@@ -38,19 +38,19 @@ def read_path(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"--camera_path {path}: is no camera path, a JSON file with seconds and keys of c2w "
-            f"[3][4] and fov_deg ({type(error).__name__}: {error}); save it from --viewer again"
+            f"--camera_path {path}: is no camera path ({type(error).__name__}: {error}); expected "
+            "a JSON file with seconds and keys of c2w [3][4] and fov_deg, as --viewer saves it"
         ) from None
     if len(keys) < 2:
         raise ValueError(
-            f"--camera_path {path}: {len(keys)} key frame; expected 2 or more, add them in --viewer"
+            f"--camera_path {path}: {len(keys)} key frame; expected 2 or more, added in --viewer"
         )
     rotations = poses[:, :, :3]
     proper = np.allclose(rotations @ rotations.transpose(0, 2, 1), np.eye(3), atol=1e-3)
     if not np.isfinite(poses).all() or not proper or (np.linalg.det(rotations) < 0).any():
         raise ValueError(
-            f"--camera_path {path}: the c2w of a key is no rotation and position; save it from "
-            "--viewer again"
+            f"--camera_path {path}: the c2w of a key is not a rotation and a position; save the "
+            "path in --viewer again"
         )
     if not ((fovs > 0) & (fovs < 180)).all():
         raise ValueError(f"--camera_path {path}: a fov_deg is not between 0 and 180; change it")

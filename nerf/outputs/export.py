@@ -153,8 +153,8 @@ def export_box(
         half = trained.bound or UNBOUNDED_HALF_SIDE
         if not trained.bound:
             trained.log(
-                f"unbounded scene: the cube of half side {half:g} around the origin is exported, "
-                "where space is not contracted; --export_bound sets another"
+                f"unbounded scene: only the cube of half side {half:g} around the origin is "
+                "exported, in which space is not contracted; --export_bound sets another size"
             )
         edge = torch.full((3,), float(half), device=surface.points.device)
         return Box(-edge, edge, 1), anywhere
@@ -248,7 +248,8 @@ def _surface_level(trained: TrainedScene, surface: SurfacePoints, box: Box) -> f
     if soft < hard:
         trained.log(
             f"surfaces are soft: opacity reaches 0.5 only {math.log(2) / soft:.2g} below them "
-            f"(box: {side:.3g}); the mesh will show fog, a point cloud may serve better"
+            f"(box: {side:.3g}); the mesh will show fog, so a point cloud (--export_points) may be "
+            "better"
         )
     return min(hard, soft)
 

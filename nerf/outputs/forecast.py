@@ -83,8 +83,8 @@ def foretell(
             parts.append(f"{name} {f'{number} x ' if number > 1 else ''}{duration(seconds)}")
     total = updates + sum(n * seconds for n, seconds in zip(times, pictures, strict=True))
     return [
-        f"dry run: the whole run will take about {duration(total)} ({', '.join(parts)}); pictures "
-        "are timed with the weights of the start, and often become faster",
+        f"dry run: the whole run will take about {duration(total)} ({', '.join(parts)}); rendering "
+        "was timed with untrained weights and often becomes faster",
         f"dry run: and up to about {memory_mb / 1024:.1f} GB of memory; nothing was written",
     ]
 

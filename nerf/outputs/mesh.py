@@ -269,11 +269,11 @@ def _large_pieces(signed_opacity: np.ndarray, measure: ModuleType, smallest: flo
 
 def _dropped_pieces(pieces: _Pieces) -> str:
     """The warning for pieces that are left out."""
-    kept = "the largest" if pieces.num_kept == 1 else f"the {pieces.num_kept} largest"
-    return (
-        f"{kept} of {pieces.num_pieces} pieces {'is' if pieces.num_kept == 1 else 'are'} kept; the "
-        f"others, {pieces.dropped:.2%} of the solid volume, are left out"
-    )
+    count = pieces.num_pieces - pieces.num_kept
+    removed = "1 small piece was" if count == 1 else f"{count} small pieces were"
+    kept = "the largest is" if pieces.num_kept == 1 else f"the {pieces.num_kept} largest are"
+    share = f"{pieces.dropped:.2%} of the solid volume"
+    return f"{removed} removed from the mesh ({share}); {kept} kept"
 
 
 def _warn_if_cut(grid: SamplingGrid, solid: np.ndarray, box: Box, warn: Log) -> None:
@@ -282,7 +282,9 @@ def _warn_if_cut(grid: SamplingGrid, solid: np.ndarray, box: Box, warn: Log) -> 
     cut = (grid.sides_touched(solid) & at_box).tolist()
     sides = [f"{'-+'[end]}{'xyz'[axis]}" for axis in range(3) for end in range(2) if cut[end][axis]]
     if sides:
-        warn(f"the object reaches the box's side {', '.join(sides)}: it is cut and closed at it")
+        warn(
+            f"the object reaches the box's side {', '.join(sides)}: it is cut off and closed there"
+        )
 
 
 def rgba(rgb: Tensor) -> np.ndarray:

@@ -41,7 +41,7 @@ def render_view(
     """
     height, width = size
     with explain_out_of_memory(
-        f"{width}x{height} pixels do not fit, --render_factor makes them fewer"
+        f"a picture of {width}x{height} pixels does not fit; make it smaller with --render_factor"
     ):
         count = height * width
         picture = Rendered(torch.empty(count, 3), torch.empty(count), torch.empty(count))

@@ -112,4 +112,4 @@ def measure_validation(evaluation: Evaluation, step: int, checkpoint: Path, data
         f"views -> {folder}/metrics.json"
     )
     if missing:
-        run.log_once(step, f"no LPIPS ({missing})")
+        run.log_once(step, f"LPIPS is not measured: {missing}")

@@ -205,7 +205,7 @@ class Viewer:
         text = " ".join(self.text.value.split())
         if len(text) > MAX_TEXT or self.num_texts >= MAX_TEXTS:
             reason = f"At most {MAX_TEXT} characters and {MAX_TEXTS} changes."
-            event.client.add_notification("This text is not used", reason)
+            event.client.add_notification("This text was not used", reason)
             return
         self.num_texts += 1
         self._pending_text = text
@@ -263,7 +263,7 @@ class Viewer:
             return False
         except Exception as error:  # no error in the viewer may stop training
             self.active = False
-            self.log(f"viewer switched off: {type(error).__name__}: {error}")
+            self.log(f"the viewer stopped after an error: {type(error).__name__}: {error}")
             return False
 
     def _clients(self) -> list[tuple[int, Any]]:
@@ -326,5 +326,5 @@ def open_viewer(
     try:
         return Viewer(scene, folder, host, port, log, **options)
     except Exception as error:  # whatever a viewer does, training goes on
-        log(f"no viewer: {type(error).__name__}: {error}")
+        log(f"the viewer could not be opened: {type(error).__name__}: {error}")
         return None

@@ -99,9 +99,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def _check_archive(path: Path, *, checksums: bool = True) -> None:
     """CheckpointError unless all checksums match and no entry claims more bytes than the file."""
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; expected a .tar file that a run wrote")
+        raise CheckpointError(f"{path} is a folder; expected a .tar file that a run wrote")
     if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-        raise CheckpointError(f"{path}: is no file; expected a .tar file that a run wrote")
+        raise CheckpointError(f"{path} is not a file; expected a .tar file that a run wrote")
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             start = file.read(4)
@@ -214,10 +214,10 @@ def restore(
             if "ema_state_dict" in state:
                 ema.load_state_dict(state["ema_state_dict"])
             else:
-                log(f"{path} has no averaged weights; averaging starts from its weights")
+                log(f"{path} has no averaged weights; the average starts from its plain weights")
                 ema.reset()
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: a part of it is missing or has another shape ({what})"
+            f"{path}: a part of the checkpoint is missing or has another shape ({what})"
         ) from None

@@ -28,7 +28,10 @@ def deterministic(enabled: bool, log: Callable[[str], None]) -> Iterator[None]:
     os.environ.setdefault(*WORKSPACE)
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, cudnn.benchmark = True, False
-    log("deterministic algorithms: the same machine, threads and processes give the same bits")
+    log(
+        "deterministic algorithms: a run repeated on the same machine, with as many threads and "
+        "processes, is identical to the bit"
+    )
     try:
         with RunningSums():
             yield

@@ -122,7 +122,7 @@ def _explain(error: Exception, log: Callable[[str], None]) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    log(f"CUDA graphs are not used ({reason}); training goes on without, slower")
+    log(f"CUDA graphs are not used ({reason}); training continues without them and is slower")
 
 
 class _Recorded:

@@ -42,8 +42,8 @@ def log_ceiling(
         return 0.0
     ceiling = world.all_reduce_sum(samples_ceiling(fields, world.device, amp))
     log(
-        f"ceiling: {amount(ceiling)} samples/s, if this {world.device.type.upper()} did the "
-        "networks' matrix products and the lookups of features alone"
+        f"upper limit of this {world.device.type.upper()}: {amount(ceiling)} samples/s (only the "
+        "networks' matrix products and the feature lookups)"
     )
     return ceiling
 

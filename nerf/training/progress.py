@@ -213,7 +213,7 @@ class Progress:
             return said
         share = self.samples_per_second / self.ceiling
         if share > 1:  # vanilla on a CPU: a sample without density needs no color and no gradient
-            return f"{said}, empty ones skipped; {amount(self.ceiling)} if all were trained"
+            return f"{said}, empty ones skipped (limit without skipping: {amount(self.ceiling)})"
         return f"{said}, {share:.0%} of this machine's {amount(self.ceiling)}"
 
     def eta(self) -> str:

@@ -187,7 +187,7 @@ def next_attempt(
     assert isinstance(reason, DeadStart)
     run.warn(
         f"step {reason.step}: stuck, {reason.diagnosis}; starting again with other weights, "
-        f"restart {attempt.dead_starts + 1} (--dead_restarts 0 to go on instead)"
+        f"restart {attempt.dead_starts + 1} (--dead_restarts 0 trains on without restarts)"
     )
     # The dead attempt's checkpoints cannot learn either.
     if world.is_main:
@@ -209,14 +209,14 @@ def _roll_back(
         raise ValueError(
             f"{monitor.MAX_SKIPPED} updates in a row had NaN or infinite numbers, up to step "
             f"{error.step}, again after rolling back: {error.cause}{dumped}; lower --lrate, "
-            "set --grad_clip 1, use --amp bf16 or off, or correct the data if that is named"
+            "set --grad_clip 1, use --amp bf16 or off, or correct the data if the message names it"
         )
     saved = find()
     count = max(attempt.rollback_count, saved[1].get("draws", 0) if saved else 0) + 1
     target = saved[0].name if saved else "the start: there is no checkpoint yet"
     run.warn(
-        f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row skipped, {error.cause}; "
-        f"rolling back to {target}, with other random numbers"
+        f"step {error.step}: {monitor.MAX_SKIPPED} updates in a row were skipped because of "
+        f"{error.cause}; rolling back to {target}, with other random numbers"
     )
     _forget_outputs(run, checkpoint.finished_updates(saved[1]) if saved else 0)
     run.close_tables()

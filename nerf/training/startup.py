@@ -126,17 +126,17 @@ def prepare(environment: MutableMapping[str, str]) -> str:
     counted = f"{threads} CPU thread{'s' if threads > 1 else ''}"
     own = next((name for name in WAITING if name in environment), None)
     if own:
-        return f"{counted}, waiting as {own}={environment[own]} says"
+        return f"{counted}, which wait as {own}={environment[own]} says"
     if threads < 2:
         return counted
     share = max(smallest_share(threads) for _ in range(2))
     chosen = waiting_variables(environment, share)
     environment.update(chosen)
     if not chosen:
-        return f"{counted}, each alone on its core: they spin while they wait"
+        return f"{counted}, each with a core of its own, so they spin while they wait"
     return (
-        f"{counted}, but other processes leave one of them {share:.0%} of a core: they sleep while "
-        "they wait (OMP_WAIT_POLICY=passive)"
+        f"{counted}; other processes leave one of them only {share:.0%} of a core, so they sleep "
+        "while they wait (OMP_WAIT_POLICY=passive)"
     )
 
 

@@ -39,7 +39,10 @@ def cpu_has_bfloat16() -> bool:
 def usable_amp(amp: str, device: torch.device, log: Callable[[str], None]) -> str:
     """``amp``; but "off", with a line in the log, for bf16 on a CPU that is slower with it."""
     if amp == "bf16" and device.type == "cpu" and not cpu_has_bfloat16():
-        log("--amp bf16 -> off: this CPU has no bfloat16 arithmetic, float32 is 20 times as fast")
+        log(
+            "--amp bf16 is ignored: this CPU has no bfloat16 arithmetic, so float32 is used, which "
+            "is 20 times as fast"
+        )
         return "off"
     return amp
 
@@ -53,7 +56,7 @@ def configure_gpu(tf32: bool, device: torch.device, log: Callable[[str], None]) 
     # Sizes of pictures hardly change during a run; what is fastest may differ between two runs.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if tf32:
-        log("float32 matrix products in TF32: 10 bits after the point; --tf32 off for float32")
+        log("float32 matrix products use TF32 (10-bit mantissa); --tf32 off: full float32")
 
 
 def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:

@@ -212,4 +212,4 @@ def _compare_box(renderer: nn.Module, weights: Weights, taken: set[str], log: Lo
     box = torch.tensor(weights.box, device=low.device)
     own = torch.stack([low, high])
     if box.shape != own.shape or not torch.allclose(box, own, rtol=1e-3, atol=1e-3):
-        log("the scene's box is another one than that of the file: what is on grids is stretched")
+        log("this scene has another box than the file's: the feature grids are stretched to fit")
