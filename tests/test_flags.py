@@ -253,6 +253,7 @@ TYPED = [
     ("--white_bkg", "unknown flag --white_bkg; did you mean --white_bkgd?"),
     ("--no-white_bkg", "did you mean --no-white_bkgd?"),
     ("--zzzqqq 1", "unknown flag --zzzqqq; --help all prints every flag"),
+    ("--help_all", "unknown flag --help_all; did you mean --help all?"),
     ("--con x.txt", "unknown flag --con"),
     ("-- --N_iters 5", "-- stands alone"),
     (
@@ -544,9 +545,11 @@ def test_a_checkpoint_of_other_structure_is_refused_with_every_difference():
         common_flags.check_same_run("a/1.tar", before, present, structural, ["the model: x -> y"])
     assert str(caught.value) == (
         "a/1.tar was made with other flags (netwidth: 128 -> 64; the model: x -> y); "
-        "use those, or another --expname; to render or export it, leave --config out: its own "
-        "flags are taken"
+        "use those flags, or another --expname"
     )
+    present.render_only = True
+    with pytest.raises(ValueError, match="or leave --config out: the run's own flags are then us"):
+        common_flags.check_same_run("a/1.tar", before, present, structural)
     common_flags.check_same_run("a/1.tar", before, parse("--netwidth", "128"), structural)
 
 
