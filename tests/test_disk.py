@@ -79,13 +79,17 @@ def test_a_full_disk_costs_files_but_not_the_run(data, tmp_path, kind, size):
     flags, script = flags_of(kind, data)
     code, said, run = on_a_disk_of(size, tmp_path, flags, script)
     # With no room for the flags' record it does not begin; else it trains to the end and says so.
-    full = "No space left" in said
+    full = "No space left" in said or "is full" in said
     assert code == (3 if full else 0) and (full or size == SIZES[-1])
     if full and "step 16/16" in said:
-        assert "not everything is on the disk" in said
+        assert f"(the disk of {tmp_path}/disk/run is full, " in said and "KB free" in said
+        assert "not everything is on the disk" in said and "; make room, then the same" in said
+        assert "enforce fail" not in said and "Errno" not in said
     for path in list_checkpoints(run):  # whatever is there is whole
         load_checkpoint(path)
     assert not list(run.glob(".*.tar.tmp"))
+    if not list_checkpoints(run):  # what cannot be done is not proposed
+        assert "next: " not in said and "from the newest checkpoint" not in said
 
 
 @pytest.mark.slow
@@ -97,7 +101,10 @@ def test_a_full_disk_at_other_writes(data, tmp_path, kind, size):
 
 SPOILS = {
     "read-only": ("mount -t tmpfs -o ro none {disk}/run", "Read-only file system"),
-    "filled by others": ("cat /dev/zero > {disk}/filler || true", "No space left on device"),
+    "filled by others": (
+        "cat /dev/zero > {disk}/filler || true",
+        "the disk of {disk}/run is full, 0 KB free",
+    ),
 }
 
 
@@ -106,6 +113,7 @@ SPOILS = {
 def test_a_disk_that_goes_bad_later_leaves_the_last_checkpoint(data, tmp_path, kind, how):
     flags, script = flags_of(kind, data)
     spoil, reason = SPOILS[how]
+    reason = reason.format(disk=tmp_path / "disk")
     code, said, run = on_a_disk_of("8m", tmp_path, flags, script, spoil)
     assert code == 3 and "step 16/16" in said and reason in said
     for step in (8, 12, 16):  # said each time

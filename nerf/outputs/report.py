@@ -17,7 +17,7 @@ import numpy as np
 from nerf.outputs import html
 from nerf.training import last_net, logged
 from nerf.training.checkpoint_choice import BEST, describe_best
-from nerf.training.files import replace_file
+from nerf.training.files import replace_file, why_not_written
 from nerf.training.plain_text import one_line
 
 MAX_VIEWS = 32  # shown, worst first
@@ -302,7 +302,8 @@ def write_page(path: Path, content: str) -> Path:
             raise FileNotFoundError(f"there is no folder {path.parent}")
         replace_file(path, content.encode("utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); choose another path") from None
+        reason = why_not_written(error, path.parent)
+        raise ValueError(f"{path} cannot be written ({reason}); choose another path") from None
     return path
 
 

@@ -1,8 +1,9 @@
 """Files that are replaced as a whole: a reader finds the old content or the new, never a part.
 
-Neither function writes through a symbolic link at the file's name.
+No function here writes through a symbolic link at the file's name.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -37,6 +38,43 @@ def open_append(path: Path) -> TextIO:
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
     return open(path, "a", encoding="utf-8", opener=opener)
+
+
+def why_not_written(error: BaseException, folder: Path) -> str:
+    """Why a file in ``folder`` could not be written, in words: a full disk, or the system's reason.
+
+    torch raises errors of its own while one of the system is handled: that one is the reason.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return (str(error) or repr(error)).splitlines()[0]
+    if cause.errno == errno.EDQUOT:
+        return f"the quota of this user on the disk of {folder} is used up"
+    if cause.errno != errno.ENOSPC:
+        return cause.strerror or str(cause) or repr(cause)
+    try:
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    except OSError:
+        return f"the disk of {folder} is full"
+    if free > 1 << 30:
+        return f"the disk of {folder} takes no more files, with {free >> 20} MB free: see df -i"
+    return f"the disk of {folder} is full, {free >> 10} KB free"
+
+
+def describe_lost(failed: dict[str, str], *, has_checkpoint: bool) -> str:
+    """One line about what a run could not write, and how to make up for it.
+
+    failed: kind of file -> reason, of ``why_not_written``, which is often the same for several.
+    """
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in failed.items():
+        kinds.setdefault(reason, []).append(kind)
+    lost = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in kinds.items())
+    again = "goes on from the newest checkpoint" if has_checkpoint else "starts again"
+    cure = f"; make room, then the same command {again}" if "the disk of" in lost else ""
+    return f"not everything is on the disk: {lost}{cure}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from nerf.media import write_png
 from nerf.training import last_net, logged
-from nerf.training.files import open_append
+from nerf.training.files import describe_lost, open_append, why_not_written
 from nerf.training.plain_text import indented, one_line
 from nerf.training.run_records import RECORDS, Records, refuse_links
 
@@ -137,7 +137,7 @@ class RunFolder:
             with open_append(self.folder / "log.txt") as file:
                 file.write(text)
         except OSError as error:
-            self.failed["log.txt"] = error.strerror or str(error)
+            self.failed["log.txt"] = why_not_written(error, self.folder)
 
     # ------------------------------------------------------------ a disk that is full or missing
 
@@ -155,8 +155,7 @@ class RunFolder:
 
     def mark_failed(self, kind: str, what: str, error: Exception) -> None:
         """Log that ``what`` is not written; unless ``mark_recovered``, ``exit_code`` will be 3."""
-        reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
-        self.failed[kind] = reason
+        reason = self.failed[kind] = why_not_written(error, self.folder)
         self.log(f"warning: {what} is not written ({reason}); training goes on")
 
     def mark_recovered(self, kind: str) -> None:
@@ -168,9 +167,12 @@ class RunFolder:
         self.recreate()
         if not self.failed:
             return code
-        lost = ", ".join(f"{what} ({reason})" for what, reason in self.failed.items())
-        self.warn(f"not everything is on the disk: {lost}")
+        self.warn(describe_lost(self.failed, has_checkpoint=self.has_checkpoint()))
         return 3
+
+    def has_checkpoint(self) -> bool:
+        """Whether a mode that reads the run would find one."""
+        return any(self.folder.glob("[0-9]*.tar"))
 
     def recreate(self) -> None:
         """Make the run folder and its records again if they were removed.
@@ -186,7 +188,7 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.close_tables()
             self.mark_recovered("tables")  # their files are gone
-            if self._locked and not any(self.folder.glob("[0-9]*.tar")):
+            if self._locked and not self.has_checkpoint():
                 self.failed["checkpoint"] = "removed with the run folder"
             if self._locked and gone:
                 self._take_lock()
@@ -202,10 +204,7 @@ class RunFolder:
             self._recreating = False
 
     def _has_lock(self) -> bool:
-        """Whether the folder is there and, of a run that trains, its lock the one that was taken.
-
-        Whoever writes a picture makes the folder again, but not what else was in it.
-        """
+        """Whether the folder is there and, of a run that trains, the lock is that it has taken."""
         if self._lock is None:  # not of a run that trains, or at the start or the end
             return self.folder.is_dir()
         try:
@@ -320,7 +319,7 @@ class RunFolder:
             try:
                 resource.close()
             except (OSError, ValueError) as error:  # no space for what its buffer still held
-                self.failed["tables"] = str(error).splitlines()[0]
+                self.failed["tables"] = why_not_written(error, self.folder)
 
     def close(self) -> None:
         """Flush and release everything; safe to call twice."""
