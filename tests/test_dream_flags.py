@@ -6,6 +6,7 @@ import shlex
 import pytest
 from helpers import REPOSITORY
 
+from guidance import sds
 from nerf.flags import common as common_flags
 from nerf.flags import dreamfusion as dream_flags
 from nerf.flags import nerf as nerf_flags
@@ -147,6 +148,11 @@ def test_views_divide_by_processes():
     with pytest.raises(ValueError, match="multiple of 3"):
         check("--prompt", "x", "--batch_views", "4", ranks=3)
     check("--prompt", "x", "--batch_views", "6", ranks=3)
+
+
+def test_the_choices_are_the_ways_of_guidance_and_the_weightings_that_exist():
+    assert set(dream_flags.KINDS) == {*sds.RESIDUALS, "gaussian"}
+    assert set(dream_flags.WEIGHTINGS) == set(sds.WEIGHTINGS)
 
 
 MISTAKES = [

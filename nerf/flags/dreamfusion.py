@@ -44,7 +44,9 @@ from nerf.media import MESH_FORMATS
 from nerf.training.schedules import highest, parse_schedule, schedule, scheduled
 
 VIEWS = ("front", "right", "back", "left", "overhead")
+# RESIDUALS (with gaussian) and WEIGHTINGS of guidance/sds.py, which nerf/ does not import.
 KINDS = ("sds", "csd", "vsd", "gaussian")
+WEIGHTINGS = ("sds", "uniform", "annealed", "fantasia3d")
 GUIDANCE_STRUCTURAL = (
     "prompt", "negative_prompt", *(f"prompt_{view}" for view in VIEWS),
     *(f"negative_{view}" for view in VIEWS), "view_text", "guidance", "perp_neg", "lora_rank",
@@ -114,7 +116,7 @@ def add_guidance_flags(parser: Parser) -> None:
     flag("guidance_rescale", schedule, "0",
         "fraction, 0 to 1, of the contrast added by --guidance_scale that is removed again, "
         "against oversaturated colors")
-    flag("weighting", ("sds", "uniform", "annealed", "fantasia3d"), "sds",
+    flag("weighting", WEIGHTINGS, "sds",
         "weight w(t) of the noise levels; annealed: from sds to uniform during training")
     flag("t_min", schedule, "0.02", "lowest noise level, as a fraction of all timesteps, 0 to 1")
     flag("t_max", schedule, "0.98", "highest noise level, as a fraction of all timesteps, 0 to 1")
