@@ -389,7 +389,7 @@ MISTAKES = {
     "--device quantum": "quantum",
     "--device cuda:7": "cuda:7",
     "--no_reload --render_only": "contradict",
-    "--half_res --downscale 2": "leave one out",
+    "--half_res --downscale 2": "leave out --half_res, or leave out --downscale",
     "--downscale 3": "cannot be reduced 3 times",
     "--N_samples 2": "too few",
     "--keep_ckpts 1": "at least 2",

@@ -73,7 +73,9 @@ class DataSettings(NamedTuple):
             return own
         if self.is_given(flag) and own != foreign:
             raise ValueError(
-                f"--{flag} {own} and --{other} {foreign} both reduce the pictures; leave one out"
+                f"--{flag} {own} and --{other} {foreign} both reduce the pictures; use --{flag} "
+                f"alone: leave out --{other}, or add --{other} 1 (--no-half_res for --half_res) if "
+                "a config sets it"
             )
         return foreign
 

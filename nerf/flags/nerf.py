@@ -304,13 +304,23 @@ def nerf_parser() -> Parser:
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags that know which of them were set, not by default; lines for the log."""
+    """Parsed flags.
 
-    __slots__ = ("given", "notes")  # not in vars(), which goes into checkpoints
+    given: those that were set, not by default. notes: lines for the log. sources: the file or the
+    variable of those that were set, but not typed.
+    """
 
-    def __init__(self, values: dict[str, object], given: frozenset[str], notes: list[str]) -> None:
+    __slots__ = ("given", "notes", "sources")  # not in vars(), which goes into checkpoints
+
+    def __init__(
+        self,
+        values: dict[str, object],
+        given: frozenset[str],
+        notes: list[str],
+        sources: dict[str, str],
+    ) -> None:
         super().__init__(**values)
-        self.given, self.notes = given, notes
+        self.given, self.notes, self.sources = given, notes, sources
 
 
 def parse(argv: list[str] | None = None) -> Flags:
@@ -324,12 +334,25 @@ def parse(argv: list[str] | None = None) -> Flags:
         given = frozenset(changed | {"dataset_type"})
     if "half_res" in given and args.half_res:
         given |= {"downscale"}
-    return Flags(vars(args), given, notes)
+    return Flags(vars(args), given, notes, parser.sources())
 
 
 def given_flags(args: argparse.Namespace) -> frozenset[str] | None:
     """The names of the flags that were set on the command line or in a file; None: unknown."""
     return getattr(args, "given", None)
+
+
+def _without(args: argparse.Namespace, *flags: str) -> str:
+    """How to do without one of some flags, each with its value that is off, such as "contract 0".
+
+    One that was typed is left out; one from a config has to be overridden by its value.
+    """
+    ways = []
+    for flag in flags:
+        name = flag.split()[0].removeprefix("no-")
+        place = getattr(args, "sources", {}).get(name)
+        ways.append(f"add --{flag} ({place} sets {name})" if place else f"leave out --{name}")
+    return ", or ".join(ways)
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -359,7 +382,8 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         (args.validate and args.render_factor > 1,
          "--validate measures pictures of full size; leave out --render_factor"),
         (args.half_res and args.downscale > 1,
-         "--half_res and --downscale both reduce the pictures; leave one out"),
+         f"--half_res and --downscale {args.downscale} both reduce the pictures; "
+         f"{_without(args, 'no-half_res', 'downscale 1')}"),
         (args.spherify and in_ndc,
          "--spherify needs --no_ndc: NDC is only for cameras that face forward"),
         (args.lindisp and in_ndc,
@@ -369,16 +393,20 @@ def check_nerf_flags(args: argparse.Namespace, num_ranks: int) -> None:
         (args.field != "mlp" and not args.occ_grid,
          f"--field {args.field} needs --occ_grid (or use --fast for both)"),
         (highest(args.lambda_tv) and args.field != "triplane",
-         f"--lambda_tv is for --field triplane, not {args.field}; leave it out"),
+         f"--lambda_tv is for --field triplane, not {args.field}; "
+         f"{_without(args, 'lambda_tv 0')}"),
         (args.grid_steps != "0" and args.field != "triplane",
-         f"--grid_steps is for --field triplane, not {args.field}; leave it out"),
+         f"--grid_steps is for --field triplane, not {args.field}; "
+         f"{_without(args, 'grid_steps 0')}"),
         (args.grid_steps != "0" and args.grid_start > args.grid_res,
          f"--grid_start {args.grid_start} exceeds --grid_res {args.grid_res}; make it smaller"),
         (needs_grid and not args.occ_grid,
          f"{''.join(needs_grid[:1])} needs --occ_grid (or use --fast); or leave it out"),
         (args.hull_rays and args.precrop_iters,
-         "--hull_rays and --precrop_iters both choose pixels; leave one out"),
+         "--hull_rays and --precrop_iters both choose pixels; "
+         f"{_without(args, 'no-hull_rays', 'precrop_iters 0')}"),
         (args.hull_init == "on" and args.contract,
-         "--hull_init needs a bounded scene; leave out --hull_init or --contract"),
+         "--hull_init on needs a bounded scene; "
+         f"{_without(args, 'hull_init off', 'no-contract')}"),
     ])  # fmt: skip
     check_run_flags(args)

@@ -152,6 +152,16 @@ class Parser(configargparse.ArgumentParser):
         files = self._config_file_parser.files.items()
         return next((path for path, keys in files if name in keys), self.config_path)
 
+    def sources(self) -> dict[str, str]:
+        """Flag -> the environment variable or the config file that sets it, unless it was typed."""
+        found: dict[str, str] = {}
+        for source, settings in self.get_source_to_settings_dict().items():
+            kind, _, path = source.partition("|")
+            for key, (action, _) in settings.items():
+                if kind in ("config_file", "environment_variables"):  # the strongest comes first
+                    found.setdefault(action.dest, path or f"the variable {key}")
+        return found
+
     def site_notes(self) -> list[str]:
         """A line for the log about the flags that the user's own defaults have set, if any."""
         settings = self.get_source_to_settings_dict().get(f"config_file|{self.site}", {})
