@@ -526,7 +526,7 @@ def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -
     if outputs.world.gather(finished.get("step") == state.step)[0]:
         if run.is_main and report_is_old(run.folder):
             try_report(run.folder, run.log)
-        run.log(f"nothing is left to do: see {run.folder}/report.html")
+        run.log(f"nothing is left to do: open {run.folder}/report.html")
         return
     metrics = {"prompt": guide.prompt, "step": state.step, "weights": outputs.ema.kind}
     metrics |= {"prompts_by_viewer": guide.prompt_history} if guide.prompt_history else {}
@@ -546,10 +546,12 @@ def finish(args, run, outputs: ObjectOutputs, state: TrainState, guide: Guide) -
     if run.is_main:
         try_report(run.folder, run.log)
     run.log(f"done: {run.folder}/ ({seconds:.0f} s of training)")
-    more = "--export out.glb writes a mesh, with --render_only --viewer it opens in the browser"
+    if not run.has_checkpoint():  # the disk is full
+        return
+    more = "--export out.glb to the command to write a mesh, or --render_only --viewer to see it"
     run.log(
         f"next: open {run.folder}/report.html"
-        + ("" if outputs.flat else f"; the same command with {more}")
+        + ("" if outputs.flat else f"; add {more} in a browser")
     )
 
 
@@ -565,8 +567,8 @@ def render_and_export(args, world, run) -> int:
     check_object(str(path), content)
     if content["args"].get("space") == "2d":
         raise ValueError(
-            f"{path}: of --space 2d, whose pictures are in {run.folder}/previews/; there is no "
-            "object to render or export"
+            f"{path} is of a run with --space 2d: it has no object to render or export; its "
+            f"pictures are in {run.folder}/previews/"
         )
     prompt = content["args"].get("prompt")
     if args.prompt and prompt and args.prompt != prompt:

@@ -199,7 +199,7 @@ def test_pictures_are_no_object_to_render_or_start_from(tiny_dream, tmp_path):
     assert result.returncode == 0 and "--i_video" in result.stderr, result.stderr
     read = ["--basedir", tmp_path, "--expname", "flat"]
     for more in (["--render_only"], ["--export", tmp_path / "out.glb"]):
-        assert "there is no object to render or export" in refusal(*read, *more)
+        assert "it has no object to render or export" in refusal(*read, *more)
     start = ["--expname", "next", "--init_from", tmp_path / "flat"]
     assert "space: 2d -> 3d" in refusal(*tiny_dream, *start)
     assert "--space 2d makes none" in refusal(*tiny_dream, *start, "--space", "2d")

@@ -114,7 +114,7 @@ def test_a_scene_repeats_to_the_bit_and_tells_as_much_as_is_asked(tiny, tmp_path
     assert "deterministic algorithms: the same machine" in log
     assert ("shapes are checked" in log) == HAS_CHECKERS
     assert "step 4/4" in log and "test: PSNR" in log
-    allowed = ("no LPIPS", "warning")
+    allowed = ("LPIPS is not measured", "warning")
     assert all(any(word in line for word in allowed) for line in calm.stderr.splitlines())
     assert "step 4/4" in loud.stderr and "loss_coarse 0." in loud.stderr
     assert "loss_coarse" not in (tmp_path / "loud" / "log.txt").read_text()

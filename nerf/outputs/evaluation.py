@@ -28,6 +28,7 @@ from nerf.training.run_folder import RunFolder
 from nerf.training.system import release_memory
 
 METRICS = {"ssim": "SSIM", "lpips": "LPIPS", "depth_error": "depth error"}  # beside PSNR
+NO_TEST_VIEWS = "this scene has no test views, so metrics.json is not written"
 
 
 def report_is_old(folder: Path) -> bool:
@@ -84,7 +85,7 @@ class Evaluation:
         """
         outputs, run, settings = self.outputs, self.run, self.settings
         if not outputs.scene.splits.get("test"):
-            run.log("there are no test views: no metrics.json")
+            run.log(NO_TEST_VIEWS)
             return
         folder = self._test_folder(step)
         if run.is_main:
@@ -104,7 +105,7 @@ class Evaluation:
         metrics.update(step=step, weights=self.ema.kind, args=settings.flags)
         self._publish(step, folder, metrics)
         if missing and metrics.get("psnr") is not None:
-            run.log_once(step, f"no LPIPS ({missing})")
+            run.log_once(step, f"LPIPS is not measured: {missing}")
         run.write_json(f"{folder.name}/metrics.json", metrics)
 
     def _publish(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
@@ -113,7 +114,8 @@ class Evaluation:
         if metrics.get("psnr") is None:
             run.log(
                 f"test: {metrics['num_views']} views at 1 / {settings.render_factor} of their size "
-                f"-> {folder}/; no PSNR: one ray a pixel is not what a reduced picture averages"
+                f"-> {folder}/; PSNR is not computed: these pictures are rendered smaller, without "
+                "averaging"
             )
             return
         others = [
@@ -124,7 +126,9 @@ class Evaluation:
             f"views, {metrics['seconds_per_view']:.2f} s each -> {folder}/"
         )
         if settings.variant:
-            run.log("metrics.json and report.html stay those of the run's own full test")
+            run.log(
+                "metrics.json and report.html are unchanged: they describe the run's own full test"
+            )
             return
         run.write_json("metrics.json", metrics)
         run.test_scores(step, metrics)
@@ -160,19 +164,21 @@ class Evaluation:
         """
         owed = self.make_up(step, test=True, video=video)
         if not self.outputs.scene.splits.get("test"):
-            self.run.log("there are no test views: no metrics.json")
+            self.run.log(NO_TEST_VIEWS)
             if self.run.is_main:
                 try_report(self.run.folder, self.run.log)
         elif not any(owed):
             if self.run.is_main and not self.settings.variant and report_is_old(self.run.folder):
                 try_report(self.run.folder, self.run.log)
-            self.run.log(f"nothing is left to do: see {self.run.folder}/report.html")
+            self.run.log(f"nothing is left to do: open {self.run.folder}/report.html")
             return
         if owed[1] and self.run.is_main and not self.settings.variant:
             try_report(self.run.folder, self.run.log)  # again, with the video in it
+        if not self.run.has_checkpoint():  # the disk is full
+            return
         self.run.log(
-            f"next: open {self.run.folder}/report.html; the same command with --export out.glb "
-            "writes a mesh, with --render_only --viewer it opens the scene in the browser"
+            f"next: open {self.run.folder}/report.html; add --export out.glb to the command to "
+            "write a mesh, or --render_only --viewer to see the scene in a browser"
         )
 
     def make_up(self, step: int, *, test: bool, video: bool) -> tuple[bool, bool]:
