@@ -16,7 +16,7 @@ from guidance.sds import Conditions, Recipe, Scores, guided, rescaled_x0
 from guidance.stable_diffusion import StableDiffusion
 
 CELL = 128  # pixels per side of a picture of ``attention_rows``
-GUIDANCE_COLUMNS = ("render", "noisy", "x0 of the text", "x0 guided")
+GUIDANCE_COLUMNS = ("render", "noisy", "x0 (text only)", "x0 (guided)")
 
 
 def attention_rows(images: Tensor, maps: Tensor) -> list[np.ndarray]:
