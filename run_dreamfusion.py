@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from guidance import sds
-from guidance.build import Guide, make_guide, make_recipe, next_memory_saving, shown_size
+from guidance.build import (
+    Guide,
+    make_guide,
+    make_recipe,
+    model_differences,
+    next_memory_saving,
+    shown_size,
+)
 from guidance.build_pictures import Seen, attention_grid, guidance_grid
 from guidance.lora import save_lora
 from guidance.prompts import pull_to_view_center, view_word
@@ -179,17 +186,14 @@ def resume(args, run, state: TrainState, guide: Guide) -> None:
 
 
 def check_same_run(args, saved, model: str) -> None:
-    """ValueError if the checkpoint was made for another prompt, model or network."""
+    """ValueError if the checkpoint was made for another prompt, model or network.
+
+    model: the fingerprint of the present one.
+    """
     path, content = saved
     check_object(str(path), content)
-    other = [f"the model: {content.get('model')} -> {model} ({args.sd_model})"]
-    common_flags.check_same_run(
-        path,
-        content.get("args", {}),
-        args,
-        dream_flags.STRUCTURAL,
-        other if content.get("model") != model else [],
-    )
+    other = model_differences(content, args, model)
+    common_flags.check_same_run(path, content.get("args", {}), args, dream_flags.STRUCTURAL, other)
 
 
 def start_viewer(args, world, run, outputs: ObjectOutputs) -> Viewer | None:

@@ -88,6 +88,34 @@ class Guide:
             self.lora.lora.remove()
 
 
+def model_differences(
+    saved: Mapping[str, Any], args: argparse.Namespace, fingerprint: str
+) -> list[str]:
+    """What differs between a checkpoint's model and that of ``args``, as "before -> now".
+
+    saved: the checkpoint's content. fingerprint: of the present model, that of the files of
+    --sd_model and, after a plus sign, that of --sd_lora. The flags alone do not tell: a file may
+    have been moved or replaced.
+    """
+    flags, (old, new) = saved.get("args") or {}, (str(saved.get("model")), fingerprint)
+    if "guidance" in flags and (flags["guidance"] == "gaussian") != (args.guidance == "gaussian"):
+        return []  # it has no model, and --guidance itself differs
+    (old_base, _, old_lora), (new_base, _, new_lora) = old.partition("+"), new.partition("+")
+    found = []
+    if old_base != new_base:
+        before, now = f"--sd_model {flags.get('sd_model')}", f"--sd_model {args.sd_model}"
+        found.append(
+            f"{before}, whose files were others" if before == now else f"{before} -> {now}"
+        )
+    if old_lora != new_lora:
+        before, now = (
+            f"--sd_lora {name}" if name else "without --sd_lora"
+            for name in (flags.get("sd_lora") if old_lora else None, args.sd_lora)
+        )
+        found.append(f"{before}, whose file was another" if before == now else f"{before} -> {now}")
+    return found
+
+
 def make_guide(
     args: argparse.Namespace,
     device: torch.device,

@@ -90,8 +90,9 @@ class Run:
             raise ValueError(
                 f"{self.path}: cannot read it ({reason[0][:120]}); remove it to start again"
             ) from None
+        hashed = {"pictures": "other --pictures or captions", "model": "another --sd_model"}
         changed = [
-            f"{name} {before.get(name)} -> {value}"
+            hashed.get(name, f"{name} {before.get(name)} -> {value}")
             for name, value in self.settings.items()
             if before.get(name) != value
         ]

@@ -181,6 +181,8 @@ def test_other_settings_are_refused_and_more_steps_are_not(pictures, sd_folder, 
     for flags in (["--prompt", "a cube"], ["--pictures", other]):
         code, printed = run(capsys, pictures, sd_folder, out, "--steps", 3, *flags)
         assert code == 2 and "made with other settings" in printed.err
+        assert "other --pictures or captions" in printed.err
+        assert kept["pictures"] not in printed.err and kept["model"] not in printed.err
         assert printed.err.count("\n") == 1
     assert (folder / "state.pt").read_bytes() == state and out.read_bytes() == written
     assert finetune.Run(folder, model, kept, CPU).step == 2

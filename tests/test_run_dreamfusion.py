@@ -262,7 +262,8 @@ def test_another_prompt_or_model_in_the_same_folder_is_refused(tiny_dream, sd_fo
     assert "prompt: a cube -> a cone" in line and "--expname" in line
     other = tiny_sd_folder(tmp_path / "other", "v_prediction")
     other_base = with_model(tiny_dream, other, "--expname", "mine", "--prompt", "a cube")
-    assert "the model: " in one_line(dream(*other_base, "--N_iters", 2))
+    line = one_line(dream(*other_base, "--N_iters", 2))
+    assert f"made with other flags (--sd_model {sd_folder} -> --sd_model {other}); " in line
     assert list_checkpoints(tmp_path / "mine") == before
     assert (tmp_path / "mine" / "args.json").read_text() == record
 
