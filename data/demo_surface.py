@@ -9,7 +9,6 @@ another solid and without the lowest part of the plate, whose underside no camer
 import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
 
 # isort: split
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from demo_scene import SOLIDS, Solid, rotation_of
 
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 
 CLOSE = (0.02, 0.05)  # distances in scene units for the completeness ratios
 SAMPLES = 400_000  # points on a surface
@@ -125,7 +125,7 @@ def compare(points: np.ndarray) -> dict[str, float]:
 
 def main() -> int:
     """Print the distances of each file's surface; the process's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("demo_surface.py", __doc__)
     parser.add_argument("files", type=Path, nargs="+", help="meshes or point clouds, .ply or .obj")
     args = parser.parse_args()
     return last_net.exit_code("demo_surface.py", lambda: print_distances(args.files))

@@ -12,7 +12,6 @@ A scene's folder is complete or does not exist. A file that was there before is 
 import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
 
 # isort: split
-import argparse
 import fcntl
 import hashlib
 import lzma
@@ -32,6 +31,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 from nerf.training.plain_text import one_line
 
 EXAMPLE = "http://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip"
@@ -307,7 +307,7 @@ def download(scene: str, root: Path, url: str | None = None, sha256: str | None 
 
 def main() -> int:
     """Parse the command line and download; the process's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("download.py", __doc__)
     parser.add_argument("scene", nargs="?", help="name of a scene, see --list")
     parser.add_argument("--list", action="store_true", help="list the scenes and their sources")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent, help="data folder")
@@ -335,6 +335,8 @@ def download_scene(name: str | None, root: Path, url: str | None, sha256: str | 
         )
     if name in LLFF_SCENES and url:
         SCENES[name] = (url, f"nerf_llff_data/{name}")
+    if name is None:
+        raise DownloadError(f"give the name of a scene: {', '.join(SCENES)} (--list: from where)")
     if name not in SCENES:
         raise DownloadError(f"scene {name!r}; expected one of {', '.join(SCENES)}")
     download(name, root, url, sha256)

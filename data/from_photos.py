@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 from nerf.training.files import unfinished_folder
 from nerf.training.plain_text import one_line
 
@@ -241,15 +242,14 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
 
 def positive(text: str) -> int:
     """A flag's value as an integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number of 1 or more")
+    return int(text)
 
 
 def main() -> int:
     """Parse the command line and make the scene; the process's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("from_photos.py", __doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder of photos, or a video file")
     add("--out", type=Path, required=True, help="folder to make")

@@ -8,7 +8,6 @@ python data/make_demo.py --out data/demo_colmap --format colmap   # two lenses, 
 import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is missing
 
 # isort: split
-import argparse
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from nerf.datasets.colmap_write import write_model
 from nerf.lenses import from_colmap
 from nerf.media import write_png
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 from nerf.training.files import unfinished_folder
 
 RADIUS = 4.0  # distance of the cameras from the origin
@@ -246,7 +246,7 @@ def make(out: Path, kind: str, size: int, counts: dict[str, int], show: bool = F
 
 def main() -> int:
     """Parse the command line and write the scene; the process's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("make_demo.py", __doc__)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to make")
     parser.add_argument("--format", choices=FORMATS, default="blender", help="layout of the files")
     parser.add_argument("--size", type=int, default=128, help="pixels per side")

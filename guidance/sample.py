@@ -25,6 +25,8 @@ from guidance.schedule import add_noise, to_epsilon, to_x0
 from guidance.sds import Prior, guide, rescaled_x0
 from guidance.stable_diffusion import DTYPES, StableDiffusion
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
+from nerf.training.distributed import choose_device
 from nerf.training.plain_text import one_line
 
 
@@ -180,16 +182,15 @@ def sheet(images: Tensor, columns: int, side: int = 128) -> np.ndarray:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags."""
-    description = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--prompt", required=True)
+    parser = ArgumentParser("guidance.sample", __doc__)
+    parser.add_argument("--prompt", required=True, help="what the images show")
     parser.add_argument("--negative_prompt", default="")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help=".png file to write")
     parser.add_argument("--sd_model", help="folder or hub id; default: the embedded model")
     parser.add_argument("--local_files_only", action="store_true")
     parser.add_argument("--allow_pickle", action="store_true")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=cuda)
+    parser.add_argument("--device", default=cuda, help="auto, cpu, cuda, cuda:1, ... or mps")
     parser.add_argument("--guidance_dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument(
         "--scheduler",
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.sd_model or str(Path(__file__).parent / "tiny" / "model")
     model = StableDiffusion(
         path,
-        args.device,
+        choose_device(args.device),
         dtype=args.guidance_dtype,
         local_files_only=args.local_files_only,
         allow_pickle=args.allow_pickle,

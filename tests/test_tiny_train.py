@@ -179,7 +179,7 @@ def test_bad_input_is_one_clear_line(micro, capsys, more, message):
 def test_the_script_reports_a_mistake_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         train.script(["--work", f"{tmp_path}/w", "--out", f"{tmp_path}/o", "--pictures", "100"])
-    line = "train.py: --pictures 100: expected a multiple of 512 above --held_out 512"
+    line = "guidance.tiny.train: --pictures 100: expected a multiple of 512 above --held_out 512"
     assert end.value.code == 2 and capsys.readouterr().err == f"{line}\n"
     assert not list(tmp_path.iterdir())
 

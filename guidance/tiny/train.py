@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from guidance.attention import fast_attention
 from guidance.tiny import build, pictures
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 from nerf.training.distributed import choose_device
 from nerf.training.ema import EMA
 from nerf.training.files import replace_file, unfinished_folder
@@ -43,7 +44,7 @@ FREE = (  # flags that may change when a run is resumed
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """The checked command-line flags; ValueError for a bad value."""
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser("guidance.tiny.train", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--work", type=Path, required=True, help="images and training state")
     parser.add_argument("--seed", type=int, default=0)
@@ -362,7 +363,7 @@ def put(new: Path, out: Path) -> None:
 
 def script(argv: list[str] | None = None) -> None:
     """Run ``main``; end the process where it failed, see ``last_net.exit_code``."""
-    if code := last_net.exit_code("train.py", lambda: main(argv)):
+    if code := last_net.exit_code("guidance.tiny.train", lambda: main(argv)):
         sys.exit(code)
 
 

@@ -4,7 +4,6 @@ python -m nerf.compare logs/a logs/b              # writes logs/compare.html
 python -m nerf.compare logs/a logs/b --out ab.html
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from nerf.outputs import html
 from nerf.outputs.report import MAX_VIEWS, MEASUREMENTS, SIDE, Run, diagrams, write_page
 from nerf.training import last_net
+from nerf.training.arguments import ArgumentParser
 from nerf.training.plain_text import one_line
 
 # Flags that differ between any two runs and explain nothing.
@@ -109,9 +109,7 @@ def compare(folders: list[Path], out: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the comparison of the run folders on the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nerf.compare", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = ArgumentParser("nerf.compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, such as logs/a logs/b")
     parser.add_argument("--out", type=Path, help="default: compare.html beside the first run")
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ import numpy as np
 
 from nerf.outputs import html
 from nerf.training import last_net, logged
+from nerf.training.arguments import ArgumentParser
 from nerf.training.checkpoint_choice import BEST, describe_best
 from nerf.training.files import replace_file, why_not_written
 from nerf.training.plain_text import one_line
@@ -317,13 +318,13 @@ def try_report(folder: Path, log: Callable[[str], None]) -> None:
 
 def main() -> int:
     """Write the reports of the run folders on the command line; the exit code."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    parser = ArgumentParser("nerf.report", __doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, such as logs/demo")
+    runs = parser.parse_args().runs
 
     def write_all() -> None:
-        for folder in sys.argv[1:]:
-            print(one_line(write_report(Path(folder))))
+        for folder in runs:
+            print(one_line(write_report(folder)))
 
     return last_net.exit_code("nerf.report", write_all)
 
