@@ -13,6 +13,7 @@ import checkout  # noqa: F401  first: finds nerf/, says in a sentence what is mi
 # isort: split
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from nerf.datasets import capture, colmap
 from nerf.datasets.colmap_model import Model, read_model
+from nerf.datasets.wrong_folder import DATA, quoted
 from nerf.training import last_net
 from nerf.training.arguments import ArgumentParser
 from nerf.training.files import unfinished_folder
@@ -187,6 +189,11 @@ def draw(model: Model, path: Path, side: int = 480) -> None:
     sheet.save(path)
 
 
+def value(text: str) -> str:
+    """A text as a value of a config file: in quotes if it is not plain, as after " #" it ends."""
+    return text if re.fullmatch(r"[\w./:-]+", text) else f'"{text}"'
+
+
 def config(out: Path, photos: list[Photo], model: Model) -> str:
     """The text of config.txt, for run_nerf.py: NDC or a contracted scene, and a --factor."""
     longest = max(max(photo.width, photo.height) for photo in photos)
@@ -197,7 +204,8 @@ def config(out: Path, photos: list[Photo], model: Model) -> str:
     return (
         f"# Made by data/from_photos.py. {kind}\n"
         f"# Pictures {factor} times smaller; with a GPU lower it.\n"
-        f"expname = {out.name}\nbasedir = ./logs\ndatadir = {out}\ndataset_type = colmap\n"
+        f"expname = {value(out.name)}\nbasedir = ./logs\ndatadir = {value(str(out))}\n"
+        "dataset_type = colmap\n"
         f"factor = {factor}\nllffhold = 8\n{'white_bkgd = True' * white}\n"
         + SETTINGS.format(space="by_device = facing\n" if facing else AROUND)
     )
@@ -237,7 +245,7 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
         draw(model, work / "cameras.png")
         os.chmod(work, 0o755)
         work.rename(out)
-    log(f"next: python run_nerf.py --config {out / 'config.txt'}")
+    log(f"next: python {quoted(DATA.parent / 'run_nerf.py')} --config {quoted(out / 'config.txt')}")
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from nerf.datasets.images import eight_bit, open_image, why_unreadable
 from nerf.datasets.pictures import some, too_few
-from nerf.datasets.wrong_folder import VIDEOS
+from nerf.datasets.wrong_folder import VIDEOS, quoted
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 HEIC = (".heic", ".heif")
@@ -63,10 +63,10 @@ def list_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     if not pictures:
         videos = [path.name for path in files if path.suffix.lower() in VIDEOS]
-        hint = f"; for a video, give its path: {folder / videos[0]}" if videos else ""
+        hint = f"; for a video, give its path: {quoted(folder / videos[0])}" if videos else ""
         inner = [p for p in sorted(folder.glob("*/*")) if p.suffix.lower() in PICTURES + HEIC]
         if inner and not hint:
-            hint = f"; photos lie in folders in it: give one, {inner[0].parent}"
+            hint = f"; photos lie in folders in it: give one, {quoted(inner[0].parent)}"
         raise ValueError(f"{folder}: holds no photo; expected {', '.join(PICTURES)}{hint}")
     return pictures, [path for path in files if path not in set(pictures)]
 

@@ -1,5 +1,6 @@
 """data/from_photos.py: what it keeps of photos and videos, poses against the truth, refusals."""
 
+import shlex
 import subprocess
 import sys
 
@@ -185,14 +186,18 @@ def synthetic(tmp_path_factory):
 
 def test_photos_become_a_scene_with_the_true_poses(synthetic, tmp_path, monkeypatch, capsys):
     folder, poses = synthetic
-    out = tmp_path / "mine"
+    out = tmp_path / "mine \u00e9 #2"  # what is printed can be pasted, what is written read
     words = (folder, "--out", out, "--camera_model", "SIMPLE_RADIAL", "--threads", 1)
     code, said, errors = run(monkeypatch, capsys, *words)
     assert code == 0, errors
     _, degrees, offset = check_scene(out, poses)
     assert len(degrees) == 10 and degrees.max() < 0.5 and offset.max() < 0.01
     assert any("registered 10 of 10" in line for line in said)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    following = shlex.split(said[-1].partition("next: ")[2])
+    assert following[0] == "python" and following[1].endswith("run_nerf.py")
+    assert following[2:] == ["--config", f"{out}/config.txt"]
+    assert nerf_flags.parse(following[2:]).expname == out.name
     # Set upright around what the cameras look at, their distance 1.
     model = read_model(out / "sparse" / "0")
     np.testing.assert_allclose(capture.around(model.c2w).to_world, np.eye(4), rtol=0, atol=1e-6)

@@ -133,3 +133,23 @@ def test_a_command_for_pictures_without_poses_can_be_pasted(demo_blender, tmp_pa
     for kind in ([], ["--dataset_type", "colmap"]):
         said = refusal(folder.parent, *kind)
         assert shlex.split(said.partition("with: ")[2])[2] == str(folder)
+
+
+def test_what_from_photos_proposes_can_be_pasted(tmp_path):
+    from photos import list_photos
+
+    folder = tmp_path / "my capture"
+    (folder / "day one").mkdir(parents=True)
+    (folder / "day one" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds no photo") as refused:
+        list_photos(folder)
+    assert str(refused.value).endswith(f"give one, '{folder}/day one'")
+    (folder / "walk.mp4").write_bytes(b"x")
+    with pytest.raises(ValueError, match="for a video") as refused:
+        list_photos(folder)
+    assert str(refused.value).endswith(f"give its path: '{folder}/walk.mp4'")
+
+
+def test_a_config_without_its_flag_can_be_pasted():
+    said = run_main(run_nerf.main, "my configs/mine.txt").stderr
+    assert "write --config 'my configs/mine.txt'" in said

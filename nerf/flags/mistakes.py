@@ -8,6 +8,7 @@ from typing import Any
 
 from nerf.flags.config_file import OFF, ON, contradiction
 from nerf.flags.help import metavar, section_of
+from nerf.training.plain_text import shell_command
 
 ENV_PREFIX = "NERF_"
 # Flags that only one script has: they tell which script a config or a command line is for.
@@ -121,7 +122,7 @@ def leading_words(parser: Any, words: Sequence[str]) -> str:
     """What is wrong with words before any flag."""
     word, text = words[0], " ".join(words)
     if word.endswith(".txt"):
-        return f"{word!r} is not a flag; to read a config, write --config {word}"
+        return f"{word!r} is not a flag; to read a config, write --config {shell_command([word])}"
     if f"--{word.split('=')[0]}" in parser._option_string_actions:
         return f"{word!r} is not a flag; write --{word}"
     if "--prompt" in parser._option_string_actions:
