@@ -122,6 +122,16 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_a_checkpoint_from_elsewhere_gets_no_report_and_no_alarm(tmp_path):
+    said = []
+    report.try_report(tmp_path, said.append)
+    assert len(said) == 1 and said[0].startswith("no report.html: ") and "trained here" in said[0]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "args.json").write_text("[")  # a broken record of a run is still named
+    report.try_report(tmp_path, said.append)
+    assert said[1].startswith("report.html is not written: ")
+
+
 def test_curves_are_well_formed_and_leave_out_what_is_no_number():
     x, y = np.arange(5.0), np.array([1.0, np.nan, 10.0, 0.0, 100.0])
     svg = ElementTree.fromstring(html.curves("a < b", {"one": (x, y), "two": (x, y + 1)}))

@@ -64,7 +64,7 @@ class Run:
         self.args = _json(folder / "args.json")
         if not self.args:
             raise ValueError(
-                f"{folder}: is no run folder, it has no args.json; name a trained run's"
+                f"{folder} is no run folder: it has no args.json; name one, such as logs/demo"
             )
         self.metrics, self.left_out = known_metrics(_json(folder / "metrics.json"))
         tables = ("metrics.csv", "val.csv", "test.csv")
@@ -309,7 +309,13 @@ def write_page(path: Path, content: str) -> Path:
 
 
 def try_report(folder: Path, log: Callable[[str], None]) -> None:
-    """``write_report`` after a run; an error is logged and does not fail the run."""
+    """``write_report`` after a run; an error is logged and does not fail the run.
+
+    A folder without args.json, of a checkpoint that was trained elsewhere, gets none.
+    """
+    if not (folder / "args.json").exists():
+        log("no report.html: a report is made of a run that was trained here, and this one was not")
+        return
     try:
         log(f"report: {write_report(folder)}")
     except (ValueError, OSError, KeyError, TypeError) as error:
