@@ -292,12 +292,13 @@ def write_edits(args: argparse.Namespace, model: StableDiffusion, how: Sampling)
         model, edit, prompts, args.number, how,
         negative=args.negative_prompt, seed=args.seed, size=args.size,
     )  # fmt: skip
+    alone = [args.out.with_stem(f"{args.out.stem}_{name}") for name in ("prompt", "target")]
     write(args.out, sheet(torch.stack(both, 1).flatten(0, 1), columns=2))
-    for name, images in zip(("prompt", "target"), both, strict=True):
-        alone = args.out.with_stem(f"{args.out.stem}_{name}")
-        write(alone, sheet(images, columns=min(4, args.number)))
+    for path, images in zip(alone, both, strict=True):
+        write(path, sheet(images, columns=min(4, args.number)))
     own = f"; tokens with maps of their own: {' '.join(edit.new_tokens)}" if edit.new_tokens else ""
-    print(one_line(f"{args.out}: {args.prompt} | {args.prompt_target}{own}"))
+    files = ", ".join(map(str, (args.out, *alone)))
+    print(one_line(f"{files}: {args.prompt} | {args.prompt_target}{own}"))
 
 
 def write(path: Path, picture: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """guidance.sample: samplers against diffusers' own, prompt-to-prompt, and the command line."""
 
 import json
+import shlex
 import shutil
 
 import diffusers
@@ -8,11 +9,11 @@ import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from helpers import CPU, run_script
+from helpers import CPU, REPOSITORY, run_script
 from tiny_models import SIDE, draw
 
 from guidance.prompt_to_prompt import PromptToPrompt, token_sources
-from guidance.sample import Sampling, ddim, sample, sample_edits, script, sheet
+from guidance.sample import Sampling, ddim, parse, sample, sample_edits, script, sheet
 from guidance.samplers import SAMPLERS, make_sampler
 from guidance.stable_diffusion import StableDiffusion
 
@@ -229,12 +230,31 @@ def test_tokens_are_aligned_whatever_their_number():
     assert token_sources(words, "one of two".split(), 5).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_samples_of_the_readme_do_not_overwrite_one_another():
+    """Each command of it has a picture of its own, and pairs have two more."""
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    written = []
+    for line in lines:
+        if line.startswith("python -m guidance.sample "):
+            args = parse(shlex.split(line, comments=True)[3:])
+            written.append(args.out)
+            if args.prompt_target:
+                written += [
+                    args.out.with_stem(f"{args.out.stem}_{n}") for n in ("prompt", "target")
+                ]
+    assert len(written) >= 4 and len(set(written)) == len(written)
+
+
 def test_a_pair_is_written_side_by_side_and_alone(tmp_path, sd_folder, capsys):
     """By the command line: the target of three tokens more, and the pictures by hand."""
     flags = ["--prompt", PROMPT, "--prompt_target", "a red cube of a sphere", "--steps", "5"]
     flags += ["--sd_model", str(sd_folder), "--device", "cpu", "--number", "2", "--seed", "3"]
     script([*flags, "--guidance_scale", "3", "--out", str(tmp_path / "edit.png")])
-    assert "tokens with maps of their own: of a sphere" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tokens with maps of their own: of a sphere" in printed
+    names = [str(tmp_path / f"edit{name}.png") for name in ("", "_prompt", "_target")]
+    assert printed.startswith(f"{', '.join(names)}: ")
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(names)
     both, prompt, target = (
         iio.imread(tmp_path / f"edit{name}.png") for name in ("", "_prompt", "_target")
     )
