@@ -32,6 +32,7 @@ from pathlib import Path
 
 from nerf.training import last_net
 from nerf.training.arguments import ArgumentParser
+from nerf.training.files import folders_above
 from nerf.training.plain_text import one_line
 
 EXAMPLE = "http://cseweb.ucsd.edu/~viscomp/projects/LF/papers/ECCV20/nerf/nerf_example_data.zip"
@@ -286,7 +287,13 @@ def download(scene: str, root: Path, url: str | None = None, sha256: str | None 
     for path in (target, archive):
         if path.exists() and not path.is_file() or path == target and path.is_file():
             raise DownloadError(f"{path}: is in the way; move it elsewhere")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with folders_above(target):
+        obtain(scene, url, archive, target, sha256)
+    return target
+
+
+def obtain(scene: str, url: str, archive: Path, target: Path, sha256: str | None) -> None:
+    """Download ``archive`` unless it exists, and unpack ``target`` from it; see ``download``."""
     stated, own = None, not archive.exists()
     if own:
         print(f"downloading {url}")
@@ -302,7 +309,6 @@ def download(scene: str, root: Path, url: str | None = None, sha256: str | None 
     print(f"{archive}: SHA-256 {actual}" + (" as expected" if expected else ""))
     unpack(archive, scene, target, remove_damaged=own)
     print(f"{target}: ready; {archive} may be deleted")
-    return target
 
 
 def main() -> int:

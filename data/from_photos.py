@@ -30,7 +30,7 @@ from nerf.datasets.colmap_model import Model, read_model
 from nerf.datasets.wrong_folder import DATA, quoted
 from nerf.training import last_net
 from nerf.training.arguments import ArgumentParser
-from nerf.training.files import unfinished_folder
+from nerf.training.files import folders_above, unfinished_folder
 from nerf.training.plain_text import one_line
 
 FEWEST = 3  # registered photos without which there is no scene
@@ -219,9 +219,8 @@ def make(source: Path, out: Path, args: argparse.Namespace, log: Log) -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it first, or give another --out")
     sfm.require()
-    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with unfinished_folder(out) as work:
+    with folders_above(out), unfinished_folder(out) as work:
         photos = gather(source, work / "images", args, log)
         log(f"{len(photos)} pictures, {photos[0].width}x{photos[0].height}; finding features ...")
         found = sfm.run(

@@ -32,7 +32,7 @@ from nerf.lenses import from_colmap
 from nerf.media import write_png
 from nerf.training import last_net
 from nerf.training.arguments import ArgumentParser
-from nerf.training.files import unfinished_folder
+from nerf.training.files import folders_above, unfinished_folder
 
 RADIUS = 4.0  # distance of the cameras from the origin
 FORMATS = ("blender", "llff", "deepvoxels", "linemod", "transforms", "colmap")
@@ -236,8 +236,7 @@ def make(out: Path, kind: str, size: int, counts: dict[str, int], show: bool = F
 
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it first, or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished_folder(out) as temporary:
+    with folders_above(out), unfinished_folder(out) as temporary:
         with tqdm(total=sum(counts.values()), disable=not show, desc="demo scene") as bar:
             WRITERS[kind](temporary, size, counts, bar.update)
         os.chmod(temporary, 0o755)

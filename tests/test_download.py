@@ -192,7 +192,21 @@ def test_whatever_a_server_answers_is_one_line_and_leaves_nothing(
         for part in tmp_path.glob(".*.part"):
             assert part.stat().st_size <= 3, what  # half a chunk: it can be resumed
             part.unlink()
-        assert [path.name for path in tmp_path.rglob("*")] == ["nerf_synthetic"], what
+        assert not list(tmp_path.rglob("*")), what
+
+
+def test_a_failed_download_leaves_no_empty_folder(served, tmp_path):
+    """Neither the scenes' folder, nor that of --root; what was there before stays."""
+    served["content"] = None
+    (tmp_path / "data").mkdir()
+    for root in (tmp_path / "data", tmp_path / "new" / "data"):
+        with pytest.raises(download.DownloadError, match="answers 404"):
+            download.download("lego", root, served["url"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["data"]
+    served |= {"content": archive()[:-30], "etag": "none"}  # damaged
+    with pytest.raises(download.DownloadError, match="damaged and removed"):
+        download.download("lego", tmp_path / "new", served["url"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["data"]
 
 
 def test_a_resumed_download_trusts_no_other_part_than_its_own(served, tmp_path):
@@ -305,7 +319,7 @@ def test_archives_that_cannot_be_unpacked_are_one_line(served, tmp_path, monkeyp
         code, error = run(monkeypatch, capsys, tmp_path, "--url", served["url"])
         assert code == 2 and expected in error and error.isascii(), (what, error)
         (tmp_path / "example.zip").unlink(missing_ok=True)
-        assert [path.name for path in tmp_path.rglob("*")] == ["nerf_synthetic"], what
+        assert not list(tmp_path.rglob("*")), what
 
 
 def test_what_a_kill_after_the_last_rename_left_is_cleared(served, tmp_path):

@@ -358,6 +358,15 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_cannot_be_made_leaves_no_empty_folder(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pycolmap", reason="needs pycolmap")
+    (tmp_path / "photos").mkdir()
+    words = [tmp_path / "photos", "--out", tmp_path / "scenes" / "new" / "mine"]
+    code, _, errors = run(monkeypatch, capsys, *words)
+    assert code == 2 and "holds no photo" in errors[0]
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos"]
+
+
 def test_a_missing_pycolmap_is_one_line_that_installs_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycolmap", None)
     folder = fill(tmp_path / "mine", 4)

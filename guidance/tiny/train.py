@@ -31,7 +31,7 @@ from nerf.training import last_net
 from nerf.training.arguments import ArgumentParser
 from nerf.training.distributed import choose_device
 from nerf.training.ema import EMA
-from nerf.training.files import replace_file, unfinished_folder
+from nerf.training.files import folders_above, replace_file, unfinished_folder
 from nerf.training.rng import seed_everything, step_generator
 from nerf.training.system import StopSignal, autocast
 
@@ -343,8 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, both, ready = train_unet(args, data["facts"], latents, device)
     if ready:
         parts = tokenizer, both["text"], vae, both["unet"], pictures.vocabulary()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished_folder(args.out) as temporary:
+        with folders_above(args.out), unfinished_folder(args.out) as temporary:
             build.write_folder(temporary / "model", *parts)
             put(temporary / "model", args.out)
         print(f"written: {args.out}", flush=True)

@@ -78,6 +78,19 @@ def describe_lost(failed: dict[str, str], *, has_checkpoint: bool) -> str:
 
 
 @contextmanager
+def folders_above(target: Path) -> Iterator[None]:
+    """Make the folders above ``target``; after the block those are removed that stayed empty."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:  # the innermost first
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
     """A new hidden folder beside ``target``, to be filled and renamed; removed after the block.
 
