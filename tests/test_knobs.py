@@ -111,7 +111,7 @@ def test_a_scene_repeats_to_the_bit_and_tells_as_much_as_is_asked(tiny, tmp_path
     states = [newest(tmp_path / name)["network_fn_state_dict"] for name in ("loud", "calm")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     log = (tmp_path / "calm" / "log.txt").read_text()
-    assert "deterministic algorithms: the same machine" in log
+    assert "deterministic algorithms: a run repeated" in log
     assert ("shapes are checked" in log) == HAS_CHECKERS
     assert "step 4/4" in log and "test: PSNR" in log
     allowed = ("LPIPS is not measured", "warning")
