@@ -66,3 +66,15 @@ def test_a_run_says_once_what_is_lost_and_what_to_do(tmp_path, small, capsys):
 def test_what_a_full_disk_did_not_take_needs_no_room():
     line = describe_lost({"checkpoint": "removed with the run folder"}, has_checkpoint=False)
     assert line == "not everything is on the disk: checkpoint (removed with the run folder)"
+
+
+def test_a_start_without_room_for_its_records_names_the_disk(tmp_path, small, monkeypatch):
+    def full(*given):
+        raise FULL
+
+    with RunFolder(tmp_path / "run", is_main=True, lock=True) as run:
+        monkeypatch.setattr(run._records, "write", full)
+        with pytest.raises(OSError, match="cannot be written to") as refused:
+            run.record({}, "")
+    assert f"the disk of {tmp_path}/run is full, 300 KB free" in str(refused.value)
+    assert "choose another --basedir" in str(refused.value)

@@ -63,6 +63,17 @@ def why_not_written(error: BaseException, folder: Path) -> str:
     return f"the disk of {folder} is full, {free >> 10} KB free"
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Inside the block an OSError names ``folder``, the reason and the cure."""
+    try:
+        yield
+    except OSError as error:
+        reason = why_not_written(error, folder)
+        cure = "make room, or choose another --basedir"
+        raise OSError(f"{folder}: cannot be written to ({reason}); {cure}") from error
+
+
 def describe_lost(failed: dict[str, str], *, has_checkpoint: bool) -> str:
     """One line about what a run could not write, and how to make up for it.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from nerf.media import write_png
 from nerf.training import last_net, logged
-from nerf.training.files import describe_lost, open_append, why_not_written
+from nerf.training.files import describe_lost, open_append, why_not_written, writing_to
 from nerf.training.plain_text import indented, one_line
 from nerf.training.run_records import RECORDS, Records, refuse_links
 
@@ -220,7 +220,8 @@ class RunFolder:
         as_config: the flags as a config file.
         """
         if self.is_main:
-            self._records.write(flags, as_config, self.guard)
+            with writing_to(self.folder):
+                self._records.write(flags, as_config, self.guard)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; {} if there is none, or on ranks other than 0."""
