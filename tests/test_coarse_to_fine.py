@@ -141,9 +141,9 @@ def test_two_processes_refine_alike(tiny, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--grid_steps", "9,4"], "expected numbers of updates that rise"),
-        (["--grid_steps", "0,4"], "expected numbers of updates that rise"),
-        (["--grid_steps", "soon"], "expected numbers of updates that rise"),
+        (["--grid_steps", "9,4"], "expected rising numbers of updates"),
+        (["--grid_steps", "0,4"], "expected rising numbers of updates"),
+        (["--grid_steps", "soon"], "expected rising numbers of updates"),
         (["--grid_steps", "4", "--field", "hashgrid"], "--grid_steps is for --field triplane"),
         (["--grid_steps", "4", "--grid_start", "99", "--grid_res", "64"], "exceeds --grid_res 64"),
         (["--log2_hashmap_size", "40"], "from 8 to 24"),

@@ -98,7 +98,7 @@ def assert_trained(run, mode, config):
         assert turntable.exists() == ("2d" not in mode)
         assert (run / f"mesh{ending}.glb").exists() == ("2d" not in mode)
     log = (run / "log.txt").read_text()
-    left_out = set(re.findall(r"--(\w+)", "".join(re.findall(r".* left out", log))))
+    left_out = set(re.findall(r"--(\w+)", "".join(re.findall(r".* (?:is|are) not used", log))))
     assert unusable(config, mode) <= left_out, log
     assert "next: open" in log
 
@@ -144,8 +144,8 @@ REFUSED = {
     "--space 2d --perp_neg": "--perp_neg tells views apart, and --space 2d has none",
     "--space 2d --n_particles 2": "leave out --n_particles",
     "--space 2d --train_res 0:8,9:16": "give --train_res one number",
-    "--space 2d --viewer": "there is no object for --export, --render_only and --viewer",
-    "--guidance gaussian --perp_neg": "--guidance gaussian has no words",
+    "--space 2d --viewer": "and no object; leave out --export, --render_only and --viewer",
+    "--guidance gaussian --perp_neg": "--guidance gaussian reads no prompt",
     "--guidance csd --lora_file x": "--lora_file is for --guidance vsd",
     "--field hashgrid --smooth_planes": "--smooth_planes is for --field triplane, not hashgrid",
     "--field triplane --normals analytic": "use --normals fd",

@@ -93,8 +93,8 @@ def test_ways_from_one_step_to_the_next(shape, middle, quarter):
 WRONG = {
     "run_nerf.py": {
         "--lambda_tv 0:1,5:2:fast": "in straight lines; step:value:exp",
-        "--lambda_l1 0:0,5:1:exp": "exp goes between numbers above 0",
-        "--lrate 0:1e-3:exp,5:1e-4": "nothing is before its first step",
+        "--lambda_l1 0:0,5:1:exp": "exp needs values above 0",
+        "--lrate 0:1e-3:exp,5:1e-4": "the first step takes no shape",
         "--lrate 0:1e-3,5:0": "a number above 0",
         "--lrate fast": "expected a number above 0",
         "--raw_noise_std 0:1,5:-1": "0 or more",

@@ -320,18 +320,18 @@ def check_dream_flags(args: argparse.Namespace, num_ranks: int) -> None:
          "--normals analytic needs second derivatives, which --field triplane lacks; "
          "use --normals fd"),
         (args.space == "2d" and (reading_flags(args) or args.viewer),
-         "--space 2d makes pictures, in previews/: there is no object for --export, --render_only "
-         "and --viewer; leave them out"),
+         "--space 2d makes pictures (in previews/) and no object; leave out --export, "
+         "--render_only and --viewer"),
         (args.space == "2d" and args.init_from,
          "--init_from starts from an object, and --space 2d makes none; leave one out"),
         (args.space == "2d" and len(sizes) > 1,
-         "--space 2d keeps one size; give --train_res one number"),
+         "--space 2d has pictures of one size; give --train_res one number"),
         (args.space == "2d" and args.n_particles > 1,
          "--space 2d makes --batch_views pictures; leave out --n_particles"),
         (min(sizes) < 8 or max(sizes) > 8192 or any(size % 1 for size in sizes),
          f"--train_res {args.train_res}; expected whole numbers, at least 8, at most 8192"),
         (not set(shapes) <= {"linear", "step"},
-         f"--train_res {args.train_res}; expected no exp and cosine: sizes jump"),
+         f"--train_res {args.train_res}; sizes jump: expected no exp or cosine"),
     ])  # fmt: skip
     check_camera_flags(args)
     check_guidance_flags(args)
@@ -348,11 +348,11 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
          '--prompt is empty; say what to make: --prompt "a red cone"'),
         *(
             (not all(0 <= value <= 1 for value in parse_schedule(getattr(args, name))[1]),
-             f"--{name} {getattr(args, name)}; expected parts from 0 to 1")
+             f"--{name} {getattr(args, name)}; expected numbers from 0 to 1")
             for name in ("t_min", "t_max", "guidance_rescale")
         ),
         (any(scheduled(args.t_min, step) > scheduled(args.t_max, step) for step in steps),
-         f"--t_min {args.t_min} is above --t_max {args.t_max}; exchange them"),
+         f"--t_min {args.t_min} is above --t_max {args.t_max}; give --t_min the lower value"),
         *(
             (min(parse_schedule(getattr(args, name))[1]) < 0,
              f"--{name} {getattr(args, name)}; expected 0 or more")
@@ -360,9 +360,9 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
             if name == "latent_clip" or name.startswith("lambda_")
         ),
         (gaussian and (args.perp_neg or args.i_attn),
-         "--guidance gaussian has no words: leave out --perp_neg and --i_attn"),
+         "--guidance gaussian reads no prompt; leave out --perp_neg and --i_attn"),
         (gaussian and args.guidance_res,
-         "--guidance gaussian sees renders as they are: leave out --guidance_res"),
+         "--guidance gaussian does not resize renders; leave out --guidance_res"),
         (args.perp_neg and args.space == "2d",
          "--perp_neg tells views apart, and --space 2d has none; leave it out"),
         *(
@@ -400,5 +400,5 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"--prompt_file {path}: cannot be read ({error})") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise ValueError(f"--prompt_file {path}: no prompts in it; write one a line")
+        raise ValueError(f"--prompt_file {path} has no prompts; write one per line")
     return prompts

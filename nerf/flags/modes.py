@@ -30,7 +30,7 @@ class Mode(NamedTuple):
 
 
 MODES = (
-    Mode(lambda args: args.space == "2d", "--space 2d makes pictures, no object",
+    Mode(lambda args: args.space == "2d", "--space 2d makes pictures and no object",
          (*SHAPE_LOSSES, "mesh", "i_video", *OBJECT, *OF_MLP, *OF_GRIDS, "smooth_planes", *LIGHT)),
     Mode(lambda args: args.space == "3d" and args.field == "mlp", "--field mlp has no feature grid",
          (*OF_GRIDS, *OF_TRI_PLANES)),
@@ -64,10 +64,12 @@ def leave_out(
                 setattr(args, name, default(name))
         if set_flags:
             names = ", ".join(f"--{name}" for name in set_flags)
-            lines.append(f"{mode.reason}: {names} left out")
+            lines.append(
+                f"{mode.reason}: {names} {'is' if len(set_flags) == 1 else 'are'} not used"
+            )
     if args.space == "2d" and len(parse_schedule(args.train_res)[1]) > 1:
         if "train_res" not in typed:
             size = f"{highest(args.train_res):g}"
-            lines.append(f"--train_res {args.train_res} -> {size}: --space 2d keeps one size")
+            lines.append(f"--train_res {args.train_res} -> {size}: --space 2d has a single size")
             args.train_res = size
     return lines

@@ -99,7 +99,7 @@ def rising_steps(text: str) -> str:
     steps = [int(part) if part.isascii() and part.isdigit() else -1 for part in parts]
     rises = all(0 < low < high for low, high in zip(steps, steps[1:], strict=False))
     if min(steps) < 0 or max(steps) >= 2**53 or not rises:
-        raise argparse.ArgumentTypeError("expected numbers of updates that rise, as in 500,1000; 0")
+        raise argparse.ArgumentTypeError("expected rising numbers of updates, e.g. 500,1000, or 0")
     return ",".join(map(str, steps))
 
 
@@ -176,7 +176,7 @@ def whole_schedule(text: str) -> int | str:
     """A whole number, 1 or more, or a schedule of such, which jumps at its steps."""
     found = _or_schedule(positive_int, text)
     if isinstance(found, str) and not set(parse_schedule(found).shapes) <= {"linear", "step"}:
-        raise argparse.ArgumentTypeError("expected no exp and cosine: whole numbers jump")
+        raise argparse.ArgumentTypeError("whole numbers jump: expected no exp or cosine")
     return found
 
 

@@ -148,7 +148,7 @@ def setup(device: str) -> World:
         except (RuntimeError, ValueError) as error:
             place = ":".join(os.environ.get(name, "") for name in MEETING)
             raise ValueError(
-                f"the {size} processes do not meet at {place} ({str(error).splitlines()[0]}); "
+                f"the {size} processes cannot connect at {place} ({str(error).splitlines()[0]}); "
                 f"check {' and '.join(MEETING)}, or start them with torchrun"
             ) from None
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))

@@ -59,10 +59,10 @@ def parse_schedule(text: str) -> Schedule:
     if any(second <= first for first, second in pairwise(steps)):
         raise ValueError(f"{text!r}: the steps must ascend: {GRAMMAR}")
     if len(pieces[0]) == 3:
-        raise ValueError(f"{text!r}: nothing is before its first step: {GRAMMAR}")
+        raise ValueError(f"{text!r}: the first step takes no shape such as :exp: {GRAMMAR}")
     for place, shape in enumerate(found.shapes):
         if shape == "exp" and min(values[place - 1 : place + 1]) <= 0:
-            raise ValueError(f"{text!r}: exp goes between numbers above 0: {GRAMMAR}")
+            raise ValueError(f"{text!r}: exp needs values above 0: {GRAMMAR}")
     return found
 
 
