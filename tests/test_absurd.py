@@ -62,7 +62,7 @@ def test_a_checkpoint_that_is_no_file_is_one_line(tiny, tmp_path, kind):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     path = path if kind == "pipe" else kind
-    one_line(run_main(run_nerf.main, *tiny, "--ft_path", path), "is no file")
+    one_line(run_main(run_nerf.main, *tiny, "--ft_path", path), "is not a file")
 
 
 def test_cameras_at_one_point_have_no_box(demo_copy, tmp_path):

@@ -66,7 +66,7 @@ def test_between_keys_cameras_stay_rotations_and_move_smoothly():
         ("{", "is no camera path"),
         ("[1]", "is no camera path"),
         (keyed(1, np.eye(3, 4), 40, 1), "1 key frame"),
-        (keyed(1, (2 * np.eye(3, 4)), 40, 2), "no rotation"),
+        (keyed(1, (2 * np.eye(3, 4)), 40, 2), "not a rotation"),
         (keyed(1, np.eye(3, 4), 0, 2), "fov_deg"),
         (keyed(1e9, np.eye(3, 4), 9, 2), "fps"),
     ],
