@@ -1,6 +1,7 @@
 """The scene's bounds, from its cameras, and its visual hull, from alpha masks."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,10 @@ from nerf.cameras import nearest_point_to_axes
 from nerf.datasets.scene import Scene
 from nerf.occupancy import Box, Contraction, OccupancyGrid, Space
 
+MAX_REACH = 64  # pixels that half a cell may cover in a picture which excludes it
+MOST_VIEWS = 0.8  # that have a cell in their frames, so that the hull tells whether it is solid
+MOST_KEPT = 0.7  # of the box is inside a visual hull that is of use
+
 
 def scene_space(
     scene: Scene, num_steps: int, *, bound: float, contract: bool, cone_angle: float
@@ -20,8 +25,8 @@ def scene_space(
 
     num_steps, cone_angle: see ``Box`` and ``Contraction``. bound: half the side of a cube around
     the origin. 0: in NDC, the box around the rays of the corner pixels; else the dataset's own box;
-    else a cube around the point nearest to all optical axes, as wide as the frame of the farthest
-    camera is there. ValueError if all cameras are at one point, without any of these.
+    else a cube around the point nearest to all optical axes, as wide as the widest frame is there.
+    ValueError if all cameras are at one point, without any of these.
     """
     if contract:
         return Contraction(scene.near, scene.far, num_steps, cone_angle).to(scene.c2w.device)
@@ -47,8 +52,9 @@ def scene_space(
         return Box(low, high, num_steps)
     center = torch.tensor(nearest_point_to_axes(c2w.double().cpu().numpy())).to(c2w)
     distance = (c2w[:, :, 3] - center).norm(dim=-1)
-    half = 0.5 * max(scene.width, scene.height) / intrinsics[:, :2].min()
-    radius = (distance.max() * half).clamp(max=float(distance.max()))
+    sizes = torch.tensor([max(scene.view_size(view)) for view in views]).to(c2w)
+    half = 0.5 * sizes / intrinsics[:, :2].amin(1)
+    radius = (distance * half).max().clamp(max=float(distance.max()))
     if not bool((center + radius > center).all()):
         raise ValueError(
             "all training cameras stand at one point, which tells no size of the scene; give "
@@ -62,7 +68,7 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
     """Cells [R^3] bool that project into no transparent pixel (VaxNeRF, Kondo et al. 2021).
 
     Alpha masks are dilated by half of a cell's diagonal, so that a cell stays if any part of it may
-    be visible. A picture excludes no cell outside of its frame.
+    be visible. A picture excludes no cell outside of its frame, and none that is too close to it.
     """
     device = scene.c2w.device
     possible = torch.ones(grid.resolution**3, dtype=torch.bool, device=device)
@@ -71,39 +77,56 @@ def visual_hull(scene: Scene, grid: OccupancyGrid, box: Box) -> Tensor:
         if not len(cells):
             break
         height, width = scene.view_size(view)
-        x, y, depth, reach = _project(scene, view, grid, box, cells)
+        x, y, depth, pixels = _project(scene, view, grid, box, cells)
         alpha = (scene.images[view, :height, :width, 3] > 0).to(device)
         if scene.usable is not None:  # masked pixels exclude nothing
             alpha = alpha | ~scene.usable[view, :height, :width]
         alpha = alpha.float()[None, None]
-        opaque = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (depth > 0)
-        empty = inside & ~opaque[y.clamp(0, height - 1), x.clamp(0, width - 1)]
-        possible[cells[empty]] = False
+        x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+        for part, reach in _by_reach(depth, pixels):
+            opaque = F.max_pool2d(alpha, 2 * reach + 1, stride=1, padding=reach)[0, 0] > 0
+            possible[cells[part & inside & ~opaque[y, x]]] = False
     return possible
+
+
+def _by_reach(depth: Tensor, pixels: float) -> Iterator[tuple[Tensor, int]]:
+    """Groups of cells, bool [M], and how many pixels one of them may reach from its center's pixel.
+
+    pixels: half a cell's diagonal at depth 1, in pixels. All are one group, unless there are some
+    that reach further than MAX_REACH; these are in no group.
+    """
+    nearest = float(depth.min())
+    if nearest * MAX_REACH >= pixels:
+        yield torch.ones_like(depth, dtype=torch.bool), int(pixels / nearest) + 1
+        return
+    end = math.inf
+    for reach in (MAX_REACH >> 3, MAX_REACH >> 2, MAX_REACH >> 1, MAX_REACH):
+        start = pixels / reach
+        yield (depth >= start) & (depth < end), reach + 1
+        end = start
 
 
 def _project(
     scene: Scene, view: int, grid: OccupancyGrid, box: Box, cells: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Pixel column and row, long, and depth [M] of the centers of cells [M] in a view.
 
-    Last, how far any of the cells reaches from the pixel of its center, in pixels, at most 65.
+    Last, half a cell's diagonal at depth 1, in pixels.
     """
     points = box.from_unit(grid.cell_points(cells))
     local = (points - scene.c2w[view, :, 3]) @ scene.c2w[view, :, :3]
     depth = -local[:, 2]
     fx, fy, cx, cy = scene.intrinsics[view, :4].tolist()
     radius = float(((box.high - box.low) / grid.resolution).norm()) / 2
-    nearest = max(float(depth.min()), 1e-3)
-    reach = int(min(max(fx, fy) * radius / nearest, 64)) + 1
     x, y = fx * local[:, 0] / depth, -fy * local[:, 1] / depth
     if scene.intrinsics.shape[-1] > 4:
         points = local * local.new_tensor([1.0, -1.0, -1.0])
         right, down = lenses.project(points, scene.intrinsics[view, 4:]).unbind(-1)
         x, y = fx * right, fy * down
     shift = 0.0 if scene.pixel_center else 0.5
-    return (x + cx + shift).floor().long(), (y + cy + shift).floor().long(), depth, reach
+    column, row = (x + cx + shift).floor().long(), (y + cy + shift).floor().long()
+    return column, row, depth, max(fx, fy) * radius
 
 
 @torch.no_grad()
@@ -113,7 +136,8 @@ def hull_scene(
     """The scene with only those pixels for training whose rays may meet the visual hull.
 
     The others show background alone: their rays have no samples, but they are marched (TensoRF
-    filters its rays likewise). A view that sees no cell, or has one behind it, keeps all pixels.
+    filters its rays likewise). A view that sees no cell, or has one too close to it or behind it,
+    keeps all pixels.
     Without a visual hull in a box, or with a mapped file, ``log`` says so, and all are kept.
     """
     if scene.stored or not isinstance(space, Box) or bool(grid.possible.all()):
@@ -123,9 +147,11 @@ def hull_scene(
     cells = grid.possible.nonzero()[:, 0]
     for view in scene.splits["train"]:
         height, width = scene.view_size(view)
-        x, y, depth, reach = _project(scene, view, grid, space, cells)
-        if not bool((depth > 0).all()):
+        x, y, depth, pixels = _project(scene, view, grid, space, cells)
+        nearest = float(depth.min())
+        if nearest * MAX_REACH < pixels:  # the camera is among the cells
             continue
+        reach = int(pixels / nearest) + 1
         x, y = x + reach, y + reach  # cells just outside of the frame reach into it
         seen = (x >= 0) & (x < width + 2 * reach) & (y >= 0) & (y < height + 2 * reach)
         frame = torch.zeros(height + 2 * reach, width + 2 * reach, device=depth.device)
@@ -142,8 +168,9 @@ def hull_scene(
 def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]:
     """The box around the visual hull, with the cells of ``grid`` outside of the hull excluded.
 
-    Returns that box, and a warning if the hull reaches a side of the old ``box``, which may then
-    cut the scene. ValueError if the pictures have no alpha or the hull is empty.
+    Returns that box, and a warning: if cells at a side of the old ``box`` are solid, which may then
+    cut the scene, or if nearly nothing is excluded. ValueError if the pictures have no alpha or the
+    hull is empty.
     """
     if scene.ndc:
         return box, "--hull_init: not used, the scene is in NDC"
@@ -161,9 +188,58 @@ def carve(scene: Scene, grid: OccupancyGrid, box: Box) -> tuple[Box, str | None]
     low, high = centers.amin(0) - half, centers.amax(0) + half
     warning = None
     if bool((low < -1 + half).any() or (high > 1 - half).any()):
+        warning = _cut_by(scene, grid, box, cells)
+    kept = len(cells) / grid.resolution**3
+    if warning is None and kept > MOST_KEPT:
         warning = (
-            "the scene reaches the sides of its box and may be cut; give a larger --scene_bound"
+            f"the visual hull excludes only {1 - kept:.0%} of the box, since few pictures see the "
+            "rest or its cells are too large for them; give a smaller --scene_bound"
         )
     tight = Box(box.from_unit(low), box.from_unit(high), box.num_steps)
     grid.carve(visual_hull(scene, grid, tight))
     return tight, warning
+
+
+def _cut_by(scene: Scene, grid: OccupancyGrid, box: Box, cells: Tensor) -> str | None:
+    """A warning if solid cells are at a side of ``box``: those that MOST_VIEWS see.
+
+    Where fewer see them, the pictures do not say whether anything is there.
+    """
+    if not _reaches_sides(scene, grid, box, cells)[0]:
+        return None
+    needed = 0.0
+    for factor in (2, 4, 8):
+        middle, half = (box.low + box.high) / 2, factor * (box.high - box.low) / 2
+        wide = Box(middle - half, middle + half, box.num_steps)
+        cells = visual_hull(scene, grid, wide).nonzero()[:, 0]
+        cut, needed = _reaches_sides(scene, grid, wide, cells)
+        if not cut:
+            break
+    advice = f", such as {needed:.2g}" if needed and not cut else ""
+    return (
+        "the scene reaches the sides of its box and may be cut; give a larger --scene_bound"
+        f"{advice}"
+    )
+
+
+def _reaches_sides(
+    scene: Scene, grid: OccupancyGrid, box: Box, cells: Tensor
+) -> tuple[bool, float]:
+    """Whether solid ones of the cells are at a side of ``box``, and their largest coordinate."""
+    solid = cells[_is_seen(scene, grid, box, cells)]
+    if not len(solid):
+        return False, 0.0
+    centers, half = grid.cell_points(solid), 1.0 / grid.resolution
+    edge = (box.high - box.low).max() * half
+    largest = box.from_unit(centers).abs().max() + edge
+    return bool((centers.abs() > 1 - 1.5 * half).any()), float(largest)
+
+
+def _is_seen(scene: Scene, grid: OccupancyGrid, box: Box, cells: Tensor) -> Tensor:
+    """Which of the cells [M] lie in the frames of MOST_VIEWS of the training views, bool [M]."""
+    views, count = scene.splits["train"], torch.zeros_like(cells)
+    for view in views:
+        height, width = scene.view_size(view)
+        x, y, depth, _ = _project(scene, view, grid, box, cells)
+        count += (x >= 0) & (x < width) & (y >= 0) & (y < height) & (depth > 0)
+    return count >= MOST_VIEWS * len(views)

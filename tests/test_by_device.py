@@ -42,7 +42,7 @@ def test_a_cpu_keeps_the_values_that_the_configs_had(tmp_path):
     args = nerf.parse([*LEGO, "--basedir", str(tmp_path)])
     assert (args.target_samples, args.grid_res, args.march_steps) == (8192, 128, 128)
     assert args.N_iters == 6000
-    assert "for a CPU: target_samples 8192" in args.notes[0]
+    assert "for a CPU (--by_device lego_fast): target_samples 8192" in args.notes[0]
     config = str(REPOSITORY / "configs/capture360_fast.txt")
     args = nerf.parse(["--config", config, "--basedir", str(tmp_path)])
     assert (args.target_samples, args.grid_res, args.march_steps) == (16384, 256, 64)
@@ -98,7 +98,7 @@ def test_the_log_and_the_record_hold_what_was_chosen(data, tmp_path, gpu):
     result = run_main(run_nerf.main, *flags)
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "tiny" / "log.txt").read_text()
-    assert "by device, for a GPU: march_steps 512\n" in log
+    assert "settings for a GPU (--by_device fast): march_steps 512\n" in log
     args = json.loads((tmp_path / "tiny" / "args.json").read_text())
     assert args["march_steps"] == 512 and args["grid_res"] == 16 and args["by_device"] == "fast"
     # Its own record holds every value: nothing is chosen again.

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import make_demo
 import pytest
 import torch
 from helpers import FAST_TINY, assert_same_training, newest, run_main
@@ -91,3 +92,66 @@ def test_flags_that_contradict_it_are_refused(tiny):
     ):
         done = run_main(run_nerf.main, *tiny, *words)
         assert done.returncode == 2 and message in done.stderr
+
+
+# ------------------------------------------------------------------- what is said about the box
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory):
+    """The demo scene from 14 sides; its widest coordinate is 1.3."""
+    folder = tmp_path_factory.mktemp("around") / "demo"
+    make_demo.make(folder, "blender", 40, {"train": 14, "val": 1, "test": 1})
+    return build.load_scene(
+        nerf_flags.parse(["--datadir", str(folder), "--dataset_type", "blender"])
+    )
+
+
+def carved(scene, bound, resolution=32):
+    grid = OccupancyGrid(resolution)
+    box = scene_space(scene, 64, bound=bound, contract=False, cone_angle=0.0)
+    return (grid, *carve(scene, grid, box))
+
+
+def test_a_box_that_cuts_the_scene_is_said_with_a_bound_that_does_not(around):
+    warning = carved(around, 0.6)[2]
+    assert "may be cut" in warning
+    enough = float(warning.rpartition(" ")[2])
+    assert 1.3 < enough < 2.5 and "cut" not in (carved(around, 1.1 * enough)[2] or "")
+
+
+def test_sides_that_few_pictures_see_are_no_scene(around):
+    grid, box, warning = carved(around, 3.0)
+    assert float(box.high.max()) == 3.0  # nothing excludes the corners, which few frames hold
+    assert "cut" not in (warning or "")
+
+
+def test_a_hull_that_excludes_nearly_nothing_is_said(around):
+    warning = carved(around, 60.0, 16)[2]
+    assert "excludes only" in warning and "smaller --scene_bound" in warning
+
+
+def test_cameras_inside_the_box_carve_what_is_far_from_them(around):
+    """And lose nothing of the hull of a box that they are outside of."""
+    grid, box, _ = carved(around, 2.4, 48)
+    wide, outer, _ = carved(around, 5.0, 48)  # cameras are 4 from the origin
+    solid = box.from_unit(grid.cell_points(grid.possible.nonzero()[:, 0]))
+    solid = solid[(solid.abs() < 1.2).all(-1)]
+    x, y, z = ((outer.to_unit(solid) + 1) / 2 * 48).long().unbind(-1)
+    # A cell at the hull's rim is kept for a part of it that may lie in the next wide cell.
+    assert wide.possible[(x * 48 + y) * 48 + z].float().mean() > 0.99
+    assert wide.fraction < 0.96
+
+
+def test_one_smaller_picture_does_not_change_the_box(scene):
+    """Its camera has half the focal length in pixels, and half the frame."""
+    whole = scene_space(scene, 64, bound=0.0, contract=False, cone_angle=0.0)
+    intrinsics, sizes = scene.intrinsics.clone(), torch.tensor([[scene.height, scene.width]])
+    sizes = sizes.repeat(len(intrinsics), 1)
+    first = scene.splits["train"][0]
+    intrinsics[first], sizes[first] = intrinsics[first] / 2, sizes[first] // 2
+    usable = torch.ones(scene.images.shape[:3], dtype=torch.bool)
+    usable[first, scene.height // 2 :] = usable[first, :, scene.width // 2 :] = False
+    mixed = replace(scene, intrinsics=intrinsics, sizes=sizes, usable=usable)
+    space = scene_space(mixed, 64, bound=0.0, contract=False, cone_angle=0.0)
+    torch.testing.assert_close(space.high, whole.high)

@@ -270,7 +270,10 @@ def test_servers_listen_on_this_machine_only_unless_told():
     assert [(n, "host" in k) for n, k, _ in listening if "Viser" in n] == [
         ("viser.ViserServer", True)
     ]
-    assert len(listening) - 1 == sum(".bind" in name for name, _, _ in listening), listening
+    ports = [name for name, _, _ in listening if ".bind" in name]  # asked whether they are free
+    soak = (REPOSITORY / "benchmarks" / "soak_inputs.py").read_text(encoding="utf-8")
+    archives = soak.count('ThreadingHTTPServer(("127.0.0.1", 0)')  # what data/download.py fetches
+    assert len(listening) == 1 + len(ports) + archives, listening
 
 
 # ------------------------------------------------------------------------------- the document

@@ -72,7 +72,8 @@ def choose_by_device(
     if not chosen:
         return []
     listed = ", ".join(f"{flag} {value}" for flag, value in chosen.items())
-    return [f"by device, for a {'GPU' if on_gpu else 'CPU'}{source}: {listed}"]
+    device = "GPU" if on_gpu else "CPU"
+    return [f"settings for a {device}{source} (--by_device {args.by_device}): {listed}"]
 
 
 def _began_on_gpu(
