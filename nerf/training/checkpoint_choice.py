@@ -268,7 +268,7 @@ def chosen_checkpoint(run: RunFolder, choice: str, log: Log) -> SavedState | Non
         return path, load_checkpoint(path)
     names = [f"{int(path.stem)}{' (best)' * (int(path.stem) == best)}" for path in reversed(paths)]
     what = "of this step" if choice != "best" else (
-        "that a validation chose (--i_img; text to 3D measures nothing unless --monitor says what)"
+        "chosen by a score (a scene is validated every --i_img updates, text to 3D needs --monitor)"
     )  # fmt: skip
     raise ValueError(
         f"--ckpt {choice}: {run.folder} has no checkpoint {what}; it has {', '.join(names)}"
