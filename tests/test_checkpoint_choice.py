@@ -307,7 +307,7 @@ def test_text_to_3d_has_a_best_checkpoint_only_by_what_is_stated(tmp_path):
     assert "expected none, NAME:min or NAME:max" in refused("--monitor", "sds")
     assert "--save_top_k 2 needs --monitor" in refused("--save_top_k", 2)
     assert dream("--expname", "other", "--N_iters", 5).returncode == 0
-    assert "text to 3D measures nothing" in refused("--render_only", "--ckpt", "best")
+    assert "text to 3D needs --monitor" in refused("--render_only", "--ckpt", "best")
 
 
 @pytest.mark.parametrize("flags", [nerf_flags.nerf_parser(), dream_flags.dream_parser()])

@@ -45,7 +45,7 @@ def test_the_embedded_models_config_runs_in_every_mode(mode, tmp_path):
     words = [*flags.split(), *mode.split(), "--prompt", "a red cone", "--basedir", tmp_path]
     result = dream(*words)
     assert result.returncode == 0, result.stderr
-    assert ("left out" in result.stderr) == ("2d" in mode)
+    assert ("are not used" in result.stderr) == ("2d" in mode)
 
 
 def test_a_failed_command_leaves_no_folder(tmp_path):

@@ -391,7 +391,7 @@ MISTAKES = {
     "--no_reload --render_only": "contradict",
     "--half_res --downscale 2": "leave out --half_res, or leave out --downscale",
     "--downscale 3": "cannot be reduced 3 times",
-    "--N_samples 2": "too few",
+    "--N_samples 2": "3 or more",
     "--keep_ckpts 1": "at least 2",
     "--ft_path nowhere.tar": "nowhere.tar",
     "--datadir nowhere": "no such data folder",
