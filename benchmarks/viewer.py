@@ -4,10 +4,10 @@
     python benchmarks/viewer.py --turns 3 --clients 10 --config configs/demo.txt --N_iters 400
 
 The first command needs a finished run. The second trains again under another name, by turns without
-a viewer, with one that nobody opens, and with clients whose cameras always turn: processes of their
-own that talk to the server as browsers do (viewer_clients.py). Both take run_nerf.py's flags.
-Seconds of the clock depend on the machine's other load; seconds of the CPU, of all threads of the
-run, hardly do, and are what training would take longer on one core. Report both.
+a viewer and with clients whose cameras always turn: processes of their own that talk to the server
+as browsers do (viewer_clients.py). Both take run_nerf.py's flags. Last it prints which parts of the
+time with a viewer its pictures and its messages took, which does not depend on the machine's other
+load as the differences of whole runs do. Report all.
 """
 
 import argparse
@@ -52,6 +52,22 @@ def frames_per_second(flags: list[str]) -> None:
         print(f"{side} x {round(side / 1.5)}: median {1 / sorted(times)[4]:.1f} frames/s")
 
 
+class Measured(viewer.Viewer):
+    """A viewer that adds up what it takes: seconds in ``tick``, and of its server's thread."""
+
+    seconds = 0.0
+    messages = 0.0
+
+    def tick(self, *given):
+        began = time.perf_counter()
+        super().tick(*given)
+        Measured.seconds += time.perf_counter() - began
+
+    def close(self):
+        Measured.messages += self.guard.cpu_seconds
+        super().close()
+
+
 class Cost(NamedTuple):
     """Seconds from the first step to the last: of the clock, of the CPU."""
 
@@ -94,8 +110,8 @@ def slow_down(turns: int, clients: int, flags: list[str]) -> None:
     """Run all ways in turn; print how much slower training is with a viewer and clients."""
     flags = [*flags, "--expname", "viewer_benchmark", "--no_reload", "--i_img", "0"]
     flags += ["--i_video", "0", "--i_testset", "0", "--ckpt_secs", "0"]
-    costs: dict[int | None, list[Cost]] = {None: [], 0: [], clients: []}
-    rates = []
+    costs: dict[int | None, list[Cost]] = {None: [], clients: []}
+    rates, viewed, viewer.Viewer = [], 0.0, Measured
     for turn in range(turns):
         for number in list(costs)[:: 1 if turn % 2 == 0 else -1]:
             if number is None:
@@ -103,6 +119,7 @@ def slow_down(turns: int, clients: int, flags: list[str]) -> None:
                 continue
             cost, counts = train_viewed(flags, number)
             costs[number].append(cost)
+            viewed += cost.wall
             rates += [counts["pictures"] / cost.wall] if number else []
     for number, found in costs.items():
         name = "no viewer" if number is None else f"a viewer, {number} clients"
@@ -113,6 +130,8 @@ def slow_down(turns: int, clients: int, flags: list[str]) -> None:
             listed = ", ".join(f"{value:.1f}" for value in seconds)
             print(f"{name}: {listed} s {kind}, {more:+.1f} % (medians)")
     print(f"{statistics.median(rates):.1f} pictures/s for all clients together")
+    shares = [100 * seconds / viewed for seconds in (Measured.seconds, Measured.messages)]
+    print("of the time with a viewer: {:.1f} % pictures, {:.1f} % messages".format(*shares))
 
 
 def main() -> None:
