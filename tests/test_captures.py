@@ -360,6 +360,7 @@ def test_masked_pixels_are_not_drawn(demo_copy):
     assert shard == pytest.approx(32, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_run_on_mixed_sizes_and_masks_trains_measures_and_renders(demo_copy, tmp_path):
     folder = masked(demo_copy("transforms"))
     edit(folder, lambda content: content["frames"][-1].update(mask_path="left.png", w=32, h=24))

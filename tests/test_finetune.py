@@ -71,6 +71,7 @@ def quick_samples(monkeypatch):
     monkeypatch.setattr(finetune, "sample", partial(finetune.sample, steps=2))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(pictures, sd_folder, whole, tmp_path, capsys):
     """The real command, killed without warning after its second save at the earliest."""
     out = tmp_path / "own.safetensors"

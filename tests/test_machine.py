@@ -107,6 +107,7 @@ def test_nothing_is_chosen_once_torch_is_there():
     assert python(code, OMP_NUM_THREADS="2").split() == ["True", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts Linux' page faults")
 def test_freed_blocks_are_kept_for_the_next_ones():
     """Tensors of 8 MB, 2048 pages, made and freed again: fresh pages only for the first ones."""

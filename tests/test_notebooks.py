@@ -78,6 +78,7 @@ def test_stored_outputs_are_small_pictures_and_plain_text(source):
     assert source.with_suffix(".ipynb").stat().st_size < 400_000
 
 
+@pytest.mark.slow
 def test_a_nerf_step_by_step_runs(run, tmp_path):
     printed = run(SOURCES[0])
     psnr = re.search(r"mean of 5 test views: ([\d.]+) dB", printed)

@@ -197,6 +197,7 @@ def test_endless_nan_stops_with_a_diagnosis(tiny, tmp_path, capsys):
     assert dump["target_colors"].shape == (64, 3) and dump["trouble"] in said
 
 
+@pytest.mark.slow
 def test_a_dead_start_is_noticed_and_tried_again_with_another_seed(tiny, tmp_path, monkeypatch):
     build_renderer, built = build.build_renderer, []
 

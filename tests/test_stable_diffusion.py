@@ -350,6 +350,7 @@ def test_words_never_seen_are_named(copy):
     )
 
 
+@pytest.mark.slow
 def test_opening_is_silent_and_libraries_wait(sd_folder):
     """In a process of its own: nothing printed, and no diffusers before a model is opened."""
     script = (
