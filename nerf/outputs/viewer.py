@@ -33,8 +33,8 @@ from nerf.training.system import Interrupted
 MODES = ("rgb", "depth", "normal", "opacity")  # an object's viewer also has "lit"
 BUDGET = 0.05  # part of the time that pictures and messages may take during training
 SAVED = 0.1  # seconds of it that are kept while nobody looks
-INTERVAL = 0.1  # seconds between two readings of the clients' messages during training;
-MANY = 3  # twice that from so many clients on
+INTERVAL = 0.1  # seconds between two readings of the clients' messages during training
+MANY = 3  # connections from which on they are read half as often
 SIDES = (96, 192, 384, 640)  # pixels of the longer side: first in motion, the others at rest
 REST = 0.3  # seconds without motion before a picture is refined
 REFRESH = 2.0  # seconds until a fully refined picture is rendered again during training

@@ -9,9 +9,9 @@ import re
 import sys
 from typing import NoReturn
 
+from nerf.training.last_net import MISTAKE
 from nerf.training.plain_text import one_line
 
-MISTAKE = 2  # exit code
 KINDS = {"int": "a whole number", "float": "a number"}  # types of argparse, in words
 
 
